@@ -1,0 +1,31 @@
+"""Lighthouse Attention: hierarchical selection around stock causal attention.
+
+Paper: "Long Context Pre-Training with Lighthouse Attention", arXiv 2605.06554.
+``attention.py`` is the algorithm; ``config.py`` its fields, rules and derived sizes.
+
+Letters used for shapes in every module:
+
+    B    batch
+    H    query heads
+    Hkv  key/value heads; H is a multiple of Hkv (GQA)
+    N    tokens (seq_len)
+    D    head_dim
+    L    levels of the pyramid (num_levels); level 0 is the finest, one token per entry
+    p    pooling_factor; an entry of level l spans p**l tokens
+    k    topk, entries selected per level
+    T    strata, k / 128
+    S    entries of the sub-sequence that attention sees
+    E    entries of all levels together, N + N/p + ... + N/p**(L-1)
+"""
+
+from lighthouse.attention import LighthouseAttention, lighthouse_attention
+from lighthouse.config import LighthouseConfig
+from lighthouse.selection import Selection, select
+
+__all__ = [
+    "LighthouseAttention",
+    "LighthouseConfig",
+    "Selection",
+    "lighthouse_attention",
+    "select",
+]

@@ -1,0 +1,276 @@
+"""Gather and scatter-back: from tokens to the sub-sequence and back (paper, 3.3 and 3.5).
+
+    gather          sub[s] = mean of x over the p**l tokens that the entry (l, i) in slot s covers
+    scatter-back    out[t] = sum over levels l of sub[slot(l, (t + 1) // p**l - 1)]
+
+Scatter-back shifts an entry's output by p**l - 1 tokens, so that a summary first reaches the
+last token it covers; entry (l, i) thus reaches ``i*p**l + p**l - 1 .. i*p**l + 2*p**l - 2``, those
+below N. An absent entry adds nothing. Written per token, through the inverse map, scatter-back
+is itself a gather: every output is written once, nothing is added into. The backward passes are
+
+    gather's          dx[t]   = sum over l of dsub[slot(l, t // p**l)] / p**l
+    scatter-back's    dsub[s] = sum of dout over the tokens that entry s reaches
+
+Sums accumulate in fp32 (fp64 for fp64 input) and are rounded once. With GQA the query heads of a
+group share the maps of their kv head. Only the two maps are saved for the backward passes.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from lighthouse.scorers import CoarsestLevel
+from lighthouse.selection import Selection
+
+
+def gather(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    coarsest: CoarsestLevel,
+    selection: Selection,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pool q, k and v alike over the selected entries.
+
+    Args:
+        q: [B, H, N, D], any strides.
+        k, v: [B, Hkv, N, D], any strides.
+        coarsest: their means over the coarsest level; the gradient goes to q, k, v.
+
+    Returns:
+        [B, H, S, D], [B, Hkv, S, D], [B, Hkv, S, D], contiguous.
+    """
+    config = selection.config
+    return _gather(
+        q, k, v, *coarsest, selection.entry, selection.slot,
+        config.num_levels, config.pooling_factor,
+    )  # fmt: skip
+
+
+def scatter_back(sub_out: torch.Tensor, selection: Selection) -> torch.Tensor:
+    """Bring the output of the sub-sequence back to the tokens.
+
+    Args:
+        sub_out: [B, H, S, D], any strides.
+
+    Returns:
+        [B, H, N, D] with the strides of a contiguous [B, N, H, D].
+    """
+    config = selection.config
+    return _scatter_back(
+        sub_out, selection.entry, selection.slot,
+        config.num_levels, config.pooling_factor, selection.seq_len,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("lighthouse::gather", mutates_args=())
+def _gather(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    coarsest_q: torch.Tensor,
+    coarsest_k: torch.Tensor,
+    coarsest_v: torch.Tensor,
+    entry: torch.Tensor,
+    slot: torch.Tensor,
+    num_levels: int,
+    pooling_factor: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    seq_len = q.shape[2]
+    subs = tuple(x.new_empty((*x.shape[:2], entry.shape[-1], x.shape[3])) for x in (q, k, v))
+    for level, slots, index in _entries_by_level(entry, seq_len, num_levels, pooling_factor):
+        for x, coarse, sub in zip((q, k, v), (coarsest_q, coarsest_k, coarsest_v), subs):
+            if level == num_levels - 1:
+                pooled = _rows(coarse)
+            else:
+                span = pooling_factor**level
+                pooled = _pool_spans(x, index * span, span, mode="mean")
+            _rows(sub).index_copy_(0, _row_ids(sub, slots).flatten(), pooled)
+    return subs
+
+
+@_gather.register_fake
+def _(q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, num_levels, pooling_factor):
+    sub_seq_len = entry.shape[-1]
+    return tuple(x.new_empty((*x.shape[:2], sub_seq_len, x.shape[3])) for x in (q, k, v))
+
+
+@torch.library.custom_op("lighthouse::gather_backward", mutates_args=())
+def _gather_backward(
+    dsub_q: torch.Tensor,
+    dsub_k: torch.Tensor,
+    dsub_v: torch.Tensor,
+    slot: torch.Tensor,
+    num_levels: int,
+    pooling_factor: int,
+    seq_len: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lens = [seq_len // pooling_factor**level for level in range(num_levels)]
+    slots = [
+        of_level.repeat_interleave(pooling_factor**level, -1)
+        for level, of_level in enumerate(slot.split(lens, -1))
+    ]
+    weights = [pooling_factor**-level for level in range(num_levels)]
+    slots = torch.stack(slots, -1)  # [B, Hkv, N, L]
+    return tuple(_sum_slots(dsub, slots, weights) for dsub in (dsub_q, dsub_k, dsub_v))
+
+
+@_gather_backward.register_fake
+def _(dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len):
+    return tuple(_empty_bnhd(dsub, seq_len) for dsub in (dsub_q, dsub_k, dsub_v))
+
+
+def _gather_setup(ctx, inputs, output):
+    q, *_, slot, num_levels, pooling_factor = inputs
+    ctx.save_for_backward(slot)
+    ctx.sizes = num_levels, pooling_factor, q.shape[2]
+
+
+def _gather_autograd(ctx, dsub_q, dsub_k, dsub_v):
+    (slot,) = ctx.saved_tensors
+    return *_gather_backward(dsub_q, dsub_k, dsub_v, slot, *ctx.sizes), *(None,) * 7
+
+
+_gather.register_autograd(_gather_autograd, setup_context=_gather_setup)
+
+
+@torch.library.custom_op("lighthouse::scatter_back", mutates_args=())
+def _scatter_back(
+    sub_out: torch.Tensor,
+    entry: torch.Tensor,
+    slot: torch.Tensor,
+    num_levels: int,
+    pooling_factor: int,
+    seq_len: int,
+) -> torch.Tensor:
+    lens = [seq_len // pooling_factor**level for level in range(num_levels)]
+    slots = []
+    for level, of_level in enumerate(slot.split(lens, -1)):
+        span = pooling_factor**level
+        shifted = F.pad(of_level.repeat_interleave(span, -1), (span - 1, 0), value=-1)
+        slots.append(shifted[..., :seq_len])
+    return _sum_slots(sub_out, torch.stack(slots, -1))
+
+
+@_scatter_back.register_fake
+def _(sub_out, entry, slot, num_levels, pooling_factor, seq_len):
+    return _empty_bnhd(sub_out, seq_len)
+
+
+@torch.library.custom_op("lighthouse::scatter_back_backward", mutates_args=())
+def _scatter_back_backward(
+    dout: torch.Tensor, entry: torch.Tensor, num_levels: int, pooling_factor: int
+) -> torch.Tensor:
+    seq_len = dout.shape[2]
+    dsub = dout.new_empty((*dout.shape[:2], entry.shape[-1], dout.shape[3]))
+    for level, slots, index in _entries_by_level(entry, seq_len, num_levels, pooling_factor):
+        span = pooling_factor**level
+        pooled = _pool_spans(dout, index * span + span - 1, span, mode="sum")
+        _rows(dsub).index_copy_(0, _row_ids(dsub, slots).flatten(), pooled)
+    return dsub
+
+
+@_scatter_back_backward.register_fake
+def _(dout, entry, num_levels, pooling_factor):
+    return dout.new_empty((*dout.shape[:2], entry.shape[-1], dout.shape[3]))
+
+
+def _scatter_back_setup(ctx, inputs, output):
+    _, entry, _, num_levels, pooling_factor, _ = inputs
+    ctx.save_for_backward(entry)
+    ctx.sizes = num_levels, pooling_factor
+
+
+def _scatter_back_autograd(ctx, dout):
+    (entry,) = ctx.saved_tensors
+    return _scatter_back_backward(dout, entry, *ctx.sizes), *(None,) * 5
+
+
+_scatter_back.register_autograd(_scatter_back_autograd, setup_context=_scatter_back_setup)
+
+
+# The helpers see a tensor as rows of D elements. A row of [B, H, n, D], whatever the order of
+# its dimensions in memory, has one id; an embedding bag sums rows by id in one pass.
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The rows of a dense ``x``, in the order of memory: [B*H*n, D]."""
+    return x.as_strided((x.numel() // x.shape[-1], x.shape[-1]), (x.shape[-1], 1))
+
+
+def _row_ids(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Ids of the rows of ``x`` at ``positions`` of the sequence: [B, Hkv, ...] to [B, H, ...]."""
+    batch, n_heads, _, head_dim = x.shape
+    positions = positions.repeat_interleave(n_heads // positions.shape[1], 1)
+    batch_start = torch.arange(batch, device=x.device)[:, None] * x.stride(0)
+    head_start = batch_start + torch.arange(n_heads, device=x.device) * x.stride(1)
+    head_start = head_start.view(batch, n_heads, *[1] * (positions.dim() - 2))
+    return (head_start + positions * x.stride(2)) // head_dim
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself if its memory is [B, H, n, D] or [B, n, H, D] without gaps, else a copy."""
+    return x if x.transpose(1, 2).is_contiguous() else x.contiguous()
+
+
+def _empty_bnhd(x: torch.Tensor, seq_len: int) -> torch.Tensor:
+    batch, n_heads, _, head_dim = x.shape
+    return x.new_empty((batch, seq_len, n_heads, head_dim)).transpose(1, 2)
+
+
+def _entries_by_level(entry, seq_len, num_levels, pooling_factor):
+    """Of each level: its slots and the indices of their entries, both [B, Hkv, n], by slot."""
+    offset = 0
+    for level in range(num_levels):
+        level_len = seq_len // pooling_factor**level
+        of_level = (entry >= offset) & (entry < offset + level_len)
+        slots = of_level.nonzero()[:, -1].view(*entry.shape[:2], -1)
+        yield level, slots, entry.gather(-1, slots) - offset
+        offset += level_len
+
+
+def _pool_spans(x: torch.Tensor, starts: torch.Tensor, span: int, mode: str) -> torch.Tensor:
+    """Sum or mean of the ``span`` tokens from each start on; tokens behind the last count 0.
+
+    Args:
+        x: [B, H, N, D].
+        starts: [B, Hkv, n], below N.
+
+    Returns:
+        [B*H*n, D]
+    """
+    x = _dense(x)
+    tokens = starts.long()[..., None] + torch.arange(span, device=x.device)
+    ids = _row_ids(x, tokens.clamp(max=x.shape[2] - 1)).flatten(0, 2)
+    if mode == "mean" or span == 1:
+        return F.embedding_bag(ids, _rows(x), mode=mode)
+    inside = (tokens < x.shape[2]).repeat_interleave(x.shape[1] // tokens.shape[1], 1)
+    return F.embedding_bag(
+        ids, _rows(x), mode="sum", per_sample_weights=inside.flatten(0, 2).to(x.dtype)
+    )
+
+
+def _sum_slots(
+    sub: torch.Tensor, slots: torch.Tensor, weights: list[float] | None = None
+) -> torch.Tensor:
+    """Weighted sum over levels of the rows in the slots of every token; slot -1 counts 0.
+
+    Args:
+        sub: [B, H, S, D].
+        slots: [B, Hkv, N, L].
+        weights: one for each level; ones by default.
+
+    Returns:
+        [B, H, N, D] with the strides of a contiguous [B, N, H, D].
+    """
+    sub = _dense(sub)
+    rows = _rows(sub)
+    zero_row = rows.shape[0]
+    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    is_absent = slots.repeat_interleave(sub.shape[1] // slots.shape[1], 1) < 0
+    ids = _row_ids(sub, slots.long()).masked_fill_(is_absent, zero_row)
+    ids = ids.transpose(1, 2)  # [B, N, H, L]
+    out_shape = (*ids.shape[:3], rows.shape[1])
+    if weights is not None:
+        weights = rows.new_tensor(weights).expand(ids.shape).flatten(0, 2).contiguous()
+    out = F.embedding_bag(ids.flatten(0, 2), rows, mode="sum", per_sample_weights=weights)
+    return out.view(out_shape).transpose(1, 2)

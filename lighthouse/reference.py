@@ -1,0 +1,103 @@
+"""Lighthouse Attention as plain loops in fp64: what the tests compare everything with.
+
+It follows the paper line by line, one batch element and one kv head at a time, builds the tree
+explicitly and shares no code with the rest of the library. Slow: use it up to a few thousand
+tokens. Gradients come from autograd through the loops.
+"""
+
+import math
+
+import torch
+
+
+def reference_attention(q, k, v, num_levels, pooling_factor, topk, entries=None):
+    """The whole layer with the norm scorer.
+
+    Args:
+        q: [B, H, N, D]; k, v: [B, Hkv, N, D]. Computed in fp64.
+        entries: selected entries to use instead of scores, ``entries[b][g]`` as
+            ``reference_selection`` returns them.
+
+    Returns:
+        [B, H, N, D], fp64.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    batches = []
+    for b in range(q.shape[0]):
+        heads = []
+        for g in range(k.shape[1]):
+            group_q = q[b, g * group : (g + 1) * group]
+            if entries is None:
+                q_scores = (group_q.detach() ** 2).sum(-1).amax(0).tolist()
+                k_scores = (k[b, g].detach() ** 2).sum(-1).tolist()
+                order = reference_selection(q_scores, k_scores, num_levels, pooling_factor, topk)
+            else:
+                order = entries[b][g]
+            for head_q in group_q:
+                heads.append(_reference_head(head_q, k[b, g], v[b, g], order, pooling_factor))
+        batches.append(torch.stack(heads))
+    return torch.stack(batches)
+
+
+def reference_selection(q_scores, k_scores, num_levels, pooling_factor, topk):
+    """Entries of the sub-sequence in causal order.
+
+    Args:
+        q_scores, k_scores: a number for each token.
+
+    Returns:
+        List of (level, index).
+    """
+    seq_len = len(q_scores)
+
+    def entry_score(token_scores, level, index):
+        if index == 0:
+            return math.inf
+        span = pooling_factor**level
+        return max(token_scores[index * span : (index + 1) * span])
+
+    def best(token_scores, level, candidates):
+        return sorted(candidates, key=lambda i: (-entry_score(token_scores, level, i), i))[:64]
+
+    num_coarsest = seq_len // pooling_factor ** (num_levels - 1)
+    num_strata = topk // 128
+    per_stratum = num_coarsest // num_strata
+    children_of = {}
+    for stratum in range(num_strata):
+        candidates = list(range(stratum * per_stratum, (stratum + 1) * per_stratum))
+        for level in range(num_levels - 1, 0, -1):
+            by_q = best(q_scores, level, candidates)
+            by_k = best(k_scores, level, [i for i in candidates if i not in set(by_q)])
+            candidates = []
+            for i in sorted(by_q + by_k):
+                children = [i * pooling_factor + c for c in range(pooling_factor)]
+                children_of[level, i] = [(level - 1, child) for child in children]
+                candidates += children
+
+    order = []
+
+    def walk(entry):
+        for child in children_of.get(entry, []):
+            walk(child)
+        order.append(entry)
+
+    for i in range(num_coarsest):
+        walk((num_levels - 1, i))
+    return order
+
+
+def _reference_head(q, k, v, order, pooling_factor):
+    """One head, [N, D] to [N, D], over the entries in ``order``."""
+    seq_len, head_dim = q.shape
+    spans = [(i * pooling_factor**level, pooling_factor**level) for level, i in order]
+    sub_q, sub_k, sub_v = (
+        torch.stack([x[start : start + span].mean(0) for start, span in spans]) for x in (q, k, v)
+    )
+    contributions = [[] for _ in range(seq_len)]
+    for s, (start, span) in enumerate(spans):
+        logits = sub_k[: s + 1] @ sub_q[s] / math.sqrt(head_dim)
+        out = torch.softmax(logits, 0) @ sub_v[: s + 1]
+        for t in range(start + span - 1, min(start + 2 * span - 1, seq_len)):
+            contributions[t].append(out)
+    return torch.stack([torch.stack(outs).sum(0) for outs in contributions])

@@ -1,0 +1,172 @@
+"""Selection: which entries of the pyramid the sub-sequence holds, and where (paper, 3.2).
+
+A cascade from the coarsest level down, in T strata that know nothing of each other:
+
+    candidates(L-1) = the stratum's part of the coarsest level
+    for level l = L-1 .. 1:
+        selected(l)     = 64 best candidates by q score, then 64 best of the rest by k score
+        candidates(l-1) = children of selected(l)
+
+Every candidate of every level is an entry of the sub-sequence, S of them. Their order is a
+post-order walk of the tree: an entry stands at the start of its span, or, if it is selected,
+behind all its descendants. Slots need no sort. With the weights
+
+    w(entry) = 1                            not selected, or on level 0
+             = 1 + sum of w(children)       selected
+
+an entry and its descendants fill ``w`` slots from its start on, and it stands in the last of
+them: starts are exclusive prefix sums, of the weights along the coarsest level, and of those
+of the siblings from their parent's start on.
+
+Ties go to the lowest index. Entry 0 of every level above the finest is always selected, so
+that every position of the output has a contributor. Nothing here has a gradient.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lighthouse.scorers import Scores, pool_scores
+
+if TYPE_CHECKING:
+    from lighthouse.config import LighthouseConfig
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Two inverse maps between slots of the sub-sequence and entries of the pyramid.
+
+    An entry has one flat id: entry i of level l has ``config.level_offset(l, seq_len) + i``.
+    """
+
+    entry: torch.Tensor
+    """Id of the entry in each slot, [B, Hkv, S], int32."""
+
+    slot: torch.Tensor
+    """Slot of each entry, -1 for one that is not in the sub-sequence, [B, Hkv, E], int32."""
+
+    config: "LighthouseConfig"
+    seq_len: int
+
+    @property
+    def level(self) -> torch.Tensor:
+        """Level of the entry in each slot, [B, Hkv, S], int32."""
+        level = torch.zeros_like(self.entry)
+        for coarser in range(1, self.config.num_levels):
+            level += self.entry >= self.config.level_offset(coarser, self.seq_len)
+        return level
+
+    @property
+    def index(self) -> torch.Tensor:
+        """Index within its level of the entry in each slot, [B, Hkv, S], int32."""
+        index = self.entry.clone()
+        for level in range(1, self.config.num_levels):
+            above = self.entry >= self.config.level_offset(level, self.seq_len)
+            index -= above * self.config.level_len(level - 1, self.seq_len)
+        return index
+
+
+def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: "LighthouseConfig") -> Selection:
+    """Select by scores of the tokens.
+
+    Args:
+        q_scores, k_scores: [B, Hkv, N]; higher is better, NaN is not allowed.
+
+    Raises:
+        ValueError: N is not legal under ``config``.
+    """
+    seq_len = q_scores.shape[-1]
+    config.check_seq_len(seq_len)
+    scores = Scores(
+        *(pool_scores(x, config.num_levels, config.pooling_factor) for x in (q_scores, k_scores))
+    )
+    return select_spans(scores, config, seq_len)
+
+
+def select_spans(scores: Scores, config: "LighthouseConfig", seq_len: int) -> Selection:
+    """Select by scores of the entries above the finest level, as ``scorers.score`` gives them."""
+    with torch.no_grad():
+        entry, slot = _select(
+            *scores, config.num_levels, config.pooling_factor, config.topk, seq_len
+        )
+    return Selection(entry, slot, config, seq_len)
+
+
+@torch.library.custom_op("lighthouse::select", mutates_args=())
+def _select(
+    q_scores: torch.Tensor,
+    k_scores: torch.Tensor,
+    num_levels: int,
+    pooling_factor: int,
+    topk: int,
+    seq_len: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lens = [seq_len // pooling_factor**level for level in range(num_levels)]
+    offsets = [sum(lens[:level]) for level in range(num_levels)]
+    num_strata = topk // 128
+    shape = (*q_scores.shape[:2], num_strata)
+
+    # Down: candidates and, among them, the positions of the selected, for every level.
+    candidates = [None] * num_levels  # [B, Hkv, T, C], index within the level, ascending
+    chosen = [None] * num_levels  # [B, Hkv, T, 128], position among the candidates, ascending
+    coarsest = torch.arange(lens[-1], device=q_scores.device)
+    candidates[-1] = coarsest.view(num_strata, -1).expand(*shape, -1)
+    children = torch.arange(pooling_factor, device=q_scores.device)
+    for level in range(num_levels - 1, 0, -1):
+        # Scores hold no level 0: their offsets are lower by seq_len.
+        ids = (candidates[level] + (offsets[level] - seq_len)).flatten(2)
+        q_cand, k_cand = (x.gather(-1, ids).view(*shape, -1) for x in (q_scores, k_scores))
+        # Entry 0 is the first candidate of the first stratum on every level.
+        q_cand[:, :, 0, 0] = torch.inf
+        chosen[level] = _best_by_q_then_k(q_cand, k_cand)
+        parents = candidates[level].gather(-1, chosen[level])
+        candidates[level - 1] = (parents[..., None] * pooling_factor + children).flatten(-2)
+
+    # Up: weights. Down: starts, and with them the slots.
+    weights = [torch.ones_like(level_candidates) for level_candidates in candidates]
+    for level in range(1, num_levels):
+        of_children = weights[level - 1].unflatten(-1, (-1, pooling_factor)).sum(-1)
+        weights[level].scatter_(-1, chosen[level], 1 + of_children)
+    weight = weights[-1].flatten(2)
+    start = (weight.cumsum(-1) - weight).view_as(weights[-1])
+    sub_seq_len = lens[-1] + (num_levels - 1) * pooling_factor * topk
+    entry = q_scores.new_empty((*shape[:2], sub_seq_len), dtype=torch.int32)
+    slot = q_scores.new_full((*shape[:2], sum(lens)), -1, dtype=torch.int32)
+    for level in range(num_levels - 1, -1, -1):
+        slots = (start + weights[level] - 1).flatten(2)
+        ids = (candidates[level] + offsets[level]).flatten(2)
+        entry.scatter_(-1, slots, ids.int())
+        slot.scatter_(-1, ids, slots.int())
+        if level:
+            siblings = weights[level - 1].unflatten(-1, (-1, pooling_factor))
+            before = siblings.cumsum(-1) - siblings
+            start = (start.gather(-1, chosen[level])[..., None] + before).flatten(-2)
+    return entry, slot
+
+
+@_select.register_fake
+def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len):
+    lens = [seq_len // pooling_factor**level for level in range(num_levels)]
+    sub_seq_len = lens[-1] + (num_levels - 1) * pooling_factor * topk
+    shape = q_scores.shape[:2]
+    entry = q_scores.new_empty((*shape, sub_seq_len), dtype=torch.int32)
+    return entry, q_scores.new_empty((*shape, sum(lens)), dtype=torch.int32)
+
+
+def _best_by_q_then_k(q_scores: torch.Tensor, k_scores: torch.Tensor) -> torch.Tensor:
+    """The 64 best by q score and, of the rest, the 64 best by k score.
+
+    Args:
+        q_scores, k_scores: [..., C], C >= 128.
+
+    Returns:
+        Positions, [..., 128], ascending.
+    """
+    by_q = q_scores.sort(dim=-1, descending=True, stable=True).indices[..., :64]
+    is_chosen = torch.zeros_like(q_scores, dtype=torch.bool).scatter_(-1, by_q, True)
+    order = k_scores.sort(dim=-1, descending=True, stable=True).indices
+    is_left = ~is_chosen.gather(-1, order)
+    is_best = is_left & (is_left.cumsum(-1) <= 64)
+    is_chosen.scatter_(-1, order, is_chosen.gather(-1, order) | is_best)
+    return is_chosen.nonzero()[:, -1].view(*q_scores.shape[:-1], 128)
