@@ -78,7 +78,9 @@ def _gather(
     seq_len = q.shape[2]
     subs = tuple(x.new_empty((*x.shape[:2], entry.shape[-1], x.shape[3])) for x in (q, k, v))
     for level, slots, index in _entries_by_level(entry, seq_len, num_levels, pooling_factor):
-        for x, coarse, sub in zip((q, k, v), (coarsest_q, coarsest_k, coarsest_v), subs):
+        for x, coarse, sub in zip(
+            (q, k, v), (coarsest_q, coarsest_k, coarsest_v), subs, strict=True
+        ):
             if level == num_levels - 1:
                 pooled = _rows(coarse)
             else:

@@ -154,6 +154,10 @@ def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len):
     return entry, q_scores.new_empty((*shape, sum(lens)), dtype=torch.int32)
 
 
+select_op = torch.ops.lighthouse.select.default
+"""The op, for activation checkpointing to save its outputs."""
+
+
 def _best_by_q_then_k(q_scores: torch.Tensor, k_scores: torch.Tensor) -> torch.Tensor:
     """The 64 best by q score and, of the rest, the 64 best by k score.
 

@@ -1,0 +1,1 @@
+"""Triton kernels of the data path, one file for each stage file of the same name."""

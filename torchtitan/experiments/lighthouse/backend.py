@@ -1,0 +1,63 @@
+"""Lighthouse around the attention of a torchtitan model, put there and taken away.
+
+torchtitan's ``Attention`` calls ``self.inner_attention(q, k, v, enable_gqa=...)`` on [B, H, N, D].
+``use_lighthouse`` wraps that module after torchtitan has parallelised the model, so that its
+context parallelism, which hooks the inner module, its activation checkpointing and its FSDP stay
+as they are; compilation is lazy and takes the wrapped module in. No parameter is added or
+renamed: the checkpoints are plain Llama 3 checkpoints in both stages.
+"""
+
+from torch import nn
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+from torchtitan.models.llama3.model.args import TransformerModelArgs
+
+from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse.selection import select_op
+
+# A selection recomputed in the backward pass could differ by a near-tie from the one that the
+# saved output of attention belongs to: it is saved.
+_op_sac_save_list.add(select_op)
+
+
+def use_lighthouse(
+    model: nn.Module, config: LighthouseConfig, full_attn_layers: list[int], n_layers: int
+) -> None:
+    """Wrap the attention of all layers but ``full_attn_layers``.
+
+    Args:
+        model: a Transformer, or the part of one that a pipeline stage holds.
+        full_attn_layers: layers that stay dense; negative ones count from the last.
+        n_layers: layers of the whole model.
+    """
+    dense = {layer % n_layers for layer in full_attn_layers}
+    for name, block in model.layers.items():
+        if int(name) not in dense:
+            attention = block.attention
+            assert not isinstance(attention.inner_attention, LighthouseAttention)
+            attention.inner_attention = LighthouseAttention(attention.inner_attention, config)
+
+
+def use_dense(model: nn.Module) -> None:
+    """Give every layer its own attention back; a dense model stays as it is."""
+    for block in model.layers.values():
+        if isinstance(block.attention.inner_attention, LighthouseAttention):
+            block.attention.inner_attention = block.attention.inner_attention.inner
+
+
+def flops_saved_per_token(
+    model_args: TransformerModelArgs,
+    config: LighthouseConfig,
+    full_attn_layers: list[int],
+    seq_len: int,
+) -> float:
+    """FLOPs per token, forward and backward, that Lighthouse saves against dense attention.
+
+    Counted as torchtitan counts: six per head dimension of q·k and of p·v and attended position,
+    causal or not. Attention over S entries costs S * S instead of N * N for N tokens; scoring and
+    pooling, some bytes and next to no FLOPs, are not counted.
+    """
+    n_layers = model_args.n_layers - len(
+        {layer % model_args.n_layers for layer in full_attn_layers}
+    )
+    per_position = 6 * n_layers * model_args.n_heads * 2 * (model_args.dim // model_args.n_heads)
+    return per_position * (seq_len - config.sub_seq_len(seq_len) ** 2 / seq_len)

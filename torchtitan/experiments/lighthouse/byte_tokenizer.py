@@ -1,0 +1,57 @@
+"""A byte-level tokenizer: the id of a token is the value of its byte, and 256 ends a document.
+
+    encode("é", add_eos=True) == [0xC3, 0xA9, 256]
+
+The folder `assets/byte_tokenizer` is what `write_byte_tokenizer` writes. It loads in torchtitan's
+own tokenizer (`model.hf_assets_path`), so a small model needs no download and a vocabulary of 257.
+A text that itself spells `<|endoftext|>` gets id 256 there, as with every Hugging Face tokenizer.
+"""
+
+import json
+from pathlib import Path
+
+BYTE_TOKENIZER_PATH = str(Path(__file__).parent / "assets" / "byte_tokenizer")
+"""Folder of the checked-in tokenizer, for `model.hf_assets_path`."""
+
+EOS_TOKEN = "<|endoftext|>"
+EOS_ID = 256
+
+
+def byte_characters() -> list[str]:
+    """Returns the 256 characters that stand for the bytes 0 to 255 in a `ByteLevel` tokenizer.
+
+    A printable Latin-1 character stands for its own byte; every other byte, in order, takes the
+    next code point from 256 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return [
+        chr(byte) if byte in printable else chr(256 + unprintable.index(byte))
+        for byte in range(256)
+    ]
+
+
+def write_byte_tokenizer(folder: str | Path) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json` into `folder`, made where it is missing.
+
+    Raises:
+        OSError: where `folder` cannot be written.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {character: byte for byte, character in enumerate(byte_characters())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(EOS_TOKEN, special=True, normalized=False)])
+    assert tokenizer.token_to_id(EOS_TOKEN) == EOS_ID
+
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS_TOKEN,
+        "clean_up_tokenization_spaces": False,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

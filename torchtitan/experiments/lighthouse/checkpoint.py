@@ -1,0 +1,83 @@
+"""Checkpoints of a run in two stages: torchtitan's, with three differences.
+
+- One is saved at the stage switch, whatever the interval, and never purged: the last state
+  trained with Lighthouse, from which a dense run can start.
+- Checkpoints count for ``keep_latest_k`` only if they are whole; torn ones older than the newest
+  whole one are removed with the old ones.
+- A folder without a whole checkpoint stops the run: torchtitan would train from scratch.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torchtitan.components.checkpoint import CheckpointManager
+
+
+class TwoStageCheckpointManager(CheckpointManager):
+    """See the module."""
+
+    switch_step: int | None = None
+    """Last step of stage 1, or None for a run without a switch."""
+
+    @classmethod
+    def adopt(cls, manager: CheckpointManager, switch_step: int | None) -> None:
+        """Turn the manager that torchtitan's trainer has made into one of this class."""
+        manager.__class__ = cls
+        manager.switch_step = switch_step
+
+    def load(self, step: int = -1) -> bool:
+        if self.enable:
+            check_folder(self.folder)
+        return super().load(step)
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        at_switch = self.enable and not self.load_only and curr_step == self.switch_step
+        return at_switch or super()._should_save(curr_step, last_step)
+
+    def _purge_stale_checkpoints(self) -> None:
+        if self.keep_latest_k <= 0 or torch.distributed.get_rank() != 0:
+            return
+        steps = checkpoint_steps(self.folder)
+        whole = [step for step, is_whole in steps.items() if is_whole]
+        kept = {*whole[-self.keep_latest_k :], self.switch_step}
+        newest = max(whole, default=-1)
+        for step in steps:
+            if step not in kept and step < newest:
+                self.purge_queue.put(self._create_checkpoint_id(step))
+
+
+def checkpoint_steps(folder: str | Path) -> dict[int, bool]:
+    """Steps of the checkpoints in ``folder``, ascending, and whether each is whole.
+
+    Distributed checkpoints write their metadata last: one without it is torn.
+    """
+    steps = {}
+    folder = Path(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and path.is_dir():
+            steps[int(match.group(1))] = is_whole(path)
+    return dict(sorted(steps.items()))
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether the checkpoint in the folder ``path`` was written to its end."""
+    return any(
+        (Path(path) / name).is_file() for name in (".metadata", "model.safetensors.index.json")
+    )
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise ValueError if ``folder`` exists but holds no whole checkpoint."""
+    if not Path(folder).exists():
+        return
+    steps = checkpoint_steps(folder)
+    if any(steps.values()):
+        return
+    found = ", ".join(f"step-{step}" for step in steps)
+    state = f"only torn checkpoints ({found})" if found else "no checkpoint"
+    raise ValueError(
+        f"checkpoint.folder must hold a whole checkpoint if it exists, got {str(folder)!r} with "
+        f"{state}; move the folder away to start from step 0 or from initial_load_path"
+    )

@@ -1,0 +1,311 @@
+"""Every rule of a configuration, checked before process groups, data or compilation.
+
+Each breach is one ``ValueError`` of one line: the field, the rule, the value, and what to do.
+``load_config`` checks names and types, ``check_config`` values and how they go together.
+"""
+
+import contextlib
+import difflib
+import io
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import tomli
+from tokenizers import Tokenizer
+from torchtitan.config import ConfigManager
+from torchtitan.experiments.lighthouse import FLAVORS, MODEL_NAME
+from torchtitan.experiments.lighthouse.checkpoint import check_folder, is_whole
+from torchtitan.experiments.lighthouse.data import check_data
+from torchtitan.experiments.lighthouse.job_config import JobConfig
+
+TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
+"""What a checkpoint holds beside the model, by torchtitan's names."""
+
+
+def load_config(args: list[str]) -> JobConfig:
+    """The configuration of a command line, with the TOML file it names.
+
+    Raises:
+        ValueError: a file, a section, a field or a type that is wrong.
+        SystemExit: after ``--help``.
+    """
+    _check_flags(args)
+    path = _flag_value(args, "--job.config_file")
+    if path is not None:
+        _check_toml(path)
+    manager = ConfigManager(JobConfig)
+    if {"-h", "--help"} & set(args):
+        return manager.parse_args(args)
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
+            return manager.parse_args(args)
+    except SystemExit:
+        # The parser draws a box around what it has to say.
+        words = re.sub(r"[^\x20-\x7e]+", " ", message.getvalue()).split()
+        raise ValueError(f"command line: {' '.join(words)}") from None
+
+
+def check_config(config: JobConfig, world_size: int) -> None:
+    """Check the values of a configuration for a run of ``world_size`` processes.
+
+    Raises:
+        ValueError: the first rule that is broken.
+    """
+    _check_model(config)
+    _check_training(config)
+    _check_parallelism(config, world_size)
+    _check_lighthouse(config)
+    _check_checkpoint(config)
+    _check_tokenizer(config)
+    check_data(config)
+
+
+def _check_model(config: JobConfig) -> None:
+    _check_choice("model.name", config.model.name, [MODEL_NAME])
+    _check_choice("model.flavor", config.model.flavor, list(FLAVORS))
+
+
+def _check_training(config: JobConfig) -> None:
+    training, validation = config.training, config.validation
+    _check_at_least("training.steps", training.steps, 1)
+    _check_at_least("training.local_batch_size", training.local_batch_size, 1)
+    _check_at_least("training.seq_len", training.seq_len, 1)
+    _check_at_least("metrics.log_freq", config.metrics.log_freq, 1)
+    if validation.enable:
+        _check_at_least("validation.steps", validation.steps, 1)
+        _check_at_least("validation.freq", validation.freq, 1)
+        _check_at_least("validation.local_batch_size", validation.local_batch_size, 1)
+        if config.lighthouse.stage1_steps != 0 and validation.seq_len != training.seq_len:
+            raise ValueError(
+                "validation.seq_len must equal training.seq_len under Lighthouse, got "
+                f"{validation.seq_len}; set it to {training.seq_len}"
+            )
+
+
+def _check_parallelism(config: JobConfig, world_size: int) -> None:
+    parallelism, lighthouse = config.parallelism, config.lighthouse
+    for name in ("context_parallel_degree", "pipeline_parallel_degree"):
+        degree = getattr(parallelism, name)
+        _check_at_least(f"parallelism.{name}", degree, 1)
+        if degree > 1 and lighthouse.stage1_steps != 0:
+            raise ValueError(
+                f"parallelism.{name} must be 1 with Lighthouse, got {degree}; "
+                "set it to 1, or lighthouse.stage1_steps to 0 for a dense run"
+            )
+    _check_at_least("parallelism.tensor_parallel_degree", parallelism.tensor_parallel_degree, 1)
+    replicate = parallelism.data_parallel_replicate_degree
+    _check_at_least("parallelism.data_parallel_replicate_degree", replicate, 1)
+    others = (
+        replicate
+        * parallelism.context_parallel_degree
+        * parallelism.pipeline_parallel_degree
+        * parallelism.tensor_parallel_degree
+    )
+    shard = parallelism.data_parallel_shard_degree
+    if world_size % others or shard not in (-1, world_size // others):
+        fitting = f"-1 or {world_size // others}" if world_size % others == 0 else "-1"
+        raise ValueError(
+            "parallelism.data_parallel_shard_degree times the other degrees must be the number of "
+            f"processes, got {shard} times {others} for {world_size}; set it to {fitting}, or "
+            f"start a multiple of {others} processes"
+        )
+    per_step = config.training.local_batch_size * replicate * (world_size // others)
+    global_batch = config.training.global_batch_size
+    if global_batch != -1 and (global_batch < 1 or global_batch % per_step):
+        nearest = max(1, round(global_batch / per_step)) * per_step
+        raise ValueError(
+            "training.global_batch_size must be a multiple of local_batch_size times the data "
+            f"parallel degree, {per_step}, got {global_batch}; nearest: {nearest}, or -1"
+        )
+
+
+def _check_lighthouse(config: JobConfig) -> None:
+    lighthouse, steps = config.lighthouse, config.training.steps
+    if not -1 <= lighthouse.stage1_steps <= steps:
+        raise ValueError(
+            f"lighthouse.stage1_steps must be from 0 to training.steps ({steps}), or -1 for no "
+            f"switch, got {lighthouse.stage1_steps}; lower it or raise training.steps"
+        )
+    n_layers = FLAVORS[config.model.flavor].n_layers
+    for layer in lighthouse.full_attn_layers:
+        if not -n_layers <= layer < n_layers:
+            raise ValueError(
+                f"lighthouse.full_attn_layers must be from {-n_layers} to {n_layers - 1} for the "
+                f"{n_layers} layers of {config.model.flavor}, got {layer}; remove it"
+            )
+    try:
+        attention = lighthouse.attention_config()
+        if lighthouse.stage1_steps != 0:
+            attention.check_seq_len(config.training.seq_len)
+    except ValueError as error:
+        section = "training" if str(error).startswith("seq_len") else "lighthouse"
+        raise ValueError(f"{section}.{error}") from None
+
+
+def _check_checkpoint(config: JobConfig) -> None:
+    checkpoint, lighthouse = config.checkpoint, config.lighthouse
+    if not checkpoint.enable:
+        return
+    _check_at_least("checkpoint.interval", checkpoint.interval, 1)
+    if checkpoint.keep_latest_k < 0 or checkpoint.keep_latest_k == 1:
+        raise ValueError(
+            "checkpoint.keep_latest_k must be 0, for all, or at least 2, got "
+            f"{checkpoint.keep_latest_k}; use 2 or more"
+        )
+    ends_in_stage_1 = lighthouse.stage_of(config.training.steps) == 1
+    if ends_in_stage_1 and checkpoint.last_save_model_only:
+        raise ValueError(
+            "checkpoint.last_save_model_only must be false for a run that ends in stage 1, got "
+            "true: the dense stage could not go on without the optimizer; set it to false"
+        )
+    lost = TRAINING_STATE & set(checkpoint.exclude_from_loading)
+    if lost and 0 < lighthouse.stage1_steps < config.training.steps:
+        raise ValueError(
+            "checkpoint.exclude_from_loading must keep the training state in a run of two stages, "
+            f"got {', '.join(sorted(lost))}; remove it"
+        )
+    folder = Path(config.job.dump_folder) / checkpoint.folder
+    check_folder(folder)
+    if checkpoint.load_step != -1 and not is_whole(folder / f"step-{checkpoint.load_step}"):
+        raise ValueError(
+            f"checkpoint.load_step must be -1 or the step of a whole checkpoint in {folder}, got "
+            f"{checkpoint.load_step}; use -1 for the newest"
+        )
+    initial = checkpoint.initial_load_path
+    if initial is None or folder.exists():
+        return
+    if not Path(initial).is_dir():
+        raise ValueError(
+            "checkpoint.initial_load_path must be the folder of a checkpoint, step number "
+            f"included, got {initial!r}, which is none; correct the path"
+        )
+    if not checkpoint.initial_load_in_hf and not is_whole(initial):
+        raise ValueError(
+            f"checkpoint.initial_load_path must hold a whole checkpoint, got {initial!r}, which is "
+            "torn or none; name an older one"
+        )
+
+
+def _check_tokenizer(config: JobConfig) -> None:
+    path = Path(config.model.hf_assets_path)
+    if not path.is_dir():
+        raise ValueError(
+            f"model.hf_assets_path must be a folder with a tokenizer, got {str(path)!r}, which is "
+            "none; correct the path, or leave the field out for the byte tokenizer"
+        )
+    tokenizer = path / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ValueError(
+            f"model.hf_assets_path must hold tokenizer.json, got {str(path)!r} without it; "
+            "download the tokenizer of the model into it"
+        )
+    size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+    vocab_size = FLAVORS[config.model.flavor].vocab_size
+    if size > vocab_size:
+        raise ValueError(
+            f"model.hf_assets_path must hold a tokenizer of at most {vocab_size} tokens for flavor "
+            f"{config.model.flavor}, got {size} tokens; choose another flavor or tokenizer"
+        )
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}; use {least} or more")
+
+
+def _check_choice(name: str, value: str, choices: list[str]) -> None:
+    if value not in choices:
+        remedy = _did_you_mean(value, choices)
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; {remedy}")
+
+
+def _check_flags(args: list[str]) -> None:
+    known = {"--help"}
+    for name, annotation in _leaves(JobConfig):
+        section, _, leaf = name.rpartition(".")
+        known.add(f"--{name}")
+        if annotation is bool:
+            known.add(f"--{section}.no_{leaf}")
+    for arg in args:
+        flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        if arg.startswith("--") and flag not in known:
+            raise ValueError(
+                f"command line: {arg.split('=')[0]} is not a field; {_did_you_mean(flag, known)}"
+            )
+
+
+def _flag_value(args: list[str], flag: str) -> str | None:
+    for i, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name.replace("config-file", "config_file") == flag:
+            if not value and i + 1 == len(args):
+                raise ValueError(f"command line: {flag} must be followed by a file; name one")
+            return value or args[i + 1]
+    return None
+
+
+def _check_toml(path: str) -> None:
+    try:
+        values = tomli.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"job.config_file must be a readable file, got {path!r} ({error}); correct the path"
+        ) from None
+    except tomli.TOMLDecodeError as error:
+        raise ValueError(
+            f"job.config_file must be valid TOML, got {path!r} ({error}); correct the line"
+        ) from None
+    _check_section("", values, JobConfig, path)
+
+
+def _check_section(prefix: str, values: dict[str, Any], section: type, path: str) -> None:
+    known = {f.name: f.type for f in fields(section)}
+    for key, value in values.items():
+        name = prefix + key
+        if key not in known:
+            raise ValueError(f"{path}: {name} is not a field; {_did_you_mean(key, known)}")
+        if is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: {name} must be a section, got {value!r}; write [{name}]")
+            _check_section(f"{name}.", value, known[key], path)
+        elif not _is_a(value, known[key]):
+            expected = getattr(known[key], "__name__", str(known[key]).replace("typing.", ""))
+            if get_origin(known[key]) is not None:
+                expected = str(known[key]).replace("typing.", "")
+            raise ValueError(f"{path}: {name} must be {expected}, got {value!r}; change its type")
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+    """Whether a TOML value fits the annotation of a field."""
+    origin, options = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return any(_is_a(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(item, options[0]) for item in value)
+    if annotation is NoneType:
+        return value is None
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _leaves(section: type, prefix: str = ""):
+    """Names and annotations of all fields, as ``training.steps``."""
+    for f in fields(section):
+        if is_dataclass(f.type):
+            yield from _leaves(f.type, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, f.type
+
+
+def _did_you_mean(value: str, choices) -> str:
+    close = difflib.get_close_matches(value, list(choices), n=1)
+    return f"did you mean {close[0]}?" if close else "see --help for all"

@@ -1,0 +1,95 @@
+"""The CPU as a device for torchtitan, which knows accelerators only.
+
+torchtitan 0.2.2 takes "cuda" where it finds no accelerator. ``install`` puts the CPU in that
+place: a device type, a module with the few functions torchtitan calls, and a peak rate for MFU
+that is measured instead of looked up.
+"""
+
+import os
+import resource
+import sys
+import time
+import warnings
+from types import SimpleNamespace
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+
+def install() -> None:
+    """Make the CPU torchtitan's device, also in modules of it that are imported already."""
+    from torchtitan.tools import utils
+
+    # Autocast to fp32 on the CPU is none, and warns that it is.
+    warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
+    replacements = {
+        "device_type": (utils.device_type, "cpu"),
+        "device_module": (utils.device_module, CpuDevice),
+        "get_peak_flops": (utils.get_peak_flops, lambda device_name: measure_peak_flops()),
+    }
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith("torchtitan.")]
+    for module in modules:
+        for name, (old, new) in replacements.items():
+            if getattr(module, name, None) is old:
+                setattr(module, name, new)
+
+
+def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
+    """Let FSDP reduce with plain sums: gloo has no scaled sum (``ReduceOp.PREMUL_SUM``)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def measure_peak_flops() -> float:
+    """FLOP/s of an fp32 matrix product with the threads of this process, the best of five."""
+    size = 1024
+    a = torch.rand(size, size)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+class CpuDevice:
+    """What torchtitan calls of a device module. Memory is that of the process."""
+
+    @staticmethod
+    def set_device(device) -> None: ...
+
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def synchronize(device=None) -> None: ...
+
+    @staticmethod
+    def empty_cache() -> None: ...
+
+    @staticmethod
+    def reset_peak_memory_stats(device=None) -> None: ...
+
+    @staticmethod
+    def get_device_name(device=None) -> str:
+        return f"CPU, {torch.get_num_threads()} threads"
+
+    @staticmethod
+    def get_device_properties(device=None) -> SimpleNamespace:
+        pages, page_size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return SimpleNamespace(total_memory=pages * page_size)
+
+    @staticmethod
+    def memory_stats(device=None) -> dict[str, int]:
+        """The largest resident size so far, in bytes; there is nothing to reset."""
+        # ru_maxrss is in KiB on Linux, in bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {
+            "active_bytes.all.peak": peak,
+            "reserved_bytes.all.peak": peak,
+            "num_alloc_retries": 0,
+            "num_ooms": 0,
+        }

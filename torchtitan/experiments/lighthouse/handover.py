@@ -1,0 +1,65 @@
+"""The hand-over: what one stage leaves to the other, written down and shown to be unchanged.
+
+``handover.json`` in the dump folder holds the step, the learning rate, the tokens seen, the data
+position of every data-parallel rank, and SHA-256 digests of all parameters and of all optimizer
+state before and after the switch.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+FILE_NAME = "handover.json"
+
+
+def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names and values, of the shards of all ranks in order of rank."""
+    sha = hashlib.sha256()
+    for name, tensor in named_tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        sha.update(name.encode())
+        sha.update(local.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    shards = [None] * dist.get_world_size()
+    dist.all_gather_object(shards, sha.hexdigest())
+    return hashlib.sha256("".join(shards).encode()).hexdigest()
+
+
+def state_digests(trainer) -> dict[str, str]:
+    """Digests of the parameters and of the optimizer state of a trainer."""
+    parameters = [item for part in trainer.model_parts for item in part.named_parameters()]
+    names = {parameter: name for name, parameter in parameters}
+    moments = (
+        (f"{names[parameter]}.{key}", torch.as_tensor(value))
+        for optimizer in trainer.optimizers.optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in sorted(state.items())
+    )
+    return {"parameters": digest(parameters), "optimizer": digest(moments)}
+
+
+def data_positions(trainer) -> list[Any]:
+    """Data position of every rank; None for data loaded by a worker."""
+    # A loading worker keeps the position to itself, some batches ahead.
+    in_process = trainer.dataloader.num_workers == 0
+    position = trainer.dataloader.dataset.position() if in_process else None
+    positions = [None] * dist.get_world_size()
+    dist.all_gather_object(positions, position)
+    return positions
+
+
+def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
+    """Write the record on rank 0, whole or not at all."""
+    path = Path(dump_folder) / FILE_NAME
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(partial, path)
+    return path

@@ -1,0 +1,89 @@
+"""The configuration of a run: torchtitan's sections, our defaults, and [lighthouse].
+
+A TOML file sets fields, the command line overrides them: ``--lighthouse.topk 512``.
+"""
+
+from dataclasses import dataclass, field
+
+from torchtitan.config import job_config as titan
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+
+from lighthouse import LighthouseConfig
+
+
+@dataclass
+class Lighthouse:
+    """Lighthouse Attention and the two stages."""
+
+    num_levels: int = 3
+    """Levels of the pyramid, at least 2."""
+
+    pooling_factor: int = 4
+    """Children per entry, a power of two."""
+
+    topk: int = 1536
+    """Entries selected per level, a multiple of 128."""
+
+    scorer: str = "norm"
+    """What ranks the entries: norm."""
+
+    dilation: int = 4
+    """Stride of the dilated scorer, in tokens."""
+
+    full_attn_layers: list[int] = field(default_factory=list)
+    """Layers that stay dense in stage 1; negative ones count from the last."""
+
+    stage1_steps: int = -1
+    """Steps trained with Lighthouse before the switch to dense attention.
+    0: dense from the start; -1: never switch."""
+
+    def attention_config(self) -> LighthouseConfig:
+        """The fields of the attention itself. Raises ValueError for an illegal one."""
+        return LighthouseConfig(
+            num_levels=self.num_levels,
+            pooling_factor=self.pooling_factor,
+            topk=self.topk,
+            scorer=self.scorer,
+            dilation=self.dilation,
+        )
+
+    def stage_of(self, step: int) -> int:
+        """The stage, 1 or 2, that trains ``step``; steps count from 1."""
+        return 1 if self.stage1_steps == -1 or step <= self.stage1_steps else 2
+
+
+@dataclass
+class Model(titan.Model):
+    name: str = "llama3_lighthouse"
+    hf_assets_path: str = BYTE_TOKENIZER_PATH
+
+
+@dataclass
+class Training(titan.Training):
+    dataset: str = "python_stdlib"
+
+
+@dataclass
+class Validation(titan.Validation):
+    dataset: str = "python_stdlib"
+
+    steps: int = 10
+    """Batches per data-parallel rank, the same ones at every validation."""
+
+
+@dataclass
+class Checkpoint(titan.Checkpoint):
+    # A checkpoint without its optimizer cannot go on in stage 2.
+    last_save_model_only: bool = False
+    initial_load_model_only: bool = False
+
+
+@dataclass
+class JobConfig(titan.JobConfig):
+    """A whole run."""
+
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    lighthouse: Lighthouse = field(default_factory=Lighthouse)

@@ -1,0 +1,135 @@
+"""Train in two stages.
+
+    torchrun --nproc-per-node 2 -m torchtitan.experiments.lighthouse.train --job.config_file FILE
+
+Stage 1 trains with Lighthouse Attention, stage 2 the same parameters, optimizer state, learning
+rate schedule and data position with dense attention. One process does both: between the last step
+of stage 1 and the first of stage 2 the wrapper is taken off, and training goes on. A restart loads
+the newest checkpoint and finds its stage by the step.
+"""
+
+import os
+import sys
+import warnings
+
+import torch
+from torchtitan.experiments.lighthouse import backend, checks, cpu, handover
+from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager
+from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.tools import utils
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.train import Trainer
+
+STAGE_NAMES = {1: "Lighthouse", 2: "dense"}
+
+
+class TwoStageTrainer(Trainer):
+    """torchtitan's trainer with the stage switch."""
+
+    def __init__(self, job_config: JobConfig):
+        super().__init__(job_config)
+        self.stage = None
+        if utils.device_type == "cpu":
+            for part in self.model_parts:
+                cpu.sum_gradients_on_gloo(part)
+        lighthouse = job_config.lighthouse
+        dense_flops = self.metrics_processor.num_flops_per_token
+        self._flops_per_token = {2: dense_flops}
+        if lighthouse.stage1_steps != 0:
+            self._flops_per_token[1] = dense_flops - backend.flops_saved_per_token(
+                self.model_args,
+                lighthouse.attention_config(),
+                lighthouse.full_attn_layers,
+                job_config.training.seq_len,
+            )
+        has_switch = 0 < lighthouse.stage1_steps < job_config.training.steps
+        TwoStageCheckpointManager.adopt(
+            self.checkpointer, switch_step=lighthouse.stage1_steps if has_switch else None
+        )
+
+    def should_continue_training(self) -> bool:
+        # Between two steps: after everything of the last, before the data of the next.
+        if not super().should_continue_training():
+            return False
+        stage = self.job_config.lighthouse.stage_of(self.step + 1)
+        if stage != self.stage:
+            self._enter_stage(stage)
+        return True
+
+    def _enter_stage(self, stage: int) -> None:
+        is_handover = stage == 2 and 0 < self.step == self.job_config.lighthouse.stage1_steps
+        before = handover.state_digests(self) if is_handover else None
+        for part in self.model_parts:
+            if stage == 1:
+                lighthouse = self.job_config.lighthouse
+                backend.use_lighthouse(
+                    part,
+                    lighthouse.attention_config(),
+                    lighthouse.full_attn_layers,
+                    self.model_args.n_layers,
+                )
+            else:
+                backend.use_dense(part)
+        self.stage = stage
+        self.metrics_processor.enter_stage(stage, self._flops_per_token[stage])
+        logger.info(f"Stage {stage} ({STAGE_NAMES[stage]} attention) from step {self.step + 1} on")
+        if is_handover:
+            self._hand_over(before)
+
+    def _hand_over(self, before: dict[str, str]) -> None:
+        after = handover.state_digests(self)
+        if before != after:
+            raise RuntimeError(f"the stage switch changed the state: {before} became {after}")
+        record = {
+            "step": self.step,
+            "learning_rate": self.lr_schedulers.schedulers[0].get_last_lr()[0],
+            "tokens_seen_per_rank": self.ntokens_seen,
+            "data": handover.data_positions(self),
+            "before": before,
+            "after": after,
+        }
+        path = handover.write_handover(self.job_config.job.dump_folder, record)
+        logger.info(
+            f"Stage switch after step {self.step}: Lighthouse to dense, learning rate "
+            f"{record['learning_rate']:.3e}, {self.ntokens_seen:,} tokens per rank, parameters and "
+            f"optimizer state unchanged (SHA-256 {after['parameters'][:12]}, "
+            f"{after['optimizer'][:12]}), recorded in {path}"
+        )
+        self.metrics_processor.logger.log({"lighthouse/switch": 1}, self.step)
+        if self.job_config.validation.enable:
+            self.validator.validate(self.model_parts, self.step)
+        self.metrics_processor.restart_clock()
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point. A wrong configuration ends it with one line on stderr and exit code 2."""
+    init_logger()
+    # A call inside torchdata that users cannot do anything about.
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    # Without torchrun: one process.
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0")
+    try:
+        config = checks.load_config(sys.argv[1:] if args is None else args)
+        checks.check_config(config, world_size=int(os.environ["WORLD_SIZE"]))
+    except ValueError as error:
+        if os.environ["LOCAL_RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    trainer = None
+    try:
+        trainer = TwoStageTrainer(config)
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(0, last_step=True)
+        else:
+            trainer.train()
+    finally:
+        if trainer is not None:
+            trainer.close()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
