@@ -29,7 +29,7 @@ from lighthouse.selection import select_spans
 def causal_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
 ) -> torch.Tensor:
-    """Stock causal scaled dot-product attention, ``[B, H, S, D]`` to ``[B, H, S, D]``."""
+    """Stock causal scaled dot-product attention, `[B, H, S, D]` to `[B, H, S, D]`."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
@@ -46,13 +46,13 @@ def lighthouse_attention(
         q: queries, [B, H, N, D], any strides, fp16, bf16, fp32 or fp64.
         k, v: keys and values, [B, Hkv, N, D], in the dtype of q; Hkv divides H (GQA).
         config: fields of the method; N must be legal under it.
-        attend: causal attention, called as ``attend(q, k, v, enable_gqa=...)``.
+        attend: causal attention, called as `attend(q, k, v, enable_gqa=...)`.
 
     Returns:
         [B, H, N, D] in the dtype of q, with the strides of a contiguous [B, N, H, D].
 
     Raises:
-        ValueError: shapes that do not fit together, or N that is not legal under ``config``.
+        ValueError: shapes that do not fit together, or N that is not legal under `config`.
     """
     _check_shapes(q, k, v)
     config.check_seq_len(q.shape[2])
@@ -67,7 +67,7 @@ class LighthouseAttention(nn.Module):
     """Wraps a module of causal attention. It has no parameters and no buffers.
 
     Args:
-        inner: causal attention, called as ``inner(q, k, v, enable_gqa=...)``.
+        inner: causal attention, called as `inner(q, k, v, enable_gqa=...)`.
         config: fields of the method.
     """
 
@@ -79,7 +79,7 @@ class LighthouseAttention(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
-        """See ``lighthouse_attention``; ``enable_gqa`` follows from the shapes."""
+        """See `lighthouse_attention`; `enable_gqa` follows from the shapes."""
         return lighthouse_attention(q, k, v, self.config, self.inner)
 
 

@@ -1,7 +1,7 @@
 """The configuration of Lighthouse Attention: its fields, its rules, the sizes that follow.
 
-Every rule about shapes is checked here and nowhere else: ``LighthouseConfig`` checks its
-own fields when it is made, ``check_seq_len`` checks them against a sequence length.
+Every rule about shapes is checked here and nowhere else: `LighthouseConfig` checks its
+own fields when it is made, `check_seq_len` checks them against a sequence length.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class LighthouseConfig:
     """Entries selected per level above the finest, k: a multiple of 128."""
 
     scorer: str = "norm"
-    """What ranks the entries. ``norm``: the L2 norm of q and of k."""
+    """What ranks the entries. `norm`: the L2 norm of q and of k."""
 
     dilation: int = 4
-    """Stride of the residue classes of the ``dilated`` scorer, in tokens; others ignore it."""
+    """Stride of the residue classes of the `dilated` scorer, in tokens; others ignore it."""
 
     def __post_init__(self):
         for name in ("num_levels", "pooling_factor", "topk", "dilation"):
@@ -56,9 +56,9 @@ class LighthouseConfig:
             raise ValueError(f"dilation must be at least 1, got {self.dilation}; use 1 or more")
 
     def check_seq_len(self, seq_len: int) -> None:
-        """Raise a one-line ValueError unless ``seq_len`` tokens are legal under these fields.
+        """Raise a one-line ValueError unless `seq_len` tokens are legal under these fields.
 
-        The coarsest level must exist (``p**(L-1)`` divides N) and divide evenly into T strata
+        The coarsest level must exist (`p**(L-1)` divides N) and divide evenly into T strata
         of at least 128 candidates each.
         """
         span = self.span(self.num_levels - 1)
@@ -84,7 +84,7 @@ class LighthouseConfig:
         )
 
     def nearest_topk(self, seq_len: int) -> int | None:
-        """The legal ``topk`` nearest to this one at ``seq_len`` tokens; None if there is none."""
+        """The legal `topk` nearest to this one at `seq_len` tokens; None if there is none."""
         coarsest = seq_len // self.span(self.num_levels - 1)
         strata = range(1, coarsest // SELECTED_PER_STRATUM + 1)
         legal = [t * SELECTED_PER_STRATUM for t in strata if coarsest % t == 0]
@@ -96,16 +96,16 @@ class LighthouseConfig:
         return self.topk // SELECTED_PER_STRATUM
 
     def span(self, level: int) -> int:
-        """Tokens covered by one entry of ``level``."""
+        """Tokens covered by one entry of `level`."""
         return self.pooling_factor**level
 
     def level_len(self, level: int, seq_len: int) -> int:
-        """Entries of ``level`` at ``seq_len`` tokens."""
+        """Entries of `level` at `seq_len` tokens."""
         return seq_len // self.span(level)
 
     def level_offset(self, level: int, seq_len: int) -> int:
-        """Flat id of the first entry of ``level``: levels are numbered one after another,
-        finest first, so that entry i of level l has the id ``level_offset(l) + i``."""
+        """Flat id of the first entry of `level`: levels are numbered one after another,
+        finest first, so that entry i of level l has the id `level_offset(l) + i`."""
         return sum(self.level_len(finer, seq_len) for finer in range(level))
 
     def num_entries(self, seq_len: int) -> int:
@@ -113,11 +113,11 @@ class LighthouseConfig:
         return self.level_offset(self.num_levels, seq_len)
 
     def sub_seq_len(self, seq_len: int) -> int:
-        """Entries S of the sub-sequence: the coarsest level whole, and ``p*k`` below it each."""
+        """Entries S of the sub-sequence: the coarsest level whole, and `p*k` below it each."""
         coarsest = self.level_len(self.num_levels - 1, seq_len)
         return coarsest + (self.num_levels - 1) * self.pooling_factor * self.topk
 
 
 def _nearest(value: int, legal) -> int:
-    """The legal integer nearest to ``value``; the lower one of two."""
+    """The legal integer nearest to `value`; the lower one of two."""
     return next(n for d in range(abs(value) + 1024) for n in (value - d, value + d) if legal(n))

@@ -4,7 +4,7 @@
     scatter-back    out[t] = sum over levels l of sub[slot(l, (t + 1) // p**l - 1)]
 
 Scatter-back shifts an entry's output by p**l - 1 tokens, so that a summary first reaches the
-last token it covers; entry (l, i) thus reaches ``i*p**l + p**l - 1 .. i*p**l + 2*p**l - 2``, those
+last token it covers; entry (l, i) thus reaches `i*p**l + p**l - 1 .. i*p**l + 2*p**l - 2`, those
 below N. An absent entry adds nothing. Written per token, through the inverse map, scatter-back
 is itself a gather: every output is written once, nothing is added into. The backward passes are
 
@@ -195,12 +195,12 @@ _scatter_back.register_autograd(_scatter_back_autograd, setup_context=_scatter_b
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """The rows of a dense ``x``, in the order of memory: [B*H*n, D]."""
+    """The rows of a dense `x`, in the order of memory: [B*H*n, D]."""
     return x.as_strided((x.numel() // x.shape[-1], x.shape[-1]), (x.shape[-1], 1))
 
 
 def _row_ids(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Ids of the rows of ``x`` at ``positions`` of the sequence: [B, Hkv, ...] to [B, H, ...]."""
+    """Ids of the rows of `x` at `positions` of the sequence: [B, Hkv, ...] to [B, H, ...]."""
     batch, n_heads, _, head_dim = x.shape
     positions = positions.repeat_interleave(n_heads // positions.shape[1], 1)
     batch_start = torch.arange(batch, device=x.device)[:, None] * x.stride(0)
@@ -210,7 +210,7 @@ def _row_ids(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself if its memory is [B, H, n, D] or [B, n, H, D] without gaps, else a copy."""
+    """`x` itself if its memory is [B, H, n, D] or [B, n, H, D] without gaps, else a copy."""
     return x if x.transpose(1, 2).is_contiguous() else x.contiguous()
 
 
@@ -231,7 +231,7 @@ def _entries_by_level(entry, seq_len, num_levels, pooling_factor):
 
 
 def _pool_spans(x: torch.Tensor, starts: torch.Tensor, span: int, mode: str) -> torch.Tensor:
-    """Sum or mean of the ``span`` tokens from each start on; tokens behind the last count 0.
+    """Sum or mean of the `span` tokens from each start on; tokens behind the last count 0.
 
     Args:
         x: [B, H, N, D].

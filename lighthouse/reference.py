@@ -15,8 +15,8 @@ def reference_attention(q, k, v, num_levels, pooling_factor, topk, entries=None)
 
     Args:
         q: [B, H, N, D]; k, v: [B, Hkv, N, D]. Computed in fp64.
-        entries: selected entries to use instead of scores, ``entries[b][g]`` as
-            ``reference_selection`` returns them.
+        entries: selected entries to use instead of scores, `entries[b][g]` as
+            `reference_selection` returns them.
 
     Returns:
         [B, H, N, D], fp64.
@@ -88,7 +88,7 @@ def reference_selection(q_scores, k_scores, num_levels, pooling_factor, topk):
 
 
 def _reference_head(q, k, v, order, pooling_factor):
-    """One head, [N, D] to [N, D], over the entries in ``order``."""
+    """One head, [N, D] to [N, D], over the entries in `order`."""
     seq_len, head_dim = q.shape
     spans = [(i * pooling_factor**level, pooling_factor**level) for level, i in order]
     sub_q, sub_k, sub_v = (

@@ -118,7 +118,7 @@ def _(q, k, v, num_levels, pooling_factor):
 
 
 def _mean_pool(x: torch.Tensor, span: int) -> torch.Tensor:
-    """Means over ``span`` tokens, accumulated in fp32: [B, H, N, D] to [B, H, N/span, D]."""
+    """Means over `span` tokens, accumulated in fp32: [B, H, N, D] to [B, H, N/span, D]."""
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     pooled = x.unflatten(2, (-1, span)).mean(3, dtype=accumulate).to(x.dtype)
     return pooled.contiguous()

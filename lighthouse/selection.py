@@ -14,7 +14,7 @@ behind all its descendants. Slots need no sort. With the weights
     w(entry) = 1                            not selected, or on level 0
              = 1 + sum of w(children)       selected
 
-an entry and its descendants fill ``w`` slots from its start on, and it stands in the last of
+an entry and its descendants fill `w` slots from its start on, and it stands in the last of
 them: starts are exclusive prefix sums, of the weights along the coarsest level, and of those
 of the siblings from their parent's start on.
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Selection:
     """Two inverse maps between slots of the sub-sequence and entries of the pyramid.
 
-    An entry has one flat id: entry i of level l has ``config.level_offset(l, seq_len) + i``.
+    An entry has one flat id: entry i of level l has `config.level_offset(l, seq_len) + i`.
     """
 
     entry: torch.Tensor
@@ -74,7 +74,7 @@ def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: "LighthouseCo
         q_scores, k_scores: [B, Hkv, N]; higher is better, NaN is not allowed.
 
     Raises:
-        ValueError: N is not legal under ``config``.
+        ValueError: N is not legal under `config`.
     """
     seq_len = q_scores.shape[-1]
     config.check_seq_len(seq_len)
@@ -85,7 +85,7 @@ def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: "LighthouseCo
 
 
 def select_spans(scores: Scores, config: "LighthouseConfig", seq_len: int) -> Selection:
-    """Select by scores of the entries above the finest level, as ``scorers.score`` gives them."""
+    """Select by scores of the entries above the finest level, as `scorers.score` gives them."""
     with torch.no_grad():
         entry, slot = _select(
             *scores, config.num_levels, config.pooling_factor, config.topk, seq_len

@@ -11,7 +11,7 @@
     metrics.py      metrics.jsonl, and the stage in TensorBoard and W&B
     cpu.py          the CPU as a device for torchtitan
 
-Importing this package registers the model ``llama3_lighthouse``.
+Importing this package registers the model `llama3_lighthouse`.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Lighthouse around the attention of a torchtitan model, put there and taken away.
 
-torchtitan's ``Attention`` calls ``self.inner_attention(q, k, v, enable_gqa=...)`` on [B, H, N, D].
-``use_lighthouse`` wraps that module after torchtitan has parallelised the model, so that its
+torchtitan's `Attention` calls `self.inner_attention(q, k, v, enable_gqa=...)` on [B, H, N, D].
+`use_lighthouse` wraps that module after torchtitan has parallelised the model, so that its
 context parallelism, which hooks the inner module, its activation checkpointing and its FSDP stay
 as they are; compilation is lazy and takes the wrapped module in. No parameter is added or
 renamed: the checkpoints are plain Llama 3 checkpoints in both stages.
@@ -22,7 +22,7 @@ _op_sac_save_list.add(select_op)
 def use_lighthouse(
     model: nn.Module, config: LighthouseConfig, full_attn_layers: list[int], n_layers: int
 ) -> None:
-    """Wrap the attention of all layers but ``full_attn_layers``.
+    """Wrap the attention of all layers but `full_attn_layers`.
 
     Args:
         model: a Transformer, or the part of one that a pipeline stage holds.

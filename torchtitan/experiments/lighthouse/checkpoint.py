@@ -2,7 +2,7 @@
 
 - One is saved at the stage switch, whatever the interval, and never purged: the last state
   trained with Lighthouse, from which a dense run can start.
-- Checkpoints count for ``keep_latest_k`` only if they are whole; torn ones older than the newest
+- Checkpoints count for `keep_latest_k` only if they are whole; torn ones older than the newest
   whole one are removed with the old ones.
 - A folder without a whole checkpoint stops the run: torchtitan would train from scratch.
 """
@@ -48,7 +48,7 @@ class TwoStageCheckpointManager(CheckpointManager):
 
 
 def checkpoint_steps(folder: str | Path) -> dict[int, bool]:
-    """Steps of the checkpoints in ``folder``, ascending, and whether each is whole.
+    """Steps of the checkpoints in `folder`, ascending, and whether each is whole.
 
     Distributed checkpoints write their metadata last: one without it is torn.
     """
@@ -62,14 +62,14 @@ def checkpoint_steps(folder: str | Path) -> dict[int, bool]:
 
 
 def is_whole(path: str | Path) -> bool:
-    """Whether the checkpoint in the folder ``path`` was written to its end."""
+    """Whether the checkpoint in the folder `path` was written to its end."""
     return any(
         (Path(path) / name).is_file() for name in (".metadata", "model.safetensors.index.json")
     )
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise ValueError if ``folder`` exists but holds no whole checkpoint."""
+    """Raise ValueError if `folder` exists but holds no whole checkpoint."""
     if not Path(folder).exists():
         return
     steps = checkpoint_steps(folder)

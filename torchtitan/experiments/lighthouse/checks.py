@@ -1,7 +1,7 @@
 """Every rule of a configuration, checked before process groups, data or compilation.
 
-Each breach is one ``ValueError`` of one line: the field, the rule, the value, and what to do.
-``load_config`` checks names and types, ``check_config`` values and how they go together.
+Each breach is one `ValueError` of one line: the field, the rule, the value, and what to do.
+`load_config` checks names and types, `check_config` values and how they go together.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def load_config(args: list[str]) -> JobConfig:
 
     Raises:
         ValueError: a file, a section, a field or a type that is wrong.
-        SystemExit: after ``--help``.
+        SystemExit: after `--help`.
     """
     _check_flags(args)
     path = _flag_value(args, "--job.config_file")
@@ -44,13 +44,14 @@ def load_config(args: list[str]) -> JobConfig:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             return manager.parse_args(args)
     except SystemExit:
-        # The parser draws a box around what it has to say.
-        words = re.sub(r"[^\x20-\x7e]+", " ", message.getvalue()).split()
-        raise ValueError(f"command line: {' '.join(words)}") from None
+        # The parser draws a box around what it has to say, and lines inside it.
+        words = " ".join(re.sub(r"[^\x20-\x7e]+", " ", message.getvalue()).split())
+        _, *parts = re.split(r" ?-{10,} ?", words)
+        raise ValueError(f"command line: {parts[0] if parts else words}; see --help") from None
 
 
 def check_config(config: JobConfig, world_size: int) -> None:
-    """Check the values of a configuration for a run of ``world_size`` processes.
+    """Check the values of a configuration for a run of `world_size` processes.
 
     Raises:
         ValueError: the first rule that is broken.
@@ -79,10 +80,10 @@ def _check_training(config: JobConfig) -> None:
         _check_at_least("validation.steps", validation.steps, 1)
         _check_at_least("validation.freq", validation.freq, 1)
         _check_at_least("validation.local_batch_size", validation.local_batch_size, 1)
-        if config.lighthouse.stage1_steps != 0 and validation.seq_len != training.seq_len:
+        if not 1 <= validation.seq_len <= training.seq_len:
             raise ValueError(
-                "validation.seq_len must equal training.seq_len under Lighthouse, got "
-                f"{validation.seq_len}; set it to {training.seq_len}"
+                f"validation.seq_len must be from 1 to training.seq_len, {training.seq_len}, got "
+                f"{validation.seq_len}; lower it"
             )
 
 
@@ -139,11 +140,16 @@ def _check_lighthouse(config: JobConfig) -> None:
             )
     try:
         attention = lighthouse.attention_config()
-        if lighthouse.stage1_steps != 0:
-            attention.check_seq_len(config.training.seq_len)
     except ValueError as error:
-        section = "training" if str(error).startswith("seq_len") else "lighthouse"
-        raise ValueError(f"{section}.{error}") from None
+        raise ValueError(f"lighthouse.{error}") from None
+    if lighthouse.stage1_steps == 0:
+        return
+    for section in ["training"] + ["validation"] * config.validation.enable:
+        try:
+            attention.check_seq_len(getattr(config, section).seq_len)
+        except ValueError as error:
+            owner = section if str(error).startswith("seq_len") else "lighthouse"
+            raise ValueError(f"{owner}.{error}") from None
 
 
 def _check_checkpoint(config: JobConfig) -> None:
@@ -298,7 +304,7 @@ def _is_a(value: Any, annotation: Any) -> bool:
 
 
 def _leaves(section: type, prefix: str = ""):
-    """Names and annotations of all fields, as ``training.steps``."""
+    """Names and annotations of all fields, as `training.steps`."""
     for f in fields(section):
         if is_dataclass(f.type):
             yield from _leaves(f.type, f"{prefix}{f.name}.")

@@ -32,8 +32,8 @@ HELD_OUT_MODULUS = 32
 SECTIONS = {"train": "training", "validation": "validation"}
 """The TOML section that configures each split."""
 
-# Directories of the standard library that hold its tests, or nothing of its own.
-_STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+# Directories of the standard library that hold other packages, its tests, or generated tables.
+_STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The CPU as a device for torchtitan, which knows accelerators only.
 
-torchtitan 0.2.2 takes "cuda" where it finds no accelerator. ``install`` puts the CPU in that
+torchtitan 0.2.2 takes "cuda" where it finds no accelerator. `install` puts the CPU in that
 place: a device type, a module with the few functions torchtitan calls, and a peak rate for MFU
 that is measured instead of looked up.
 """
@@ -35,7 +35,7 @@ def install() -> None:
 
 
 def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
-    """Let FSDP reduce with plain sums: gloo has no scaled sum (``ReduceOp.PREMUL_SUM``)."""
+    """Let FSDP reduce with plain sums: gloo has no scaled sum (`ReduceOp.PREMUL_SUM`)."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

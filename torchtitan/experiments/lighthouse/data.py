@@ -24,8 +24,14 @@ from torch.utils.data import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
-
-from .corpora import DATASETS, SECTIONS, Corpus, check_dataset, is_held_out, open_documents
+from torchtitan.experiments.lighthouse.corpora import (
+    DATASETS,
+    SECTIONS,
+    Corpus,
+    check_dataset,
+    is_held_out,
+    open_documents,
+)
 
 __all__ = [
     "DATASETS",

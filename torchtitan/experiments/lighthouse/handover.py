@@ -1,6 +1,6 @@
 """The hand-over: what one stage leaves to the other, written down and shown to be unchanged.
 
-``handover.json`` in the dump folder holds the step, the learning rate, the tokens seen, the data
+`handover.json` in the dump folder holds the step, the learning rate, the tokens seen, the data
 position of every data-parallel rank, and SHA-256 digests of all parameters and of all optimizer
 state before and after the switch.
 """

@@ -1,6 +1,6 @@
 """The configuration of a run: torchtitan's sections, our defaults, and [lighthouse].
 
-A TOML file sets fields, the command line overrides them: ``--lighthouse.topk 512``.
+A TOML file sets fields, the command line overrides them: `--lighthouse.topk 512`.
 """
 
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class Lighthouse:
         )
 
     def stage_of(self, step: int) -> int:
-        """The stage, 1 or 2, that trains ``step``; steps count from 1."""
+        """The stage, 1 or 2, that trains `step`; steps count from 1."""
         return 1 if self.stage1_steps == -1 or step <= self.stage1_steps else 2
 
 

@@ -1,8 +1,8 @@
-"""Metrics with the stage: every line to ``metrics.jsonl``, and to TensorBoard and W&B if enabled.
+"""Metrics with the stage: every line to `metrics.jsonl`, and to TensorBoard and W&B if enabled.
 
-``metrics.jsonl`` in the dump folder holds one JSON object a line: ``step``, ``stage`` and the
+`metrics.jsonl` in the dump folder holds one JSON object a line: `step`, `stage` and the
 metrics under torchtitan's names. A resumed run appends; where a step stands twice, the later line
-counts (``read_metrics``).
+counts (`read_metrics`).
 """
 
 import json
@@ -33,7 +33,7 @@ class StagedMetricsProcessor(MetricsProcessor):
         self.logger = StagedLogger(self.logger, path)
 
     def enter_stage(self, stage: int, num_flops_per_token: float) -> None:
-        """Measure from here on in ``stage``: nothing of the stage before is averaged in."""
+        """Measure from here on in `stage`: nothing of the stage before is averaged in."""
         self.logger.stage = stage
         self.num_flops_per_token = num_flops_per_token
         self.restart_clock()
@@ -46,7 +46,7 @@ class StagedMetricsProcessor(MetricsProcessor):
 
 
 class StagedLogger(BaseLogger):
-    """Adds the stage, hands on to ``inner`` and appends to ``path`` if there is one."""
+    """Adds the stage, hands on to `inner` and appends to `path` if there is one."""
 
     def __init__(self, inner: BaseLogger, path: Path | None):
         self.inner = inner
@@ -77,7 +77,7 @@ def build_metrics_processor(
 
 
 def read_metrics(dump_folder: str | Path, metric: str) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` that hold ``metric``, by step.
+    """The lines of `metrics.jsonl` that hold `metric`, by step.
 
     Of several for a step and stage the last; a line cut short by a crash is passed over.
     """

@@ -15,9 +15,9 @@ from torchtitan.tools import utils
 
 
 class HeldOutValidator(BaseValidator):
-    """Mean loss per token over ``validation.steps`` batches of every data-parallel rank.
+    """Mean loss per token over `validation.steps` batches of every data-parallel rank.
 
-    It runs every ``validation.freq`` steps, after the last step, and at the stage switch under
+    It runs every `validation.freq` steps, after the last step, and at the stage switch under
     both kinds of attention.
     """
 
