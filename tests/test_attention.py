@@ -1,0 +1,257 @@
+"""The whole layer: against plain loops in fp64, its gradients, causality, compilation."""
+
+import pytest
+import torch
+
+from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, select
+from lighthouse.attention import causal_sdpa
+from lighthouse.gather import _gather, _scatter_back, gather, scatter_back
+from lighthouse.reference import reference_attention
+from lighthouse.scorers import _norm_score_pool, score, squared_norms
+from lighthouse.selection import select_spans
+
+CASES = [
+    # B, H, Hkv, N, D, num_levels, pooling_factor, topk
+    (1, 1, 1, 256, 8, 2, 2, 128),
+    (2, 2, 2, 512, 4, 2, 2, 128),
+    (1, 4, 2, 1024, 8, 2, 4, 256),
+    (1, 1, 1, 1024, 8, 2, 8, 128),
+    (1, 2, 1, 1536, 4, 3, 2, 384),
+    (1, 2, 2, 2048, 8, 3, 4, 128),
+    (1, 3, 1, 2048, 4, 4, 2, 256),
+    (1, 1, 1, 2048, 4, 5, 2, 128),
+]
+IDS = [
+    f"B{b}-N{n}-H{h}-Hkv{hkv}-D{d}-L{num_levels}-p{p}-k{k}"
+    for b, h, hkv, n, d, num_levels, p, k in CASES
+]
+
+
+def inputs_of(case, dtype=torch.float64, requires_grad=True, seed=0):
+    """q, k, v as a model has them: views of [B, N, H, D]."""
+    batch, n_heads, n_kv_heads, seq_len, head_dim, *_ = case
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, seq_len, heads, head_dim, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .transpose(1, 2)
+        .requires_grad_(requires_grad)
+        for heads in (n_heads, n_kv_heads, n_kv_heads)
+    ]
+
+
+def config_of(case) -> LighthouseConfig:
+    return LighthouseConfig(*case[5:])
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_equals_loops(case):
+    q, k, v = inputs_of(case)
+    out = lighthouse_attention(q, k, v, config_of(case))
+    expected = reference_attention(q, k, v, *case[5:])
+    assert (out - expected).abs().max() < 1e-9
+    dout = torch.randn_like(expected)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    expected_grads = torch.autograd.grad(expected, (q, k, v), dout)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad - expected_grad).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_in_low_precision_is_that_of_its_attention(dtype):
+    """At most twice the error of plain PyTorch, in the same dtype on the same selection."""
+    case = (1, 4, 2, 2048, 32, 3, 4, 128)
+    q, k, v = inputs_of(case, dtype)
+    out = lighthouse_attention(q, k, v, config_of(case))
+    assert out.dtype == dtype
+    scores = [squared_norms(x.detach(), 2) for x in (q, k)]
+    selection = select(*scores, config_of(case))
+    entries = [
+        [
+            list(zip(selection.level[0, g].tolist(), selection.index[0, g].tolist(), strict=True))
+            for g in range(2)
+        ]
+    ]
+    exact = reference_attention(q, k, v, *case[5:], entries=entries)
+    plain = reference_in(dtype, q, k, v, entries[0])
+    error, plain_error = ((x.double() - exact).norm() / exact.norm() for x in (out, plain))
+    assert 0 < error <= 2 * plain_error
+
+
+def reference_in(dtype, q, k, v, entries):
+    """The layer in plain PyTorch with every intermediate in `dtype`."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    for h in range(q.shape[1]):
+        g = h // group
+        spans = [(i * 4**level, 4**level) for level, i in entries[g]]
+        sub = [
+            torch.stack([x[s : s + n].mean(0) for s, n in spans])
+            for x in (q[0, h], k[0, g], v[0, g])
+        ]
+        sub_out = causal_sdpa(*(x[None, None] for x in sub))[0, 0]
+        for (start, span), row in zip(spans, sub_out, strict=True):
+            out[0, h, start + span - 1 : start + 2 * span - 1] += row
+    return out
+
+
+def test_gradients_by_finite_differences():
+    case = (1, 2, 1, 256, 2, 2, 2, 128)
+    config = config_of(case)
+    q, k, v = inputs_of(case)
+    selection = select_spans(score(q, k, v, config)[0], config, 256)
+
+    def layer(q, k, v):
+        # The selection is fixed: a finite step must not change it.
+        _, coarsest = score(q, k, v, config)
+        sub = gather(q, k, v, coarsest, selection)
+        return scatter_back(causal_sdpa(*sub, enable_gqa=True), selection)
+
+    assert torch.autograd.gradcheck(layer, (q, k, v), fast_mode=True)
+
+
+def test_gather_and_scatter_back_have_the_adjoints_they_claim():
+    case = CASES[5]
+    config = config_of(case)
+    q, k, v = inputs_of(case)
+    scores, coarsest = score(q, k, v, config)
+    selection = select_spans(scores, config, case[3])
+    subs = gather(q, k, v, coarsest, selection)
+    for x, sub in zip((q, k, v), subs, strict=True):
+        y = torch.randn_like(sub)
+        (adjoint,) = torch.autograd.grad(sub, x, y, retain_graph=True)
+        torch.testing.assert_close((sub * y).sum(), (x * adjoint).sum())
+    sub_out = torch.randn_like(subs[0]).requires_grad_()
+    out = scatter_back(sub_out, selection)
+    y = torch.randn_like(out)
+    (adjoint,) = torch.autograd.grad(out, sub_out, y)
+    torch.testing.assert_close((out * y).sum(), (sub_out * adjoint).sum())
+
+
+def test_all_spans_selected_and_the_finest_alone_is_dense_attention():
+    config = LighthouseConfig(2, 4, 256)
+    q, k, v = inputs_of((1, 2, 2, 1024, 8), requires_grad=False)
+    scores, coarsest = score(q, k, v, config)
+    selection = select_spans(scores, config, 1024)
+    subs = gather(q, k, v, coarsest, selection)
+    finest = [sub[:, :, selection.level[0, 0] == 0] for sub in subs]
+    torch.testing.assert_close(causal_sdpa(*finest), causal_sdpa(q, k, v))
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_values_are_causal(case):
+    config = config_of(case)
+    q, k, v = inputs_of(case, requires_grad=False)
+    seq_len = case[3]
+    t = seq_len * 5 // 8
+    out = lighthouse_attention(q, k, v, config)
+    changed = v.clone()
+    changed[:, :, t:] += torch.randn_like(changed[:, :, t:])
+    other = lighthouse_attention(q, k, changed, config)
+    assert torch.equal(out[:, :, :t], other[:, :, :t])
+    assert not torch.equal(out[:, :, t:], other[:, :, t:])
+
+
+def test_gradients_are_causal_in_q_k_and_v():
+    case = CASES[5]
+    q, k, v = inputs_of(case)
+    out = lighthouse_attention(q, k, v, config_of(case))
+    for t in (0, 15, 16, 1000, 2047):
+        for grad in torch.autograd.grad(out[:, :, t].sum(), (q, k, v), retain_graph=True):
+            assert (grad[:, :, t + 1 :] == 0).all()
+
+
+def test_every_output_is_written():
+    # Deterministic algorithms fill fresh memory with NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        for case in CASES:
+            q, k, v = inputs_of(case, torch.float32)
+            out = lighthouse_attention(q, k, v, config_of(case))
+            grads = torch.autograd.grad(out.sum(), (q, k, v))
+            assert all(torch.isfinite(x).all() for x in (out, *grads))
+            assert (out != 0).any(-1).all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_is_bitwise_repeatable():
+    case = (1, 4, 2, 2048, 32, 3, 4, 128)
+
+    def run():
+        q, k, v = inputs_of(case, torch.float32)
+        out = lighthouse_attention(q, k, v, config_of(case))
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd", "sliced", "expanded"])
+def test_strides(layout):
+    case = (2, 2, 2, 512, 8, 2, 2, 128)
+    q, k, v = inputs_of(case, requires_grad=False)
+    expected = lighthouse_attention(q, k, v, config_of(case))
+    if layout == "bhnd":
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    elif layout == "sliced":
+        q, k, v = (torch.cat([x, x], -1)[..., 8:] for x in (q, k, v))
+    elif layout == "expanded":
+        v = v[:, :1].expand(-1, 2, -1, -1)
+        expected = lighthouse_attention(q, k, v.contiguous(), config_of(case))
+    out = lighthouse_attention(q, k, v, config_of(case))
+    assert torch.equal(out, expected)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_module_adds_nothing_to_a_state_dict():
+    module = LighthouseAttention(torch.nn.Identity(), LighthouseConfig())
+    assert not module.state_dict() and not list(module.parameters())
+
+
+@pytest.mark.parametrize(
+    "shapes, fragment",
+    [
+        (((1, 2, 512), (1, 2, 512, 8), (1, 2, 512, 8)), "must be [B, H, N, D]"),
+        (((1, 2, 512, 8), (1, 2, 512, 8), (1, 2, 256, 8)), "must be [B, H, N, D]"),
+        (((1, 2, 512, 8), (1, 2, 256, 8), (1, 2, 256, 8)), "must be [B, H, N, D]"),
+        (((1, 3, 512, 8), (1, 2, 512, 8), (1, 2, 512, 8)), "multiple"),
+        (((1, 2, 512, 4), (1, 2, 512, 8), (1, 2, 512, 8)), "head_dim"),
+        (((1, 2, 501, 8), (1, 2, 501, 8), (1, 2, 501, 8)), "seq_len must be a multiple of"),
+    ],
+)
+def test_bad_shapes(shapes, fragment):
+    with pytest.raises(ValueError) as error:
+        lighthouse_attention(*(torch.rand(s) for s in shapes), LighthouseConfig(2, 2, 128))
+    assert fragment in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ops():
+    q, k, v = (x.detach() for x in inputs_of((1, 4, 2, 512, 8), torch.float32))
+    torch.library.opcheck(_norm_score_pool, (q, k, v, 2, 2))
+    config = LighthouseConfig(2, 2, 128)
+    scores, coarsest = score(q, k, v, config)
+    selection = select_spans(scores, config, 512)
+    maps = selection.entry, selection.slot
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(_gather, (*inputs, *coarsest, *maps, 2, 2))
+    sub_out = torch.randn(1, 4, config.sub_seq_len(512), 8, requires_grad=True)
+    torch.library.opcheck(_scatter_back, (sub_out, *maps, 2, 2, 512))
+
+
+def test_compiles_in_one_graph():
+    case = (1, 4, 2, 512, 8, 2, 2, 128)
+    module = LighthouseAttention(GroupedSdpa(), config_of(case))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (module, compiled):
+        q, k, v = inputs_of(case, torch.float32)
+        out = run(q, k, v)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
+class GroupedSdpa(torch.nn.Module):
+    def forward(self, q, k, v, *, enable_gqa):
+        return causal_sdpa(q, k, v, enable_gqa=enable_gqa)

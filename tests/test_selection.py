@@ -1,0 +1,145 @@
+"""Selection: against plain loops, ties, coverage, order, and the two maps against each other."""
+
+import pytest
+import torch
+
+from lighthouse import LighthouseConfig, select
+from lighthouse.reference import reference_selection
+from lighthouse.selection import _select
+
+CASES = [
+    # num_levels, pooling_factor, topk, seq_len: legal corners, one and several strata.
+    (2, 2, 128, 256),
+    (2, 2, 256, 1024),
+    (2, 4, 256, 1024),
+    (2, 8, 128, 1024),
+    (3, 2, 384, 1536),
+    (3, 2, 128, 2048),
+    (3, 4, 128, 4096),
+    (4, 2, 256, 4096),
+    (5, 2, 128, 2048),
+]
+IDS = [f"L{num_levels}-p{p}-k{k}-N{n}" for num_levels, p, k, n in CASES]
+
+
+def scores_of(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Token scores of one kind, fp32."""
+    if kind == "random":
+        return torch.rand(shape, generator=generator)
+    if kind == "ties":
+        return torch.randint(0, 3, shape, generator=generator).float()
+    if kind == "constant":
+        return torch.ones(shape)
+    if kind == "one-hot":
+        scores = torch.zeros(shape)
+        scores[..., shape[-1] * 2 // 3] = 1
+        return scores
+    if kind == "negative":
+        return -torch.rand(shape, generator=generator)
+    assert kind == "extreme"
+    powers = torch.randint(-126, 127, shape, generator=generator)
+    return torch.ldexp(torch.ones(shape), powers)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("kind", ["random", "ties", "constant", "one-hot", "negative", "extreme"])
+def test_equals_loops(case, kind):
+    num_levels, p, topk, seq_len = case
+    generator = torch.Generator().manual_seed(0)
+    q_scores, k_scores = (scores_of(kind, (2, 2, seq_len), generator) for _ in range(2))
+    selection = select(q_scores, k_scores, LighthouseConfig(num_levels, p, topk))
+    for b in range(2):
+        for g in range(2):
+            expected = reference_selection(
+                q_scores[b, g].tolist(), k_scores[b, g].tolist(), num_levels, p, topk
+            )
+            found = list(
+                zip(selection.level[b, g].tolist(), selection.index[b, g].tolist(), strict=True)
+            )
+            assert found == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_maps_are_mutual_inverses(case):
+    num_levels, p, topk, seq_len = case
+    config = LighthouseConfig(num_levels, p, topk)
+    selection = select(torch.rand(1, 3, seq_len), torch.rand(1, 3, seq_len), config)
+    assert selection.entry.dtype == selection.slot.dtype == torch.int32
+    assert selection.entry.shape == (1, 3, config.sub_seq_len(seq_len))
+    assert selection.slot.shape == (1, 3, config.num_entries(seq_len))
+    slots = torch.arange(config.sub_seq_len(seq_len), dtype=torch.int32).expand(1, 3, -1)
+    assert torch.equal(selection.slot.gather(-1, selection.entry.long()), slots)
+    present = selection.slot >= 0
+    assert (present.sum(-1) == config.sub_seq_len(seq_len)).all()
+    assert (selection.slot[~present] == -1).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_order_is_causal(case):
+    num_levels, p, topk, seq_len = case
+    config = LighthouseConfig(num_levels, p, topk)
+    selection = select(torch.rand(1, 1, seq_len), torch.rand(1, 1, seq_len), config)
+    level, index = selection.level[0, 0].long(), selection.index[0, 0].long()
+    span = p**level
+    start, end = index * span, (index + 1) * span
+    # An entry sees those before it: none of them may end after it does, unless it ends at its
+    # start because nothing of it is refined.
+    furthest = end.cummax(0).values
+    assert (furthest <= end).all()
+    assert (start >= 0).all() and (end <= seq_len).all()
+
+
+def test_entry_zero_is_selected_on_every_level_with_the_lowest_scores():
+    config = LighthouseConfig(4, 2, 128)
+    scores = torch.rand(1, 1, 4096) + 1
+    scores[..., :64] = 0
+    selection = select(scores, scores, config)
+    for level in range(4):
+        assert selection.slot[0, 0, config.level_offset(level, 4096)] >= 0
+
+
+def test_every_position_has_a_contributor():
+    for num_levels, p, topk, seq_len in CASES:
+        config = LighthouseConfig(num_levels, p, topk)
+        scores = torch.rand(1, 1, seq_len)
+        # The first spans score lowest: without entry 0 they would be left out.
+        scores[..., : p ** (num_levels - 1)] = 0
+        selection = select(scores, scores, config)
+        covered = torch.zeros(seq_len, dtype=torch.bool)
+        for level, i in zip(selection.level[0, 0], selection.index[0, 0], strict=True):
+            span = p ** int(level)
+            first = int(i) * span + span - 1
+            covered[first : first + span] = True
+        assert covered.all()
+
+
+def test_finest_entries_are_all_tokens_when_every_span_is_selected():
+    config = LighthouseConfig(2, 4, 256)
+    seq_len = 1024  # 256 spans on the coarsest level, all of them selected
+    selection = select(torch.rand(2, 2, seq_len), torch.rand(2, 2, seq_len), config)
+    for level, index in zip(
+        selection.level.flatten(0, 1), selection.index.flatten(0, 1), strict=True
+    ):
+        assert torch.equal(index[level == 0], torch.arange(seq_len, dtype=torch.int32))
+
+
+def test_strata_are_independent():
+    config = LighthouseConfig(3, 2, 256)
+    q_scores, k_scores = torch.rand(1, 1, 2048), torch.rand(1, 1, 2048)
+    selection = select(q_scores, k_scores, config)
+    changed = q_scores.clone()
+    changed[..., 1024:] = torch.rand(1024)
+    other = select(changed, k_scores, config)
+    half = config.sub_seq_len(2048) // 2
+    assert torch.equal(selection.entry[..., :half], other.entry[..., :half])
+    assert not torch.equal(selection.entry, other.entry)
+
+
+def test_illegal_length():
+    with pytest.raises(ValueError, match="seq_len must be a multiple of"):
+        select(torch.rand(1, 1, 1000), torch.rand(1, 1, 1000), LighthouseConfig(3, 4, 128))
+
+
+def test_op():
+    q_scores, k_scores = torch.rand(1, 2, 768), torch.rand(1, 2, 768)
+    torch.library.opcheck(_select, (q_scores, k_scores, 3, 2, 128, 1024))
