@@ -7,15 +7,18 @@ as they are; compilation is lazy and takes the wrapped module in. No parameter i
 renamed: the checkpoints are plain Llama 3 checkpoints in both stages.
 """
 
+import functools
+
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 from lighthouse import LighthouseAttention, LighthouseConfig
 from lighthouse.selection import select_op
 
-# A selection recomputed in the backward pass could differ by a near-tie from the one that the
-# saved output of attention belongs to: it is saved.
+# What torchtitan's activation checkpointing by op keeps; `save_selections` sees to the other modes.
 _op_sac_save_list.add(select_op)
 
 
@@ -42,6 +45,23 @@ def use_dense(model: nn.Module) -> None:
     for block in model.layers.values():
         if isinstance(block.attention.inner_attention, LighthouseAttention):
             block.attention.inner_attention = block.attention.inner_attention.inner
+
+
+def save_selections(model: nn.Module) -> None:
+    """Make activation checkpointing keep the selections, the only thing it must not recompute.
+
+    A near-tie between scores can fall the other way in the recomputation, which then no longer
+    belongs to the outputs that were kept: the gradients would be wrong, in silence.
+    """
+    for module in model.modules():
+        if isinstance(module, CheckpointWrapper):
+            checkpoint = module.checkpoint_fn
+            if "context_fn" not in checkpoint.keywords:
+                module.checkpoint_fn = functools.partial(checkpoint, context_fn=_keep_selections)
+
+
+def _keep_selections():
+    return create_selective_checkpoint_contexts([select_op])
 
 
 def flops_saved_per_token(

@@ -21,7 +21,8 @@ def load_dense_model(flavor: str, checkpoint: str | Path, max_seq_len: int) -> T
         max_seq_len: the longest sequence the model will see, in tokens.
     """
     model = Transformer(dataclasses.replace(FLAVORS[flavor], max_seq_len=max_seq_len))
-    model.init_weights()
+    with torch.no_grad():
+        model.init_weights()
     state_dict = model.state_dict()
     dcp.load(state_dict, checkpoint_id=checkpoint)
     model.load_state_dict(state_dict)

@@ -29,8 +29,9 @@ class TwoStageTrainer(Trainer):
     def __init__(self, job_config: JobConfig):
         super().__init__(job_config)
         self.stage = None
-        if utils.device_type == "cpu":
-            for part in self.model_parts:
+        for part in self.model_parts:
+            backend.save_selections(part)
+            if utils.device_type == "cpu":
                 cpu.sum_gradients_on_gloo(part)
         lighthouse = job_config.lighthouse
         dense_flops = self.metrics_processor.num_flops_per_token
