@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse.config import LighthouseConfig
 from lighthouse.gather import gather, scatter_back
@@ -26,11 +27,39 @@ from lighthouse.scorers import score
 from lighthouse.selection import select_spans
 
 
+def fused_backends(dtype: torch.dtype, prefer: str = "cudnn") -> list[SDPBackend]:
+    """Backends of SDPA that may be used, in order: fused ones only, so that attention never
+    falls back to one that stores S * S logits.
+
+    cuDNN and FlashAttention take fp16 and bf16. For fp32 on a GPU there is the memory-efficient
+    kernel alone, which is wrong beyond 65,535 tokens (pytorch #162588). On the CPU all of it is
+    FlashAttention.
+
+    Args:
+        prefer: `cudnn` or `flash`; the other one stands in where it does not apply.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    return order if prefer == "cudnn" else order[::-1]
+
+
 def causal_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
 ) -> torch.Tensor:
-    """Stock causal scaled dot-product attention, `[B, H, S, D]` to `[B, H, S, D]`."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+    """Stock causal scaled dot-product attention by a fused kernel.
+
+    Args:
+        q: [B, H, S, D]; k, v: [B, Hkv, S, D].
+
+    Returns:
+        [B, H, S, D]
+
+    Raises:
+        RuntimeError: no fused kernel takes these inputs.
+    """
+    with sdpa_kernel(fused_backends(q.dtype), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
 def lighthouse_attention(

@@ -58,6 +58,15 @@ FLAVORS = {
     "debugmodel": TransformerModelArgs(
         dim=128, n_layers=4, n_heads=2, vocab_size=BYTE_VOCAB_SIZE, rope_theta=500000
     ),
+    # Small enough to learn something from a million bytes, in minutes on two CPU cores.
+    "quickstart": TransformerModelArgs(
+        dim=128,
+        n_layers=2,
+        n_heads=2,
+        vocab_size=BYTE_VOCAB_SIZE,
+        multiple_of=128,
+        rope_theta=10000,
+    ),
     # The paper's model: 530.1M parameters, 262.7M of them for its vocabulary.
     "530M": TransformerModelArgs(vocab_size=128256, **_PAPER_BODY),
     # The same body with the vocabulary of the byte tokenizer: 268.0M parameters.

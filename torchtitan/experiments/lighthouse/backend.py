@@ -9,6 +9,7 @@ renamed: the checkpoints are plain Llama 3 checkpoints in both stages.
 
 import functools
 
+import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -16,6 +17,7 @@ from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse.attention import fused_backends
 from lighthouse.selection import select_op
 
 # What torchtitan's activation checkpointing by op keeps; `save_selections` sees to the other modes.
@@ -45,6 +47,17 @@ def use_dense(model: nn.Module) -> None:
     for block in model.layers.values():
         if isinstance(block.attention.inner_attention, LighthouseAttention):
             block.attention.inner_attention = block.attention.inner_attention.inner
+
+
+def use_fused_attention(model: nn.Module, dtype: torch.dtype, prefer: str) -> None:
+    """Keep every layer's attention to fused kernels: torchtitan's list ends with one that is not.
+
+    Args:
+        dtype: of q, k, v.
+        prefer: `cudnn` or `flash`.
+    """
+    for block in model.layers.values():
+        block.attention.inner_attention.sdpa_backends = fused_backends(dtype, prefer)
 
 
 def save_selections(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torchtitan.experiments.lighthouse import FLAVORS, MODEL_NAME
 from torchtitan.experiments.lighthouse.checkpoint import check_folder, is_whole
 from torchtitan.experiments.lighthouse.data import check_data
 from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.tools import utils
 
 TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """What a checkpoint holds beside the model, by torchtitan's names."""
@@ -75,6 +76,12 @@ def _check_training(config: JobConfig) -> None:
     _check_at_least("training.steps", training.steps, 1)
     _check_at_least("training.local_batch_size", training.local_batch_size, 1)
     _check_at_least("training.seq_len", training.seq_len, 1)
+    on_gpu = utils.device_type == "cuda"
+    if on_gpu and training.mixed_precision_param == "float32" and training.seq_len > 65535:
+        raise ValueError(
+            "training.mixed_precision_param must be bfloat16 on a GPU beyond 65535 tokens, got "
+            "'float32', for which no fused attention is right at that length; set it to bfloat16"
+        )
     _check_at_least("metrics.log_freq", config.metrics.log_freq, 1)
     if validation.enable:
         _check_at_least("validation.steps", validation.steps, 1)

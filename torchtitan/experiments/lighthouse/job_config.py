@@ -4,6 +4,7 @@ A TOML file sets fields, the command line overrides them: `--lighthouse.topk 512
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torchtitan.config import job_config as titan
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
@@ -36,6 +37,9 @@ class Lighthouse:
     stage1_steps: int = -1
     """Steps trained with Lighthouse before the switch to dense attention.
     0: dense from the start; -1: never switch."""
+
+    sdpa_backend: Literal["cudnn", "flash"] = "cudnn"
+    """Kernel of attention on a GPU, in both stages; where it does not apply, the other one."""
 
     def attention_config(self) -> LighthouseConfig:
         """The fields of the attention itself. Raises ValueError for an illegal one."""

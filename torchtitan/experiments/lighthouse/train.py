@@ -13,6 +13,7 @@ import sys
 import warnings
 
 import torch
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse import backend, checks, cpu, handover
 from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager
 from torchtitan.experiments.lighthouse.job_config import JobConfig
@@ -29,7 +30,9 @@ class TwoStageTrainer(Trainer):
     def __init__(self, job_config: JobConfig):
         super().__init__(job_config)
         self.stage = None
+        dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
         for part in self.model_parts:
+            backend.use_fused_attention(part, dtype, job_config.lighthouse.sdpa_backend)
             backend.save_selections(part)
             if utils.device_type == "cpu":
                 cpu.sum_gradients_on_gloo(part)

@@ -1,0 +1,322 @@
+"""Time a layer of Lighthouse Attention, step by step, against dense attention and the floor.
+
+    scripts/bench_attention.py --device cpu --seq-lens 8192 16384 32768
+    scripts/bench_attention.py --seq-lens 8192 32768 98304 524288 1048576   # on a GPU
+
+Every length uses topk = N/64, rounded to a legal value, unless --topk is given. Each time is the
+median of several runs, forward and backward apart. `copy` is a copy of as many bytes as the step
+must move, measured beside it; `floor` is the least time of the layer at the bandwidth of that copy
+and the rate of dense attention in this very run (`lighthouse/costs.py`). The last line of the
+output is one JSON object.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lighthouse import LighthouseConfig, lighthouse_attention
+from lighthouse.attention import causal_sdpa
+from lighthouse.costs import Shape, attention_flops, floor_seconds, layer_costs
+from lighthouse.gather import gather, scatter_back
+from lighthouse.scorers import score
+from lighthouse.selection import select_spans
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BACKWARD = ("scatter back backward", "attend backward", "gather backward")
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def main() -> None:
+    options = parse()
+    device = torch.device(options.device)
+    print(describe(device))
+    rows = []
+    for seq_len in options.seq_lens:
+        for backend in options.backends if device.type == "cuda" else ["flash"]:
+            row = measure_layer(seq_len, backend, options, device)
+            rows.append(row)
+            print_steps(row)
+    table = summary_table(rows)
+    print(table)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "bench_attention.md").write_text(
+            f"```\n{describe(device)}\n```\n\n{table}"
+        )
+        plot(rows, options.output / "bench_attention.png")
+    print(json.dumps({"device": describe(device), "rows": rows}))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    on_gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--device", default="cuda" if on_gpu else "cpu", choices=["cuda", "cpu"])
+    add("--seq-lens", type=int, nargs="+", default=[8192, 16384])
+    add("--batch", type=int, default=1)
+    add("--n-heads", type=int, default=8)
+    add("--n-kv-heads", type=int, default=None, help="default: --n-heads")
+    add("--head-dim", type=int, default=128)
+    add("--num-levels", type=int, default=3)
+    add("--pooling-factor", type=int, default=4)
+    add("--topk", type=int, default=None, help="default: the legal value nearest N/64")
+    add("--dtype", default=None, choices=["bfloat16", "float16", "float32"])
+    add("--backends", nargs="+", default=["cudnn"], choices=list(BACKENDS))
+    add("--runs", type=int, default=None, help="per time; default 20 on a GPU, 3 on the CPU")
+    add("--output", type=Path, default=None, help="folder for the table and the plot")
+    options = parser.parse_args()
+    options.n_kv_heads = options.n_kv_heads or options.n_heads
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    options.runs = options.runs or (20 if options.device == "cuda" else 3)
+    return options
+
+
+def describe(device: torch.device) -> str:
+    """Device, versions and commit, on one line."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    parts = [f"torch {torch.__version__}", f"commit {commit or 'unknown'}"]
+    if device.type == "cuda":
+        import triton
+
+        cudnn = torch.backends.cudnn.version()
+        name = torch.cuda.get_device_name(device)
+        versions = [f"CUDA {torch.version.cuda}", f"cuDNN {cudnn}", f"triton {triton.__version__}"]
+        parts = [name, *versions, *parts]
+    else:
+        parts = [f"CPU {platform.machine()}, {torch.get_num_threads()} threads", *parts]
+    return ", ".join(parts)
+
+
+def measure(run, device: torch.device, runs: int) -> float:
+    """Median seconds of `run()`, after two runs to warm up (one on the CPU)."""
+    if device.type == "cpu":
+        run()
+        seconds = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+    # Between runs the L2 cache is overwritten: no step may find its inputs there.
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    milliseconds = []
+    for i in range(runs + 2):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= 2:
+            milliseconds.append(start.elapsed_time(end))
+    return statistics.median(milliseconds) / 1e3
+
+
+def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> dict:
+    """Times of one length, in seconds."""
+    topk = options.topk or max(128, seq_len // 64 // 128 * 128)
+    fields = (options.num_levels, options.pooling_factor)
+    legal = LighthouseConfig(*fields, topk).nearest_topk(seq_len)
+    config = LighthouseConfig(*fields, topk if options.topk else legal or topk)
+    config.check_seq_len(seq_len)
+    dtype = getattr(torch, options.dtype)
+    shape = Shape(
+        options.batch,
+        options.n_heads,
+        options.n_kv_heads,
+        seq_len,
+        options.head_dim,
+        dtype.itemsize,
+    )
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(heads: int, length: int) -> torch.Tensor:
+        # As a model makes them: a view of [B, N, H, D].
+        size = (shape.batch, length, heads, shape.head_dim)
+        x = torch.randn(size, device=device, dtype=torch.float32, generator=generator)
+        return x.to(dtype).transpose(1, 2).requires_grad_()
+
+    def attend(q, k, v, enable_gqa):
+        if device.type == "cpu":
+            return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
+        with sdpa_kernel(BACKENDS[backend]):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=enable_gqa
+            )
+
+    def timed(run) -> float:
+        return measure(run, device, options.runs)
+
+    def backward(outputs, inputs) -> float:
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = tuple(torch.randn_like(x) for x in outputs)
+        return timed(lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True))
+
+    gqa = shape.n_heads != shape.n_kv_heads
+    q, k, v = (random(h, seq_len) for h in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads))
+    dense_runs = {}
+    out = attend(q, k, v, gqa)
+    dense_runs["dense forward"] = timed(lambda: attend(q, k, v, gqa))
+    dense_runs["dense backward"] = backward(out, (q, k, v))
+    del out
+    out = lighthouse_attention(q, k, v, config, attend)
+    layer_forward = timed(lambda: lighthouse_attention(q, k, v, config, attend))
+    layer_backward = backward(out, (q, k, v))
+    del out
+
+    scores, coarsest = score(q, k, v, config)
+    selection = select_spans(scores, config, seq_len)
+    subs = gather(q, k, v, coarsest, selection)
+    leaves = tuple(x.detach().requires_grad_() for x in subs)
+    sub_out = attend(*leaves, gqa)
+    sub_leaf = sub_out.detach().requires_grad_()
+    result = scatter_back(sub_leaf, selection)
+    steps = {
+        "score": timed(lambda: score(q, k, v, config)),
+        "select": timed(lambda: select_spans(scores, config, seq_len)),
+        "gather": timed(lambda: gather(q, k, v, coarsest, selection)),
+        "attend": timed(lambda: attend(*leaves, gqa)),
+        "scatter back": timed(lambda: scatter_back(sub_leaf, selection)),
+        "scatter back backward": backward(result, (sub_leaf,)),
+        "attend backward": backward(sub_out, leaves),
+        "gather backward": backward(subs, (q, k, v)),
+    }
+    costs = layer_costs(shape, config)
+    copies = {name: timed(copy_of(cost.bytes, device)) for name, cost in costs.items()}
+    bandwidth = max(cost.bytes / copies[name] for name, cost in costs.items())
+    dense_flops = attention_flops(shape.batch, shape.n_heads, seq_len, shape.head_dim)
+    rates = {
+        False: dense_flops / dense_runs["dense forward"],
+        True: dense_flops * 2.5 / dense_runs["dense backward"],
+    }
+    floors = {
+        name: floor_seconds({name: cost}, bandwidth, rates[name in BACKWARD])[name]
+        for name, cost in costs.items()
+    }
+    return {
+        "seq_len": seq_len,
+        "topk": config.topk,
+        "sub_seq_len": config.sub_seq_len(seq_len),
+        "shape": shape._asdict(),
+        "dtype": options.dtype,
+        "backend": backend,
+        **dense_runs,
+        "forward": layer_forward,
+        "backward": layer_backward,
+        "forward floor": sum(t for name, t in floors.items() if name not in BACKWARD),
+        "backward floor": sum(t for name, t in floors.items() if name in BACKWARD),
+        "steps": {
+            name: {
+                "seconds": steps[name],
+                "floor": floors[name],
+                "copy": copies[name],
+                "bytes": costs[name].bytes,
+            }
+            for name in steps
+        },
+        "bandwidth": bandwidth,
+    }
+
+
+def copy_of(num_bytes: int, device: torch.device):
+    """A copy that reads and writes `num_bytes` together."""
+    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def print_steps(row: dict) -> None:
+    print(
+        f"\nN {row['seq_len']:,}, topk {row['topk']}, S {row['sub_seq_len']:,}, {row['dtype']}, "
+        f"dense by {row['backend']}; copy {row['bandwidth'] / 1e9:,.0f} GB/s"
+    )
+    print(f"  {'step':<24}{'ms':>10}{'floor ms':>10}{'copy ms':>10}{'copy/step':>10}")
+    for name, step in row["steps"].items():
+        values = "".join(f"{1e3 * step[key]:10.3f}" for key in ("seconds", "floor", "copy"))
+        share = "" if name.startswith("attend") else f"{step['copy'] / step['seconds']:10.0%}"
+        print(f"  {name:<24}{values}{share}")
+
+
+def summary_table(rows: list[dict]) -> str:
+    """The whole layer, a row for each length, as markdown."""
+    lines = [
+        "| N | topk | S | dense by | forward ms | dense ms | speed-up | backward ms | dense ms "
+        "| forward+backward | forward / floor | both / floor |",
+        "|" + "---|" * 12,
+    ]
+    for row in rows:
+        both = row["forward"] + row["backward"]
+        dense = row["dense forward"] + row["dense backward"]
+        floor = row["forward floor"] + row["backward floor"]
+        cells = [
+            f"{row['seq_len']:,}", row["topk"], f"{row['sub_seq_len']:,}", row["backend"],
+            f"{1e3 * row['forward']:.2f}", f"{1e3 * row['dense forward']:.2f}",
+            f"{row['dense forward'] / row['forward']:.1f}x",
+            f"{1e3 * row['backward']:.2f}", f"{1e3 * row['dense backward']:.2f}",
+            f"{dense / both:.1f}x", f"{row['forward'] / row['forward floor']:.2f}",
+            f"{both / floor:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n\n" + break_even(rows)
+
+
+def break_even(rows: list[dict]) -> str:
+    """Where Lighthouse and dense attention take the same time, by interpolation."""
+    points = []
+    for row in rows:
+        dense = row["dense forward"] + row["dense backward"]
+        points.append((row["seq_len"], dense / (row["forward"] + row["backward"])))
+    points.sort()
+    if points[0][1] >= 1:
+        return f"Break-even: below {points[0][0]:,} tokens, the shortest length measured.\n"
+    for (n0, s0), (n1, s1) in itertools.pairwise(points):
+        if s0 < 1 <= s1:
+            return f"Break-even: about {n0 + (n1 - n0) * (1 - s0) / (s1 - s0):,.0f} tokens.\n"
+    return f"Break-even: above {points[-1][0]:,} tokens, the longest length measured.\n"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time of the layer and of dense attention over the length, and their ratio."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    lengths = [row["seq_len"] for row in rows]
+    for label, forward, backward in (
+        ("dense", "dense forward", "dense backward"),
+        ("Lighthouse", "forward", "backward"),
+        ("floor of Lighthouse", "forward floor", "backward floor"),
+    ):
+        both = [1e3 * (row[forward] + row[backward]) for row in rows]
+        left.loglog(lengths, both, marker="o", label=label)
+    left.set(xlabel="tokens", ylabel="forward + backward, ms")
+    left.legend()
+    for label, ours, dense in (
+        ("forward", "forward", "dense forward"),
+        ("backward", "backward", "dense backward"),
+    ):
+        right.semilogx(lengths, [r[dense] / r[ours] for r in rows], marker="o", label=label)
+    right.axhline(1, color="black", linewidth=0.8)
+    right.set(xlabel="tokens", ylabel="speed-up over dense attention")
+    right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Costs: against counts written out by hand, and against the tensors themselves."""
+
+import pytest
+import torch
+
+from lighthouse import LighthouseConfig
+from lighthouse.costs import Shape, attention_flops, dense_costs, floor_seconds, layer_costs
+from lighthouse.gather import gather, scatter_back
+from lighthouse.scorers import score
+from lighthouse.selection import select_spans
+
+
+def test_attention_flops_count_half_of_the_square():
+    # Four FLOPs per head dimension and attended position: a multiplication and an addition in
+    # each of two products. Of 8 positions, position t attends to t + 1: about half of 64.
+    assert attention_flops(2, 3, 8, 16) == 2 * 3 * 4 * 16 * 8 * 8 // 2
+
+
+def test_layer_at_98k():
+    config = LighthouseConfig(3, 4, 1536)
+    costs = layer_costs(Shape(1, 8, 8, 98304, 128, 2), config)
+    row = 256
+    assert config.sub_seq_len(98304) == 18432
+    # All of q, k, v in; a sixteenth of them out, with the scores of levels 1 and 2.
+    scores = 2 * 4 * 8 * (24576 + 6144)
+    assert costs["score"].bytes == 24 * (98304 + 6144) * row + scores
+    # 6144 tokens for level 0, 6144 spans of 4 for level 1, level 2 as it is.
+    read = 6144 + 6144 * 4 + 6144
+    assert costs["gather"].bytes == 24 * (read + 18432) * row + 4 * 8 * 18432
+    assert costs["scatter back"].bytes == 8 * (18432 + 98304) * row + 4 * 8 * (98304 + 30720)
+    assert costs["attend"].flops == 8 * 2 * 18432**2 * 128
+    assert costs["attend backward"].flops == costs["attend"].flops * 5 // 2
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_outputs_counted_are_the_tensors(n_kv_heads):
+    config, seq_len, row = LighthouseConfig(3, 2, 256), 2048, 8 * 4
+    q = torch.rand(1, 4, seq_len, 8)
+    k = torch.rand(1, n_kv_heads, seq_len, 8)
+    scores, coarsest = score(q, k, k, config)
+    selection = select_spans(scores, config, seq_len)
+    subs = gather(q, k, k, coarsest, selection)
+    costs = layer_costs(Shape(1, 4, n_kv_heads, seq_len, 8, 4), config)
+
+    def size(*tensors):
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    assert costs["score"].bytes == size(q, k, k, *scores, *coarsest)
+    read = 512 * row * (4 + 2 * n_kv_heads) * (1 + 2)  # level 0 and level 1
+    assert costs["gather"].bytes == read + size(*coarsest, *subs, selection.entry)
+    out = scatter_back(subs[0], selection)
+    assert costs["scatter back"].bytes == size(subs[0], out, selection.slot)
+    assert costs["gather backward"].bytes == size(*subs, q, k, k, selection.slot)
+
+
+def test_floor_takes_the_larger_of_bytes_and_flops():
+    costs = dense_costs(Shape(1, 1, 1, 1024, 64, 2))
+    by_bytes = floor_seconds(costs, bandwidth=1.0, rate=1e30)
+    by_flops = floor_seconds(costs, bandwidth=1e30, rate=1.0)
+    assert by_bytes["attend"] == 4 * 1024 * 64 * 2
+    assert by_flops["attend"] == 2 * 1024**2 * 64
