@@ -276,3 +276,51 @@ def _sum_slots(
         weights = rows.new_tensor(weights).expand(ids.shape).flatten(0, 2).contiguous()
     out = F.embedding_bag(ids.flatten(0, 2), rows, mode="sum", per_sample_weights=weights)
     return out.view(out_shape).transpose(1, 2)
+
+
+# On CUDA the ops run Triton kernels, which compute in fp32; fp64 takes the bodies above. The
+# kernels are imported on first use: a machine without a GPU need not have triton.
+
+
+@_gather.register_kernel("cuda")
+def _(q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, num_levels, pooling_factor):
+    if q.dtype == torch.float64:
+        return _gather._init_fn(
+            q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, num_levels, pooling_factor
+        )
+    from lighthouse.kernels import gather as kernels
+
+    return kernels.gather(
+        q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, num_levels, pooling_factor
+    )
+
+
+@_gather_backward.register_kernel("cuda")
+def _(dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len):
+    if dsub_q.dtype == torch.float64:
+        return _gather_backward._init_fn(
+            dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len
+        )
+    from lighthouse.kernels import gather as kernels
+
+    return kernels.gather_backward(
+        dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len
+    )
+
+
+@_scatter_back.register_kernel("cuda")
+def _(sub_out, entry, slot, num_levels, pooling_factor, seq_len):
+    if sub_out.dtype == torch.float64:
+        return _scatter_back._init_fn(sub_out, entry, slot, num_levels, pooling_factor, seq_len)
+    from lighthouse.kernels import gather as kernels
+
+    return kernels.scatter_back(sub_out, entry, slot, num_levels, pooling_factor, seq_len)
+
+
+@_scatter_back_backward.register_kernel("cuda")
+def _(dout, entry, num_levels, pooling_factor):
+    if dout.dtype == torch.float64:
+        return _scatter_back_backward._init_fn(dout, entry, num_levels, pooling_factor)
+    from lighthouse.kernels import gather as kernels
+
+    return kernels.scatter_back_backward(dout, entry, num_levels, pooling_factor)

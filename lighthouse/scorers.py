@@ -122,3 +122,16 @@ def _mean_pool(x: torch.Tensor, span: int) -> torch.Tensor:
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     pooled = x.unflatten(2, (-1, span)).mean(3, dtype=accumulate).to(x.dtype)
     return pooled.contiguous()
+
+
+# On CUDA the ops run Triton kernels, which compute in fp32; fp64 takes the bodies above. The
+# kernels are imported on first use: a machine without a GPU need not have triton.
+
+
+@_norm_score_pool.register_kernel("cuda")
+def _(q, k, v, num_levels, pooling_factor):
+    if q.dtype == torch.float64:
+        return _norm_score_pool._init_fn(q, k, v, num_levels, pooling_factor)
+    from lighthouse.kernels import scorers as kernels
+
+    return kernels.norm_score_pool(q, k, v, num_levels, pooling_factor)

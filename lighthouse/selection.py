@@ -174,3 +174,16 @@ def _best_by_q_then_k(q_scores: torch.Tensor, k_scores: torch.Tensor) -> torch.T
     is_best = is_left & (is_left.cumsum(-1) <= 64)
     is_chosen.scatter_(-1, order, is_chosen.gather(-1, order) | is_best)
     return is_chosen.nonzero()[:, -1].view(*q_scores.shape[:-1], 128)
+
+
+# On CUDA the ops run Triton kernels, which compute in fp32; fp64 takes the bodies above. The
+# kernels are imported on first use: a machine without a GPU need not have triton.
+
+
+@_select.register_kernel("cuda")
+def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len):
+    if q_scores.dtype == torch.float64:
+        return _select._init_fn(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len)
+    from lighthouse.kernels import selection as kernels
+
+    return kernels.select(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len)

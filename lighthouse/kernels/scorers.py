@@ -1,0 +1,185 @@
+"""Norm scores of all levels and the pooled coarsest level, in one pass over q, k and v.
+
+A program takes a few spans of the coarsest level of one kv head: of the query heads of its group
+one after another, then of k, then of v. A tile is [tokens of a span, spans, D] with its first
+dimension within a thread, so that only the norm of a row needs more than one: maxima over the
+tokens of an entry and sums over a span stay in registers. A span longer than a tile is walked in
+blocks, with running sums and maxima. Nothing of level 0 is written.
+
+Bytes moved, with b bytes per element and R = B * (H + 2 Hkv) * D * b bytes per token:
+
+    read     N R
+    written  N R / p**(L-1), and 8 B Hkv (E - N) of scores
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_TILE_BYTES = 32768
+"""Bytes of a tile that holds whole spans: 16 loads of 16 bytes for each of 128 threads."""
+
+_TOKENS = 16
+"""Longest span that a tile holds whole. Longer ones go in halves of that, and half the bytes: a
+loop has to keep its sums and maxima in registers too."""
+
+
+@triton.jit
+def _norm_score_pool_kernel(
+    q_ptr, k_ptr, v_ptr,
+    q_scores_ptr, k_scores_ptr,
+    coarsest_q_ptr, coarsest_k_ptr, coarsest_v_ptr,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d,
+    k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d,
+    n_kv_heads, seq_len, num_scores,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    NUM_LEVELS: tl.constexpr, LEVEL_LANES: tl.constexpr, POOLING_FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Heads are fastest: neighbours read neighbouring rows of [B, N, H, D].
+    pid = tl.program_id(0)
+    head = (pid % n_kv_heads).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    flat_head = batch * n_kv_heads + head
+    offs_r = pid // n_kv_heads * BLOCK_R + tl.arange(0, BLOCK_R)
+
+    q_ptr += batch * q_stride_b + head * GROUP * q_stride_h
+    k_ptr += batch * k_stride_b + head * k_stride_h
+    v_ptr += batch * v_stride_b + head * v_stride_h
+    q_scores_ptr += flat_head * num_scores
+    k_scores_ptr += flat_head * num_scores
+    coarsest_size = (seq_len // POOLING_FACTOR ** (NUM_LEVELS - 1)).to(tl.int64) * HEAD_DIM
+    coarsest_q_ptr += flat_head * GROUP * coarsest_size
+    for g in range(GROUP):
+        _score_pool_head(
+            q_ptr + g * q_stride_h, q_stride_n, q_stride_d, q_scores_ptr, g > 0,
+            coarsest_q_ptr + g * coarsest_size, offs_r, seq_len, True, GROUP > 1,
+            HEAD_DIM, NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+    _score_pool_head(
+        k_ptr, k_stride_n, k_stride_d, k_scores_ptr, False,
+        coarsest_k_ptr + flat_head * coarsest_size, offs_r, seq_len, True, False,
+        HEAD_DIM, NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R, BLOCK_D,
+    )  # fmt: skip
+    _score_pool_head(
+        v_ptr, v_stride_n, v_stride_d, k_scores_ptr, False,
+        coarsest_v_ptr + flat_head * coarsest_size, offs_r, seq_len, False, False,
+        HEAD_DIM, NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def _score_pool_head(
+    x_ptr, stride_n, stride_d, scores_ptr, has_scores, coarsest_ptr, offs_r, seq_len,
+    HAS_NORMS: tl.constexpr, IS_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_LEVELS: tl.constexpr, LEVEL_LANES: tl.constexpr,
+    POOLING_FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One head: scores if HAS_NORMS, and means of the coarsest level.
+
+    In a group, a head after the first (`has_scores`) raises the scores that are there.
+    """
+    SPAN: tl.constexpr = POOLING_FACTOR ** (NUM_LEVELS - 1)
+    mask_r = offs_r < seq_len // SPAN
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    mask = (mask_r[:, None] & mask_d[None, :])[None, :, :]
+    sums = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    best = tl.full((LEVEL_LANES, BLOCK_R), float("-inf"), tl.float32)
+    for start in range(0, SPAN, BLOCK_T):
+        first = offs_r * SPAN + start
+        tokens = tl.arange(0, BLOCK_T).to(tl.int64)[:, None] + first[None, :]
+        x_ptrs = x_ptr + tokens[:, :, None] * stride_n + offs_d[None, None, :] * stride_d
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_R, BLOCK_D]
+        sums += tl.sum(x, 0)
+        if HAS_NORMS:
+            maxima = tl.sum(x * x, 2)
+            level_ptr = scores_ptr
+            level_len = seq_len
+            for level in tl.static_range(1, NUM_LEVELS):
+                level_len = level_len // POOLING_FACTOR
+                if POOLING_FACTOR**level <= BLOCK_T:
+                    siblings = tl.reshape(
+                        maxima, (maxima.shape[0] // POOLING_FACTOR, POOLING_FACTOR, BLOCK_R)
+                    )
+                    maxima = tl.max(siblings, 1)
+                    index = (first // POOLING_FACTOR**level)[None, :]
+                    index += tl.arange(0, maxima.shape[0])[:, None]
+                    _store_maxima(level_ptr + index, maxima, mask_r[None, :], has_scores, IS_GROUP)
+                level_ptr += level_len
+            if SPAN > BLOCK_T:
+                best = tl.maximum(best, tl.max(maxima, 0)[None, :])
+                best = _store_running_maxima(
+                    scores_ptr, best, start, first, mask_r, has_scores, seq_len, IS_GROUP,
+                    NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R,
+                )  # fmt: skip
+    if HAS_NORMS and IS_GROUP:
+        # The next head of the group reads what other threads have written.
+        tl.debug_barrier()
+    mean_ptrs = coarsest_ptr + offs_r.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
+    mean = (sums * (1.0 / SPAN)).to(coarsest_ptr.dtype.element_ty)
+    tl.store(mean_ptrs, mean, mask=mask_r[:, None] & mask_d[None, :])
+
+
+@triton.jit
+def _store_running_maxima(
+    scores_ptr, best, start, first, mask_r, has_scores, seq_len, IS_GROUP: tl.constexpr,
+    NUM_LEVELS: tl.constexpr, LEVEL_LANES: tl.constexpr, POOLING_FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Scores of the entries longer than a tile that end with it: a row of `best` per level."""
+    offs_l = tl.arange(0, LEVEL_LANES)
+    span = tl.full((LEVEL_LANES,), 1, tl.int32)
+    offset = tl.zeros((LEVEL_LANES,), tl.int32)
+    level_len = seq_len
+    for level in tl.static_range(1, NUM_LEVELS):
+        level_len = level_len // POOLING_FACTOR
+        span = tl.where(offs_l >= level, span * POOLING_FACTOR, span)
+        offset += tl.where(offs_l > level, level_len, 0)
+    is_done = (offs_l < NUM_LEVELS) & (span > BLOCK_T) & ((start + BLOCK_T) % span == 0)
+    index = offset[:, None] + first[None, :] // span[:, None]
+    mask = is_done[:, None] & mask_r[None, :]
+    _store_maxima(scores_ptr + index, best, mask, has_scores, IS_GROUP)
+    return tl.where(is_done[:, None], float("-inf"), best)
+
+
+@triton.jit
+def _store_maxima(scores_ptrs, maxima, mask, has_scores, IS_GROUP: tl.constexpr):
+    if IS_GROUP:
+        before = tl.load(scores_ptrs, mask=mask & has_scores, other=float("-inf"))
+        maxima = tl.maximum(maxima, before)
+    tl.store(scores_ptrs, maxima, mask=mask)
+
+
+def norm_score_pool(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_levels: int, pooling_factor: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `lighthouse::norm_score_pool`; q, k, v are bf16, fp16 or fp32, with any strides."""
+    batch, n_heads, seq_len, head_dim = q.shape
+    n_kv_heads = k.shape[1]
+    span = pooling_factor ** (num_levels - 1)
+    coarsest_len = seq_len // span
+    num_scores = sum(seq_len // pooling_factor**level for level in range(1, num_levels))
+    q_scores, k_scores = (
+        q.new_empty((batch, n_kv_heads, num_scores), dtype=torch.float32) for _ in range(2)
+    )
+    coarsest = [x.new_empty((*x.shape[:2], coarsest_len, head_dim)) for x in (q, k, v)]
+    block_d = triton.next_power_of_2(head_dim)
+    block_t, tile_bytes = (
+        (span, _TILE_BYTES) if span <= _TOKENS else (_TOKENS // 2, _TILE_BYTES // 2)
+    )
+    block_r = max(tile_bytes // (q.element_size() * block_d * block_t), 1)
+    grid = (triton.cdiv(coarsest_len, block_r) * n_kv_heads, batch)
+    with torch.cuda.device_of(q):
+        _norm_score_pool_kernel[grid](
+            q, k, v, q_scores, k_scores, *coarsest,
+            *q.stride(), *k.stride(), *v.stride(),
+            n_kv_heads, seq_len, num_scores,
+            GROUP=n_heads // n_kv_heads, HEAD_DIM=head_dim,
+            NUM_LEVELS=num_levels, LEVEL_LANES=triton.next_power_of_2(num_levels),
+            POOLING_FACTOR=pooling_factor, BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_D=block_d,
+            num_warps=4,
+        )  # fmt: skip
+    return q_scores, k_scores, *coarsest

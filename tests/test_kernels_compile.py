@@ -1,0 +1,71 @@
+"""The kernels compile for Hopper and Blackwell, into what they are designed to be.
+
+No GPU is needed: `kernel_compile_probe.py` compiles each launch of real runs, in a process that
+does not interpret, and reports on the machine code.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CAPABILITIES = ["90", "100"]
+KERNELS = {
+    "norm_score_pool_kernel",
+    "select_kernel",
+    "gather_kernel",
+    "gather_backward_kernel",
+    "scatter_back_kernel",
+    "scatter_back_backward_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """One dict per kernel, run and compute capability."""
+    probe = Path(__file__).with_name("kernel_compile_probe.py")
+    root = str(probe.parent.parent)
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, str(probe), *CAPABILITIES], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    for result in results:
+        print(*(f"{name}={value}" for name, value in result.items()))
+    return results
+
+
+def test_every_kernel_compiles_for_every_target(compiled):
+    runs = {result["run"] for result in compiled}
+    expected = {(run, name, int(c)) for run in runs for name in KERNELS for c in CAPABILITIES}
+    assert {(x["run"], x["kernel"], x["capability"]) for x in compiled} == expected
+
+
+def test_registers_suffice(compiled):
+    for result in compiled:
+        assert result["REG"] < 255, result
+        assert result["STACK"] == result["LOCAL"] == 0, result
+
+
+def test_no_atomics(compiled):
+    for result in compiled:
+        assert result["atomics"] == 0, result
+
+
+def test_rows_move_in_16_bytes_per_thread(compiled):
+    for result in compiled:
+        if result["kernel"] == "select_kernel":
+            continue
+        assert result["wide_loads"] >= 12, result
+        assert result["wide_stores"] >= 3, result
+        if result["kernel"] == "norm_score_pool_kernel" and result["run"] == "bf16-D128-L3-p4":
+            # It reads nothing but rows; only groups of heads read scores too.
+            assert result["narrow_loads"] == 0, result
