@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-
 from torchtitan.experiments.lighthouse.byte_tokenizer import (
     BYTE_TOKENIZER_PATH,
     EOS_ID,

@@ -16,7 +16,6 @@ import torch
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
-
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.corpora import find_files, permutation
 from torchtitan.experiments.lighthouse.data import (
@@ -331,14 +330,15 @@ def test_dataloader_resumes_across_epochs(tmp_path, tokenizer, kind, num_workers
 
 
 def test_resume_within_the_last_document_of_a_finite_pass(tmp_path, tokenizer):
-    (tmp_path / "long.txt").write_text("0123456789" * 20)
+    (tmp_path / "long.txt").write_text("abcdefghij" * 20)
     dataset = make_dataset("text", str(tmp_path), tokenizer, infinite=False)
     expected = list(dataset)
     assert len(expected) == 12
     take(dataset, 3)
     resumed = make_dataset("text", str(tmp_path), tokenizer, infinite=False)
     resumed.load_state_dict(dataset.state_dict())
-    assert len(rest := list(resumed)) == 9
+    rest = list(resumed)
+    assert len(rest) == 9
     for window, same in zip(rest, expected[3:], strict=True):
         assert_same(window, same)
 

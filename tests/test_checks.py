@@ -1,0 +1,443 @@
+"""Wrong configurations: each is refused in one line that names field, value and remedy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from runs import write_corpus
+from torchtitan.experiments.lighthouse import FLAVORS
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.checks import check_config, load_config
+from torchtitan.tools import utils
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture
+def place(tmp_path, corpus) -> SimpleNamespace:
+    """Paths that the cases name as {dump}, {corpus}, {empty} and so on."""
+    empty, dump = tmp_path / "empty", tmp_path / "dump"
+    empty.mkdir()
+    dump.mkdir()
+    whole = tmp_path / "whole" / "step-8"
+    torn = tmp_path / "torn" / "step-8"
+    for path in (whole, torn):
+        path.mkdir(parents=True)
+        (path / "__0_0.distcp").write_bytes(b"data")
+    (whole / ".metadata").write_bytes(b"metadata")
+    big = tmp_path / "big"
+    big.mkdir()
+    tokenizer = json.loads((Path(BYTE_TOKENIZER_PATH) / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab |= {f"word{i}": len(vocab) + 1 + i for i in range(100)}
+    (big / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return SimpleNamespace(
+        dump=dump,
+        corpus=corpus,
+        empty=empty,
+        nowhere=tmp_path / "nowhere",
+        whole=whole,
+        torn=torn,
+        big=big,
+    )
+
+
+def check(place: SimpleNamespace, args: str, world_size: int = 1, toml: str | None = None) -> None:
+    """Load and check a small run with more arguments."""
+    defaults = (
+        "--job.dump_folder {dump} --model.flavor debugmodel --lighthouse.topk 128 "
+        "--lighthouse.stage1_steps 40 --training.local_batch_size 1 --training.steps 60 "
+        "--training.dataset text --training.dataset_path {corpus} "
+        "--validation.dataset text --validation.dataset_path {corpus} "
+    )
+    # What the TOML sets must not be overridden.
+    line = "--job.config_file {dump}.toml" if toml is not None else defaults + args
+    if toml is not None:
+        place.dump.with_suffix(".toml").write_text(toml.replace("{corpus}", str(place.corpus)))
+    check_config(load_config(line.format(**vars(place)).split()), world_size)
+
+
+def assert_refused(place: SimpleNamespace, parts: tuple[str, ...], *args, **options) -> None:
+    with pytest.raises(ValueError) as error:
+        check(place, *args, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        part = part.format(**vars(place))
+        assert part in message, f"{part!r} is not in {message!r}"
+
+
+TOML = """
+[job]
+dump_folder = "unused"
+
+[model]
+flavor = "debugmodel"
+
+[lighthouse]
+topk = 128
+
+[training]
+dataset = "text"
+dataset_path = "{corpus}"
+"""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "",
+        "--lighthouse.stage1_steps 0",
+        "--lighthouse.stage1_steps -1",
+        "--lighthouse.stage1_steps 60",
+        "--lighthouse.stage1-steps=60",
+        "--lighthouse.full_attn_layers -4 0 3",
+        "--training.global_batch_size 3",
+        "--checkpoint.enable --checkpoint.keep_latest_k 0",
+        "--checkpoint.enable --checkpoint.last_save_model_only",
+        "--checkpoint.enable --checkpoint.initial_load_path {whole}",
+        "--checkpoint.no_enable --checkpoint.interval 0",
+        "--validation.enable --validation.seq_len 2048",
+        # Without Lighthouse its rules about lengths do not hold.
+        "--training.seq_len 7 --lighthouse.stage1_steps 0",
+        "--validation.enable --validation.seq_len 2047 --lighthouse.stage1_steps 0",
+    ],
+)
+def test_what_is_right_passes(place, args):
+    check(place, args)
+
+
+def test_a_right_file_passes(place):
+    check(place, "", toml=TOML)
+
+
+def test_the_command_line_overrides_the_file(place):
+    path = place.dump.with_suffix(".toml")
+    path.write_text(TOML)
+    for flag in (["--job.config_file", str(path)], [f"--job.config-file={path}"]):
+        config = load_config([*flag, "--lighthouse.topk", "256"])
+        assert config.lighthouse.topk == 256 and config.model.flavor == "debugmodel"
+
+
+COMMAND_LINES = [
+    # The command line itself.
+    ("--training.stepz 4", ("--training.stepz is not a field", "mean --training.steps?")),
+    ("--lighthouse.top_k=4", ("--lighthouse.top_k is not a field", "mean --lighthouse.topk?")),
+    ("--quux.a 4", ("--quux.a is not a field", "--help")),
+    ("--training 4", ("--training is not a field",)),
+    ("--training.steps many", ("--training.steps", "'many'", "--help")),
+    ("--training.steps 1.5", ("--training.steps", "'1.5'", "--help")),
+    ("--training.steps", ("--training.steps", "Missing value", "--help")),
+    ("--lighthouse.full_attn_layers 0 x", ("full-attn-layers", "'x'", "--help")),
+    ("--activation_checkpoint.mode half", ("mode", "'half'", "'selective'", "--help")),
+    ("--debug.seed x", ("--debug.seed", "'x'", "--help")),
+    ("stray", ("stray", "--help")),
+    ("--checkpoint.enable true", ("true", "--help")),
+    ("--job.config_file", ("--job.config_file must be followed by a file", "name one")),
+    ("--job.config_file {nowhere}", ("job.config_file must be a readable", "{nowhere}", "correct")),
+    ("--job.config-file={empty}", ("job.config_file must be a readable", "{empty}", "correct")),
+    # The model.
+    ("--model.name llama3", ("model.name must be one of llama3_lighthouse", "'llama3'")),
+    ("--model.flavor 530", ("model.flavor must be one of debugmodel", "'530'", "mean 530M?")),
+    # Training and validation.
+    ("--training.steps 0", ("training.steps must be at least 1", "got 0", "use 1 or more")),
+    ("--training.local_batch_size 0", ("training.local_batch_size", "got 0", "use 1 or more")),
+    ("--training.seq_len 0", ("training.seq_len must be at least 1", "got 0", "use 1 or more")),
+    ("--metrics.log_freq 0", ("metrics.log_freq", "got 0", "use 1 or more")),
+    ("--validation.enable --validation.steps 0", ("validation.steps", "got 0", "use 1 or more")),
+    ("--validation.enable --validation.steps -1", ("validation.steps", "got -1", "use 1 or more")),
+    ("--validation.enable --validation.freq 0", ("validation.freq", "got 0", "use 1 or more")),
+    (
+        "--validation.enable --validation.local_batch_size 0",
+        ("validation.local_batch_size", "got 0", "use 1 or more"),
+    ),
+    (
+        "--validation.enable --validation.seq_len 4096",
+        ("validation.seq_len must be from 1 to training.seq_len, 2048", "got 4096", "lower"),
+    ),
+    ("--optimizer.name Adams", ("optimizer.name", "AdamW", "'Adams'")),
+    # Parallelism.
+    (
+        "--parallelism.context_parallel_degree 2",
+        ("parallelism.context_parallel_degree must be 1", "got 2", "lighthouse.stage1_steps"),
+    ),
+    (
+        "--parallelism.pipeline_parallel_degree 2",
+        ("parallelism.pipeline_parallel_degree must be 1", "got 2", "lighthouse.stage1_steps"),
+    ),
+    ("--parallelism.context_parallel_degree 0", ("context_parallel_degree", "got 0", "use 1")),
+    ("--parallelism.pipeline_parallel_degree 0", ("pipeline_parallel_degree", "got 0", "use 1")),
+    ("--parallelism.tensor_parallel_degree 0", ("tensor_parallel_degree", "got 0", "use 1")),
+    (
+        "--parallelism.data_parallel_replicate_degree 0",
+        ("data_parallel_replicate_degree", "got 0", "use 1"),
+    ),
+    (
+        "--training.global_batch_size 0",
+        ("training.global_batch_size", "got 0", "nearest: 1, or -1"),
+    ),
+    (
+        "--training.local_batch_size 4 --training.global_batch_size 11",
+        ("training.global_batch_size must be a multiple", "got 11", "nearest: 12, or -1"),
+    ),
+    # Lighthouse.
+    ("--lighthouse.num_levels 1", ("lighthouse.num_levels must be at least 2", "got 1", "use 2")),
+    ("--lighthouse.pooling_factor 0", ("pooling_factor", "power of two", "got 0", "nearest: 2")),
+    ("--lighthouse.pooling_factor 6", ("pooling_factor", "power of two", "got 6", "nearest: 4")),
+    ("--lighthouse.topk 0", ("lighthouse.topk", "multiple of 128", "got 0", "nearest: 128")),
+    ("--lighthouse.topk 200", ("lighthouse.topk", "multiple of 128", "got 200", "nearest: 256")),
+    ("--lighthouse.scorer loud", ("lighthouse.scorer must be one of norm", "'loud'", "choose one")),
+    ("--lighthouse.sdpa_backend math", ("sdpa-backend", "'math'", "'cudnn', 'flash'")),
+    ("--lighthouse.dilation 0", ("lighthouse.dilation must be at least 1", "got 0", "use 1")),
+    # These hold for a dense run, too.
+    (
+        "--lighthouse.stage1_steps 0 --lighthouse.topk 200",
+        ("lighthouse.topk", "got 200", "nearest: 256"),
+    ),
+    ("--training.seq_len 2047", ("training.seq_len", "= 16", "got 2047", "nearest: 2048")),
+    (
+        "--lighthouse.topk 256",
+        ("lighthouse.topk", "strata of at least 128", "got topk 256", "topk 128, or seq_len 4096"),
+    ),
+    ("--training.seq_len 1024", ("lighthouse.topk", "seq_len 1024", "or seq_len 2048")),
+    (
+        "--validation.enable --validation.seq_len 2047",
+        ("validation.seq_len", "= 16", "got 2047", "nearest: 2048"),
+    ),
+    ("--validation.enable --validation.seq_len 1024", ("lighthouse.topk", "seq_len 1024")),
+    (
+        "--lighthouse.stage1_steps 61",
+        ("lighthouse.stage1_steps must be from 0", "(60)", "got 61", "raise training.steps"),
+    ),
+    ("--lighthouse.stage1_steps -2", ("lighthouse.stage1_steps", "-1 for no switch", "got -2")),
+    ("--lighthouse.full_attn_layers 0 4", ("full_attn_layers must be from -4 to 3", "got 4")),
+    ("--lighthouse.full_attn_layers -5", ("full_attn_layers must be from -4 to 3", "got -5")),
+    # Checkpoints.
+    ("--checkpoint.enable --checkpoint.interval 0", ("checkpoint.interval", "got 0", "use 1")),
+    ("--checkpoint.enable --checkpoint.keep_latest_k 1", ("keep_latest_k", "got 1", "use 2")),
+    ("--checkpoint.enable --checkpoint.keep_latest_k -1", ("keep_latest_k", "got -1", "use 2")),
+    (
+        "--checkpoint.enable --checkpoint.last_save_model_only --lighthouse.stage1_steps -1",
+        ("checkpoint.last_save_model_only must be false", "optimizer", "got true", "set it to"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.last_save_model_only --lighthouse.stage1_steps 60",
+        ("checkpoint.last_save_model_only must be false", "optimizer", "got true", "set it to"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.exclude_from_loading optimizer,dataloader",
+        ("checkpoint.exclude_from_loading must keep", "dataloader, optimizer", "remove it"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.exclude_from_loading lr_scheduler",
+        ("checkpoint.exclude_from_loading must keep", "lr_scheduler", "remove it"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.exclude_from_loading train_state",
+        ("checkpoint.exclude_from_loading must keep", "train_state", "remove it"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.exclude_from_loading optimizr",
+        ("checkpoint.exclude_from_loading", "'optimizr'"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.last_save_in_hf",
+        ("checkpoint.last_save_in_hf", "checkpoint.last_save_model_only"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.initial_load_in_hf",
+        ("checkpoint.initial_load_in_hf", "checkpoint.initial_load_model_only"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.load_step 8",
+        ("checkpoint.load_step must be -1", "got 8", "use -1"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.folder ../whole --checkpoint.load_step 7",
+        ("checkpoint.load_step must be -1", "got 7", "use -1"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.folder ../torn",
+        (
+            "checkpoint.folder must hold a whole",
+            "only torn checkpoints (step-8)",
+            "move the folder",
+        ),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.folder ../empty",
+        ("checkpoint.folder must hold a whole", "with no checkpoint", "move the folder"),
+    ),
+    (
+        # It would be passed over.
+        "--checkpoint.enable --checkpoint.folder ../torn --checkpoint.initial_load_path {whole}",
+        (
+            "checkpoint.folder must hold a whole",
+            "only torn checkpoints (step-8)",
+            "move the folder",
+        ),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.initial_load_path {nowhere}",
+        ("checkpoint.initial_load_path", "step number", "{nowhere}", "correct the path"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.initial_load_path {torn}",
+        ("checkpoint.initial_load_path must hold a whole", "{torn}", "name an older one"),
+    ),
+    # Tokenizer.
+    ("--model.hf_assets_path {nowhere}", ("model.hf_assets_path", "{nowhere}", "correct the path")),
+    ("--model.hf_assets_path {empty}", ("hf_assets_path must hold tokenizer.json", "{empty}")),
+    (
+        "--model.hf_assets_path {big}",
+        ("model.hf_assets_path", "at most 320 tokens", "got 357", "choose another"),
+    ),
+    # Data.
+    ("--training.dataset txet", ("training.dataset must be one of", "'txet'", "mean 'text'?")),
+    ("--training.dataset_path {nowhere}", ("training.dataset_path", "{nowhere}", "correct")),
+    ("--training.dataset_path {empty}", ("training.dataset_path", "{empty}", "add such files")),
+    ("--training.dataset python_stdlib", ("training.dataset_path must not", "{corpus}", "remove")),
+    (
+        "--validation.enable --validation.dataset_path {nowhere}",
+        ("validation.dataset_path", "{nowhere}", "correct"),
+    ),
+    (
+        "--training.dataloader.num_workers 2",
+        ("training.dataloader.num_workers must be 0 or 1", "got 2", "set it to 1"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("args", "parts"), COMMAND_LINES, ids=[case[0] for case in COMMAND_LINES])
+def test_a_wrong_command_line_is_refused(place, args, parts):
+    assert_refused(place, parts, args)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "args", "parts"),
+    [
+        (1, "--parallelism.data_parallel_shard_degree 2", ("got 2 times 1 for 1", "-1 or 1")),
+        (4, "--parallelism.data_parallel_shard_degree 3", ("got 3 times 1 for 4", "-1 or 4")),
+        (4, "--parallelism.data_parallel_shard_degree 0", ("got 0 times 1 for 4", "-1 or 4")),
+        (3, "--parallelism.tensor_parallel_degree 2", ("-1 times 2 for 3", "a multiple of 2")),
+        (1, "--parallelism.data_parallel_replicate_degree 2", ("for 1", "a multiple of 2")),
+    ],
+)
+def test_a_number_of_processes_that_does_not_fit_is_refused(place, world_size, args, parts):
+    field = "parallelism.data_parallel_shard_degree times the other degrees"
+    assert_refused(place, (field, *parts), args, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "args"),
+    [
+        (2, ""),
+        (2, "--parallelism.data_parallel_shard_degree 2"),
+        (4, "--parallelism.tensor_parallel_degree 2"),
+        (4, "--parallelism.data_parallel_replicate_degree 2 --training.global_batch_size 8"),
+        (2, "--parallelism.context_parallel_degree 2 --lighthouse.stage1_steps 0"),
+    ],
+)
+def test_a_number_of_processes_that_fits_passes(place, world_size, args):
+    check(place, args, world_size)
+
+
+def test_a_global_batch_that_does_not_fit_the_processes_is_refused(place):
+    parts = ("training.global_batch_size must be a multiple", ", 2, got 3", "nearest: ", "or -1")
+    args = "--training.global_batch_size 3 --parallelism.tensor_parallel_degree 2"
+    assert_refused(place, parts, args, world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("toml", "parts"),
+    [
+        ("[training]\nsteps = \n", ("job.config_file must be valid TOML", "line 2", "correct")),
+        ("[training\n", ("job.config_file must be valid TOML", "line 1", "correct")),
+        ("[training]\nstep = 4\n", ("training.step is not a field", "mean steps?")),
+        ("[trainig]\nsteps = 4\n", ("trainig is not a field", "mean training?")),
+        ("[quux]\n", ("quux is not a field", "--help")),
+        ("[lighthouse]\ntop_k = 4\n", ("lighthouse.top_k is not a field", "mean topk?")),
+        ("training = 4\n", ("training must be a section, got 4", "write [training]")),
+        ("[training]\nsteps = '4'\n", ("training.steps must be int, got '4'", "change its type")),
+        ("[training]\nsteps = 4.0\n", ("training.steps must be int, got 4.0", "change")),
+        ("[training]\nsteps = true\n", ("training.steps must be int, got True", "change")),
+        ("[optimizer]\nlr = '1'\n", ("optimizer.lr must be float, got '1'", "change")),
+        ("[checkpoint]\nenable = 1\n", ("checkpoint.enable must be bool, got 1", "change")),
+        ("[job]\ndump_folder = 3\n", ("job.dump_folder must be str, got 3", "change")),
+        ("[debug]\nseed = 'x'\n", ("debug.seed must be int | None, got 'x'", "change")),
+        ("[lighthouse]\nfull_attn_layers = 1\n", ("full_attn_layers must be list[int], got 1",)),
+        ("[lighthouse]\nfull_attn_layers = ['0']\n", ("must be list[int], got ['0']", "change")),
+        ("[activation_checkpoint]\nmode = 'half'\n", ("mode must be", "'full'", "got 'half'")),
+        ("[training.dataloader]\nnum_worker = 1\n", ("training.dataloader.num_worker is not",)),
+    ],
+)
+def test_a_wrong_file_is_refused(place, toml, parts):
+    assert_refused(place, (*parts, "{dump}.toml"), "", toml=toml)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ('"debugmodel"', '"530m"', ("model.flavor must be one of", "'530m'", "mean 530M?")),
+        ("topk = 128", "topk = 100", ("lighthouse.topk", "got 100", "nearest: 128")),
+        ('"text"', '"texts"', ("training.dataset must be one of", "'texts'", "mean 'text'?")),
+        ("{corpus}", "/nowhere/at/all", ("training.dataset_path", "/nowhere/at/all", "correct")),
+    ],
+)
+def test_a_wrong_value_in_a_file_is_refused(place, old, new, parts):
+    assert old in TOML
+    assert_refused(place, parts, "", toml=TOML.replace(old, new))
+
+
+def test_a_tokenizer_as_large_as_the_vocabulary_passes(place, monkeypatch):
+    monkeypatch.setattr(FLAVORS["debugmodel"], "vocab_size", 257)
+    check(place, "")
+    monkeypatch.setattr(FLAVORS["debugmodel"], "vocab_size", 256)
+    assert_refused(place, ("at most 256 tokens", "got 257", "choose another"), "")
+
+
+def test_float32_beyond_what_attention_on_a_gpu_can_is_refused(place, monkeypatch):
+    args = "--training.seq_len 65552 --lighthouse.stage1_steps 0"
+    float32 = args + " --training.mixed_precision_param float32"
+    monkeypatch.setattr(utils, "device_type", "cpu")
+    check(place, float32)
+    monkeypatch.setattr(utils, "device_type", "cuda")
+    check(place, args)
+    check(place, float32.replace("65552", "65520"))
+    parts = ("training.mixed_precision_param must be bfloat16", "65535", "'float32'", "set it to")
+    assert_refused(place, parts, float32)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_ends_the_program_well(flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        load_config([flag])
+    assert not end.value.code
+    assert "--lighthouse.stage1" in capsys.readouterr().out
+
+
+def test_the_program_ends_with_one_line_and_code_2(tmp_path):
+    args = ["--job.dump_folder", str(tmp_path / "dump"), "--lighthouse.topk", "200"]
+    result = subprocess.run(
+        [
+            *[sys.executable, "-m", "torchtitan.experiments.lighthouse.train"],
+            *["--model.flavor", "debugmodel", *args],
+        ],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert errors == [lines[-1]] and "lighthouse.topk" in errors[0] and "got 200" in errors[0]
+    assert "Traceback" not in result.stdout + result.stderr
+    # Nothing was begun.
+    assert not (tmp_path / "dump").exists()

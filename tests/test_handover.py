@@ -1,0 +1,122 @@
+"""The hand-over record: digests that change with every element and every name."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchtitan.experiments.lighthouse.handover import (
+    data_positions,
+    digest,
+    state_digests,
+    write_handover,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    values = torch.arange(12.0)
+    return {
+        "a": values.view(3, 4).clone(),
+        "b": values.bfloat16(),
+        "step": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+    }
+
+
+def test_the_digest_is_sha256_of_names_and_values():
+    shard = hashlib.sha256()
+    for name, tensor in {"x": torch.tensor([1, 2], dtype=torch.int16)}.items():
+        shard.update(name.encode() + tensor.numpy().tobytes())
+    expected = hashlib.sha256(shard.hexdigest().encode()).hexdigest()
+    assert digest([("x", torch.tensor([1, 2], dtype=torch.int16))]) == expected
+    assert digest(tensors().items()) == digest(tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("a", (0, 0)), ("a", (2, 3)), ("b", (11,)), ("step", ())], ids=str
+)
+def test_the_digest_changes_with_the_last_bit_of_one_element(name, index):
+    changed = tensors()
+    bits = changed[name].view(torch.int16 if name == "b" else torch.int32)
+    bits[index] += 1
+    assert digest(changed.items()) != digest(tensors().items())
+
+
+def test_the_digest_changes_with_a_name_or_an_order():
+    before = digest(tensors().items())
+    renamed = {"c" if name == "a" else name: tensor for name, tensor in tensors().items()}
+    assert digest(renamed.items()) != before
+    assert digest(reversed(tensors().items())) != before
+    assert digest(list(tensors().items())[:-1]) != before
+
+
+def test_the_digest_does_not_depend_on_strides():
+    values = torch.arange(12.0).view(3, 4)
+    assert digest([("a", values.t().contiguous().t())]) == digest([("a", values)])
+
+
+def trainer_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> SimpleNamespace:
+    optimizers = SimpleNamespace(optimizers=[optimizer])
+    return SimpleNamespace(model_parts=[model], optimizers=optimizers)
+
+
+@pytest.fixture
+def trained():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_state_digests_cover_every_parameter(trained):
+    trainer = trainer_of(*trained)
+    before = state_digests(trainer)
+    assert state_digests(trainer) == before
+    for parameter in trained[0].parameters():
+        with torch.no_grad():
+            parameter[0] += 1
+            changed = state_digests(trainer)
+            parameter[0] -= 1
+        assert changed["parameters"] != before["parameters"]
+        assert changed["optimizer"] == before["optimizer"]
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
+def test_state_digests_cover_every_moment(trained, key):
+    trainer = trainer_of(*trained)
+    before = state_digests(trainer)
+    for state in trained[1].state.values():
+        kept = state[key].clone()
+        state[key] += 1
+        changed = state_digests(trainer)
+        state[key].copy_(kept)
+        assert changed["optimizer"] != before["optimizer"]
+        assert changed["parameters"] == before["parameters"]
+    assert state_digests(trainer) == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_workers_position_is_unknown(num_workers):
+    dataset = SimpleNamespace(position=lambda: {"epoch": 1})
+    dataloader = SimpleNamespace(num_workers=num_workers, dataset=dataset)
+    expected = {"epoch": 1} if num_workers == 0 else None
+    assert data_positions(SimpleNamespace(dataloader=dataloader)) == [expected]
+
+
+def test_the_record_is_written_whole_and_over_an_older_one(tmp_path):
+    for step in (1, 2):
+        path = write_handover(str(tmp_path / "new"), {"step": step})
+        assert path == tmp_path / "new" / "handover.json"
+        assert json.loads(path.read_text()) == {"step": step}
+    assert [file.name for file in path.parent.iterdir()] == ["handover.json"]

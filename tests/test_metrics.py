@@ -1,0 +1,99 @@
+"""metrics.jsonl: one line per step and stage, whatever happened to the run."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from torchtitan.components.metrics import BaseLogger
+from torchtitan.experiments.lighthouse.metrics import (
+    LOSS,
+    VALIDATION_LOSS,
+    StagedLogger,
+    StagedMetricsProcessor,
+    read_metrics,
+)
+
+
+def write(folder, *lines) -> None:
+    texts = [line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(texts))
+
+
+def line_of(step: int, stage: int, loss: float, metric: str = LOSS) -> dict:
+    return {"step": step, "stage": stage, metric: loss}
+
+
+def test_lines_come_by_step_with_all_their_metrics(tmp_path):
+    write(tmp_path, *[line_of(step, 1, step / 8) | {"lr": 0.5} for step in (10, 9, 2)])
+    assert read_metrics(tmp_path, LOSS) == [
+        {"step": step, "stage": 1, LOSS: step / 8, "lr": 0.5} for step in (2, 9, 10)
+    ]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "sta', '{"step": 3, "stage": 1', "{"])
+def test_a_line_cut_short_is_passed_over(tmp_path, torn):
+    write(tmp_path, line_of(1, 1, 3.0), line_of(2, 1, 2.0), torn)
+    assert [line["step"] for line in read_metrics(str(tmp_path), LOSS)] == [1, 2]
+
+
+def test_a_resumed_run_goes_on_behind_a_line_cut_short(tmp_path):
+    write(tmp_path, line_of(1, 1, 3.0), '{"step": 2, "sta')
+    for step in (2, 3):
+        logger = StagedLogger(BaseLogger(), tmp_path / "metrics.jsonl")
+        logger.stage = 1
+        logger.log({LOSS: float(step)}, step)
+        logger.close()
+    assert [line["step"] for line in read_metrics(tmp_path, LOSS)] == [1, 2, 3]
+
+
+def test_of_two_lines_for_a_step_the_later_counts(tmp_path):
+    write(tmp_path, *[line_of(step, 1, loss) for step, loss in ((1, 3.0), (2, 2.0), (2, 2.5))])
+    assert [line[LOSS] for line in read_metrics(tmp_path, LOSS)] == [3.0, 2.5]
+
+
+def test_both_stages_of_a_step_count(tmp_path):
+    """The switch is validated under both kinds of attention."""
+    lines = [line_of(3, stage, stage / 2, VALIDATION_LOSS) for stage in (2, 1)]
+    write(tmp_path, line_of(3, 1, 9.0), *lines, line_of(4, 2, 8.0))
+    assert read_metrics(tmp_path, VALIDATION_LOSS) == lines[::-1]
+    assert [line["step"] for line in read_metrics(tmp_path, LOSS)] == [3, 4]
+    assert read_metrics(tmp_path, "nothing") == []
+
+
+def test_the_logger_adds_the_stage_and_hands_on(tmp_path):
+    logged = []
+    inner = SimpleNamespace(
+        log=lambda metrics, step: logged.append((metrics, step)),
+        close=lambda: logged.append("closed"),
+    )
+    path = tmp_path / "new" / "metrics.jsonl"
+    logger = StagedLogger(inner, path)
+    for stage in (1, 2):
+        logger.stage = stage
+        logger.log({LOSS: 0.1}, 7)
+        # Read while the run goes on.
+        assert len(path.read_text().splitlines()) == stage
+    logger.close()
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    assert lines == [line_of(7, stage, 0.1) for stage in (1, 2)]
+    assert logged == [*[({LOSS: 0.1, "lighthouse/stage": s}, 7) for s in (1, 2)], "closed"]
+
+
+def test_a_logger_without_a_file_only_hands_on():
+    logged = []
+    inner = SimpleNamespace(log=lambda *args: logged.append(args), close=lambda: None)
+    logger = StagedLogger(inner, None)
+    logger.log({LOSS: 1.0}, 1)
+    logger.close()
+    assert logged == [({LOSS: 1.0, "lighthouse/stage": 0}, 1)]
+
+
+def test_a_stage_starts_with_nothing_of_the_one_before():
+    processor = StagedMetricsProcessor.__new__(StagedMetricsProcessor)
+    processor.logger = SimpleNamespace(stage=1)
+    processor.ntokens_since_last_log, processor.data_loading_times = 4096, [0.5]
+    processor.num_flops_per_token, processor.time_last_log = 1.0, 0.0
+    processor.enter_stage(2, 7.0)
+    assert processor.logger.stage == 2 and processor.num_flops_per_token == 7.0
+    assert processor.ntokens_since_last_log == 0 and processor.data_loading_times == []
+    assert processor.time_last_log > 0.0

@@ -1,0 +1,371 @@
+"""The two-stage trainer: the switch, and runs that are stopped and resumed equal to the last bit.
+
+Losses, parameters, optimizer moments and token ids are compared exactly, on one rank and on two
+FSDP ranks over gloo.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import (
+    N_LAYERS,
+    SEQ_LEN,
+    STAGE1_STEPS,
+    STEPS,
+    RecordedPlainTrainer,
+    RecordedTrainer,
+    Run,
+    assert_same_state,
+    command_line,
+    data_cache,
+    launch,
+    losses_of,
+    train,
+    write_corpus,
+)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse import metrics
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.checkpoint import checkpoint_steps
+from torchtitan.experiments.lighthouse.data import PackedTextDataset
+
+LIGHTHOUSE, DENSE = "LighthouseAttention", "ScaledDotProductAttentionWrapper"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Dump folder of the undisturbed run."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, corpus) -> Run:
+    return train(command_line(folder, corpus))
+
+
+def train_with_stops(folder: Path, corpus: Path, stops: Sequence[int], **overrides) -> list[Run]:
+    """The runs up to each stop, and the one from there to the end, in one dump folder."""
+    return [
+        train(
+            command_line(
+                folder,
+                corpus,
+                training__steps=steps,
+                # A run that is to end in stage 1 has no switch yet.
+                lighthouse__stage1_steps=STAGE1_STEPS if steps >= STAGE1_STEPS else -1,
+                **overrides,
+            )
+        )
+        for steps in (*stops, STEPS)
+    ]
+
+
+def assert_continues(runs: list[Run], expected: Run) -> None:
+    """Each step of ``expected`` was trained once, with the same data, attention and result."""
+    for what in ("batches", "attention", "flops_per_token"):
+        steps = [item for run in runs for item in getattr(run, what).items()]
+        assert steps == list(getattr(expected, what).items())
+    assert_same_state(runs[-1], expected)
+
+
+def handover_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "handover.json").read_text())
+
+
+# ---- the switch
+
+
+def test_the_switch_happens_between_two_steps(undisturbed, folder):
+    lighthouse = [DENSE, *[LIGHTHOUSE] * (N_LAYERS - 2), DENSE]
+    expected = [lighthouse] * STAGE1_STEPS + [[DENSE] * N_LAYERS] * (STEPS - STAGE1_STEPS)
+    assert list(undisturbed.attention.values()) == expected
+    lines = metrics.read_metrics(folder, metrics.LOSS)
+    assert [(line["step"], line["stage"]) for line in lines] == [
+        (step, 1 if step <= STAGE1_STEPS else 2) for step in range(1, STEPS + 1)
+    ]
+    switches = metrics.read_metrics(folder, "lighthouse/switch")
+    assert [line["step"] for line in switches] == [STAGE1_STEPS]
+    # The text began anew within the run, and training gets somewhere.
+    assert undisturbed.epoch >= 1
+    assert undisturbed.losses[STEPS] < undisturbed.losses[1] - 2
+
+
+def test_the_handover_record(undisturbed, folder, corpus):
+    record = handover_of(folder)
+    tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
+    with data_cache(corpus):
+        dataset = PackedTextDataset("text", str(corpus), tokenizer, SEQ_LEN)
+    windows = iter(dataset)
+    for _ in range(STAGE1_STEPS):
+        next(windows)
+    lines = metrics.read_metrics(folder, metrics.LOSS)
+    assert record.pop("before") == record["after"]
+    assert record.pop("after").keys() == {"parameters", "optimizer"}
+    assert record == {
+        "step": STAGE1_STEPS,
+        # The rate of the next step.
+        "learning_rate": lines[STAGE1_STEPS]["lr"],
+        "tokens_seen_per_rank": STAGE1_STEPS * SEQ_LEN,
+        "data": [dataset.position()],
+    }
+    assert lines[STAGE1_STEPS]["lr"] != lines[STAGE1_STEPS - 1]["lr"]
+
+
+def test_a_checkpoint_is_saved_at_the_switch_and_at_the_end(undisturbed, folder):
+    assert checkpoint_steps(folder / "checkpoint") == {STAGE1_STEPS: True, STEPS: True}
+
+
+def test_the_checkpoint_of_the_switch_is_never_purged(corpus, tmp_path):
+    train(command_line(tmp_path, corpus, checkpoint__interval=2, checkpoint__keep_latest_k=2))
+    # Step 2 is gone; the last save purges nothing.
+    assert checkpoint_steps(tmp_path / "checkpoint") == {3: True, 4: True, 6: True, 7: True}
+
+
+def test_without_a_switch(corpus, tmp_path):
+    run = train(command_line(tmp_path, corpus, training__steps=2, lighthouse__stage1_steps=-1))
+    assert {LIGHTHOUSE in attention for attention in run.attention.values()} == {True}
+    assert [line["stage"] for line in metrics.read_metrics(tmp_path, metrics.LOSS)] == [1, 1]
+    assert checkpoint_steps(tmp_path / "checkpoint") == {2: True}
+    assert not (tmp_path / "handover.json").exists()
+
+
+def test_flops_per_token_of_each_stage(undisturbed):
+    # dim 128, 4 layers, 2 heads of 64, feed-forward width 512, vocabulary 320.
+    layer = 4 * 128 * 128 + 3 * 128 * 512 + 2 * 128
+    parameters = 4 * layer + 128 + 128 * 320
+    # q·k and p·v: 6 FLOPs each per channel and attended position.
+    attention = 6 * 2 * 128
+    dense = 6 * parameters + 4 * attention * 768
+    # Two of the four layers attend over S = 768/2 + 2*128 = 640 entries for 768 tokens.
+    lighthouse = 6 * parameters + 2 * attention * 768 + 2 * attention * (640 * 640 / 768)
+    assert dense == 11_262_720 and lighthouse == 10_541_824
+    assert undisturbed.flops_per_token == {
+        step: lighthouse if step <= STAGE1_STEPS else dense for step in range(1, STEPS + 1)
+    }
+
+
+# ---- stopped and resumed
+
+
+@pytest.mark.parametrize(
+    "stops", [*[(step,) for step in range(1, STEPS)], (2, 5), tuple(range(1, STEPS))], ids=str
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(undisturbed, folder, corpus, tmp_path, stops):
+    runs = train_with_stops(tmp_path, corpus, stops)
+    assert_continues(runs, undisturbed)
+    assert runs[-1].losses == undisturbed.losses
+    if STAGE1_STEPS in stops:
+        assert handover_of(tmp_path) == handover_of(folder)
+
+
+class Preempted(Exception):
+    """Stands for a machine that goes away."""
+
+
+class PreemptedTrainer(RecordedTrainer):
+    """Ends without a farewell, at the switch just behind it."""
+
+    last_step: int
+
+    def should_continue_training(self):
+        goes_on = super().should_continue_training()
+        if self.step == self.last_step:
+            raise Preempted
+        return goes_on
+
+
+@pytest.mark.parametrize(("last_step", "saved_step"), [(1, 0), (3, 3), (5, 4)])
+def test_a_preempted_run_repeats_what_was_not_saved(
+    undisturbed, folder, corpus, tmp_path, monkeypatch, last_step, saved_step
+):
+    monkeypatch.setattr(PreemptedTrainer, "last_step", last_step, raising=False)
+    args = command_line(tmp_path, corpus, checkpoint__interval=2)
+    with pytest.raises(Preempted):
+        train(args, PreemptedTrainer)
+    assert max(checkpoint_steps(tmp_path / "checkpoint"), default=0) == saved_step
+    run = train(args)
+    steps = range(saved_step + 1, STEPS + 1)
+    assert run.batches == {step: undisturbed.batches[step] for step in steps}
+    assert run.losses == undisturbed.losses
+    assert_same_state(run, undisturbed)
+    assert handover_of(tmp_path) == handover_of(folder)
+
+
+def test_a_new_process_takes_the_switch_as_the_first_would_have(
+    undisturbed, folder, corpus, tmp_path
+):
+    train(command_line(tmp_path, corpus, training__steps=STAGE1_STEPS))
+    assert not (tmp_path / "handover.json").exists()
+    launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
+    result = subprocess.run(
+        [
+            *[sys.executable, "-m", "torchtitan.experiments.lighthouse.train"],
+            *command_line(tmp_path, corpus),
+        ],
+        # One thread, as in the runs of this process.
+        env=env
+        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        | {"HF_DATASETS_CACHE": str(corpus.parent / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Stage switch after step 3: Lighthouse to dense" in result.stdout + result.stderr
+    assert handover_of(tmp_path) == handover_of(folder)
+    assert losses_of(tmp_path) == undisturbed.losses
+
+
+def test_a_dense_configuration_goes_on_from_the_checkpoint_of_the_switch(
+    undisturbed, folder, corpus, tmp_path
+):
+    run = train(
+        command_line(
+            tmp_path,
+            corpus,
+            lighthouse__stage1_steps=0,
+            checkpoint__initial_load_path=folder / "checkpoint" / f"step-{STAGE1_STEPS}",
+        )
+    )
+    steps = range(STAGE1_STEPS + 1, STEPS + 1)
+    assert run.losses == {step: undisturbed.losses[step] for step in steps}
+    assert run.batches == {step: undisturbed.batches[step] for step in steps}
+    assert_same_state(run, undisturbed)
+
+
+# ---- plain torchtitan
+
+
+def test_a_dense_run_is_torchtitans(undisturbed, folder, corpus, tmp_path):
+    ours = train(command_line(tmp_path / "ours", corpus, lighthouse__stage1_steps=0))
+    plain = train(
+        command_line(tmp_path / "plain", corpus, lighthouse__stage1_steps=0), RecordedPlainTrainer
+    )
+    assert ours.losses == plain.losses and len(plain.losses) == STEPS
+    assert_continues([ours], plain)
+    assert {*map(tuple, plain.attention.values())} == {(DENSE,) * N_LAYERS}
+    assert plain.losses != undisturbed.losses
+    assert not (tmp_path / "ours" / "handover.json").exists()
+
+    # A checkpoint of either stage is one of plain torchtitan.
+    def saved_keys(path):
+        return FileSystemReader(path).read_metadata().state_dict_metadata.keys()
+
+    keys = saved_keys(tmp_path / "plain" / "checkpoint" / f"step-{STEPS}")
+    for step in (STAGE1_STEPS, STEPS):
+        assert saved_keys(folder / "checkpoint" / f"step-{step}") == keys
+    assert {*map(tuple, undisturbed.keys.values())} == {tuple(plain.keys[1])}
+
+
+@pytest.fixture(scope="module")
+def without_recomputation(corpus, tmp_path_factory) -> Run:
+    return train_four_steps(tmp_path_factory.mktemp("none"), corpus)
+
+
+def train_four_steps(folder: Path, corpus: Path, look=None, **overrides) -> Run:
+    options = {"training__steps": 4, "lighthouse__stage1_steps": 2, "checkpoint__enable": False}
+    return train(command_line(folder, corpus, **options, **overrides), look=look)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing(without_recomputation, corpus, tmp_path, mode):
+    wrapped = []
+
+    def look(trainer):
+        blocks = trainer.model_parts[0].layers.values()
+        wrapped.extend(isinstance(block, CheckpointWrapper) for block in blocks)
+
+    run = train_four_steps(
+        tmp_path,
+        corpus,
+        look,
+        activation_checkpoint__mode=mode,
+        activation_checkpoint__selective_ac_option="op",
+    )
+    assert wrapped == [True] * N_LAYERS
+    assert run.losses == without_recomputation.losses
+    assert_continues([run], without_recomputation)
+
+
+# ---- two ranks
+
+STOPS = [(STAGE1_STEPS,), (2, 5)]
+
+
+def run_on_two_ranks(folder: Path, corpus: Path) -> dict[Any, list[Run]]:
+    """All runs of the tests below, in one group of processes."""
+    # Two batches per step and rank.
+    options = {"training__global_batch_size": 4}
+    validation = {"validation__enable": True, "validation__freq": 2}
+    return {
+        (): train_with_stops(folder / "undisturbed", corpus, (), **options),
+        "validated": train_with_stops(folder / "validated", corpus, (), **options, **validation),
+        **{
+            stops: train_with_stops(folder / "-".join(map(str, stops)), corpus, stops, **options)
+            for stops in STOPS
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, corpus) -> tuple[Path, list[dict[Any, list[Run]]]]:
+    """The folder of the dump folders, and the runs of each rank."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, launch(run_on_two_ranks, 2, folder / "results", folder, corpus)
+
+
+@pytest.mark.parametrize("stops", STOPS, ids=str)
+def test_a_stopped_run_goes_on_on_two_ranks(two_ranks, stops):
+    folder, ranks = two_ranks
+    for runs in ranks:
+        (expected,) = runs[()]
+        assert expected.epoch >= 1
+        assert_continues(runs[stops], expected)
+    (expected,) = ranks[0][()]
+    assert ranks[0][stops][-1].losses == expected.losses and len(expected.losses) == STEPS
+    if STAGE1_STEPS in stops:
+        stopped = folder / "-".join(map(str, stops))
+        assert handover_of(stopped) == handover_of(folder / "undisturbed")
+
+
+def test_two_ranks_share_model_and_data(two_ranks, undisturbed):
+    folder, ranks = two_ranks
+    (first,), (second,) = (runs[()] for runs in ranks)
+    digests = [
+        digest for run in (first, second) for step in run.batches.values() for digest in step
+    ]
+    assert len(digests) == 2 * 2 * STEPS
+    assert first.batches[1] != second.batches[1]
+    for name, parameter in undisturbed.parameters.items():
+        shards = first.parameters[name], second.parameters[name]
+        assert sum(shard.numel() for shard in shards) == parameter.numel()
+    record = handover_of(folder / "undisturbed")
+    assert record["before"] == record["after"]
+    assert record["tokens_seen_per_rank"] == STAGE1_STEPS * 2 * SEQ_LEN
+    assert len(record["data"]) == 2
+    # The keys of a plain model, with Lighthouse and without.
+    assert {*map(tuple, first.keys.values())} == {tuple(undisturbed.keys[1])}
+
+
+def test_validation_changes_nothing_on_two_ranks(two_ranks):
+    folder, ranks = two_ranks
+    for runs in ranks:
+        assert_continues(runs["validated"], *runs[()])
+    assert ranks[0]["validated"][0].losses == ranks[0][()][0].losses
+    lines = metrics.read_metrics(folder / "validated", metrics.VALIDATION_LOSS)
+    assert [(line["step"], line["stage"]) for line in lines] == [
+        *[(2, 1), (3, 1), (3, 2), (4, 2), (6, 2), (7, 2)]
+    ]
