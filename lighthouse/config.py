@@ -69,7 +69,7 @@ class LighthouseConfig:
         fields = f"num_levels={self.num_levels}, pooling_factor={self.pooling_factor}"
         if seq_len < 1 or seq_len % span:
             below, above = seq_len // span * span, -(-seq_len // span) * span
-            nearest = " or ".join(str(max(n, least)) for n in sorted({max(below, least), above}))
+            nearest = " or ".join(str(n) for n in sorted({max(below, least), max(above, least)}))
             raise ValueError(
                 f"seq_len must be a multiple of pooling_factor**(num_levels-1) = {span} ({fields}),"
                 f" got {seq_len}; nearest: {nearest}"

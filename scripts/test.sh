@@ -5,4 +5,6 @@ cd "$(dirname "$0")/.."
 scripts/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest -m "not slow and not gpu" "$@"
+# A process for each core, with one thread: small tensors gain nothing from more.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile "$@"

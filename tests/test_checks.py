@@ -137,6 +137,8 @@ COMMAND_LINES = [
     ("--training.steps", ("--training.steps", "Missing value", "--help")),
     ("--lighthouse.full_attn_layers 0 x", ("full-attn-layers", "'x'", "--help")),
     ("--activation_checkpoint.mode half", ("mode", "'half'", "'selective'", "--help")),
+    ("--job.custom_config_module nope", ("job.custom_config_module", "nope", "remove it")),
+    ("--checkpoint.create_seed_checkpoint", ("checkpoint.enable", "false", "set it to true")),
     ("--debug.seed x", ("--debug.seed", "'x'", "--help")),
     ("stray", ("stray", "--help")),
     ("--checkpoint.enable true", ("true", "--help")),
@@ -374,7 +376,7 @@ def test_a_global_batch_that_does_not_fit_the_processes_is_refused(place):
         ("[debug]\nseed = 'x'\n", ("debug.seed must be int | None, got 'x'", "change")),
         ("[lighthouse]\nfull_attn_layers = 1\n", ("full_attn_layers must be list[int], got 1",)),
         ("[lighthouse]\nfull_attn_layers = ['0']\n", ("must be list[int], got ['0']", "change")),
-        ("[activation_checkpoint]\nmode = 'half'\n", ("mode must be", "'full'", "got 'half'")),
+        ("[activation_checkpoint]\nmode = 'half'\n", ("mode must be one of", "full", "got 'half'")),
         ("[training.dataloader]\nnum_worker = 1\n", ("training.dataloader.num_worker is not",)),
     ],
 )

@@ -109,7 +109,7 @@ def test_state_digests_cover_every_moment(trained, key):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_workers_position_is_unknown(num_workers):
     dataset = SimpleNamespace(position=lambda: {"epoch": 1})
-    dataloader = SimpleNamespace(num_workers=num_workers, dataset=dataset)
+    dataloader = SimpleNamespace(num_workers=num_workers, dataset=dataset, state_dict=dict)
     expected = {"epoch": 1} if num_workers == 0 else None
     assert data_positions(SimpleNamespace(dataloader=dataloader)) == [expected]
 

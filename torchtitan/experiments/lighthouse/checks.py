@@ -25,6 +25,11 @@ from torchtitan.tools import utils
 TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """What a checkpoint holds beside the model, by torchtitan's names."""
 
+_NO_CUSTOM_CONFIG = (
+    "job.custom_config_module must be empty, since the configuration is this package's own, "
+    "got {}; remove it"
+)
+
 
 def load_config(args: list[str]) -> JobConfig:
     """The configuration of a command line, with the TOML file it names.
@@ -44,6 +49,8 @@ def load_config(args: list[str]) -> JobConfig:
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             return manager.parse_args(args)
+    except ImportError as error:
+        raise ValueError(_NO_CUSTOM_CONFIG.format(error)) from None
     except SystemExit:
         # The parser draws a box around what it has to say, and lines inside it.
         words = " ".join(re.sub(r"[^\x20-\x7e]+", " ", message.getvalue()).split())
@@ -59,6 +66,7 @@ def check_config(config: JobConfig, world_size: int) -> None:
     """
     _check_model(config)
     _check_training(config)
+    _check_choice("optimizer.name", config.optimizer.name, ["Adam", "AdamW"])
     _check_parallelism(config, world_size)
     _check_lighthouse(config)
     _check_checkpoint(config)
@@ -67,6 +75,8 @@ def check_config(config: JobConfig, world_size: int) -> None:
 
 
 def _check_model(config: JobConfig) -> None:
+    if config.job.custom_config_module:
+        raise ValueError(_NO_CUSTOM_CONFIG.format(repr(config.job.custom_config_module)))
     _check_choice("model.name", config.model.name, [MODEL_NAME])
     _check_choice("model.flavor", config.model.flavor, list(FLAVORS))
 
@@ -116,10 +126,11 @@ def _check_parallelism(config: JobConfig, world_size: int) -> None:
     shard = parallelism.data_parallel_shard_degree
     if world_size % others or shard not in (-1, world_size // others):
         fitting = f"-1 or {world_size // others}" if world_size % others == 0 else "-1"
+        processes = f"a multiple of {others}" if others > 1 else f"{shard}"
         raise ValueError(
             "parallelism.data_parallel_shard_degree times the other degrees must be the number of "
             f"processes, got {shard} times {others} for {world_size}; set it to {fitting}, or "
-            f"start a multiple of {others} processes"
+            f"start {processes} processes"
         )
     per_step = config.training.local_batch_size * replicate * (world_size // others)
     global_batch = config.training.global_batch_size
@@ -162,7 +173,21 @@ def _check_lighthouse(config: JobConfig) -> None:
 def _check_checkpoint(config: JobConfig) -> None:
     checkpoint, lighthouse = config.checkpoint, config.lighthouse
     if not checkpoint.enable:
+        if checkpoint.create_seed_checkpoint:
+            raise ValueError(
+                "checkpoint.enable must be true for checkpoint.create_seed_checkpoint, got false; "
+                "set it to true"
+            )
         return
+    for in_hf, model_only in (
+        ("last_save_in_hf", "last_save_model_only"),
+        ("initial_load_in_hf", "initial_load_model_only"),
+    ):
+        if getattr(checkpoint, in_hf) and not getattr(checkpoint, model_only):
+            raise ValueError(
+                f"checkpoint.{in_hf} must go with checkpoint.{model_only} = true, since that "
+                f"format holds the model alone, got false; set {model_only} to true"
+            )
     _check_at_least("checkpoint.interval", checkpoint.interval, 1)
     if checkpoint.keep_latest_k < 0 or checkpoint.keep_latest_k == 1:
         raise ValueError(
@@ -175,6 +200,8 @@ def _check_checkpoint(config: JobConfig) -> None:
             "checkpoint.last_save_model_only must be false for a run that ends in stage 1, got "
             "true: the dense stage could not go on without the optimizer; set it to false"
         )
+    for name in checkpoint.exclude_from_loading:
+        _check_choice("checkpoint.exclude_from_loading", name, sorted({*TRAINING_STATE, "model"}))
     lost = TRAINING_STATE & set(checkpoint.exclude_from_loading)
     if lost and 0 < lighthouse.stage1_steps < config.training.steps:
         raise ValueError(
@@ -232,7 +259,7 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 
 def _check_choice(name: str, value: str, choices: list[str]) -> None:
     if value not in choices:
-        remedy = _did_you_mean(value, choices)
+        remedy = _did_you_mean(str(value), choices)
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; {remedy}")
 
 
@@ -286,9 +313,10 @@ def _check_section(prefix: str, values: dict[str, Any], section: type, path: str
                 raise ValueError(f"{path}: {name} must be a section, got {value!r}; write [{name}]")
             _check_section(f"{name}.", value, known[key], path)
         elif not _is_a(value, known[key]):
-            expected = getattr(known[key], "__name__", str(known[key]).replace("typing.", ""))
-            if get_origin(known[key]) is not None:
-                expected = str(known[key]).replace("typing.", "")
+            if get_origin(known[key]) is Literal:
+                _check_choice(f"{path}: {name}", value, list(get_args(known[key])))
+            is_class = isinstance(known[key], type) and get_origin(known[key]) is None
+            expected = known[key].__name__ if is_class else str(known[key])
             raise ValueError(f"{path}: {name} must be {expected}, got {value!r}; change its type")
 
 

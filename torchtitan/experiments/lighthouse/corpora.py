@@ -32,8 +32,12 @@ HELD_OUT_MODULUS = 32
 SECTIONS = {"train": "training", "validation": "validation"}
 """The TOML section that configures each split."""
 
-# Directories of the standard library that hold other packages, its tests, or generated tables.
-_STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+# Directories of the standard library that hold other packages, its tests, and generated files.
+_STDLIB_LEFT_OUT = {
+    *("site-packages", "dist-packages"),
+    *("test", "tests", "idle_test"),
+    *("encodings", "pydoc_data"),
+}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ state before and after the switch.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 FILE_NAME = "handover.json"
+
+# What activation checkpointing and compilation add to the name of a parameter.
+_WRAPPER = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -34,6 +38,7 @@ def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def state_digests(trainer) -> dict[str, str]:
     """Digests of the parameters and of the optimizer state of a trainer."""
     parameters = [item for part in trainer.model_parts for item in part.named_parameters()]
+    parameters = [(_WRAPPER.sub("", name), parameter) for name, parameter in parameters]
     names = {parameter: name for name, parameter in parameters}
     moments = (
         (f"{names[parameter]}.{key}", torch.as_tensor(value))
@@ -46,9 +51,11 @@ def state_digests(trainer) -> dict[str, str]:
 
 def data_positions(trainer) -> list[Any]:
     """Data position of every rank; None for data loaded by a worker."""
-    # A loading worker keeps the position to itself, some batches ahead.
-    in_process = trainer.dataloader.num_workers == 0
-    position = trainer.dataloader.dataset.position() if in_process else None
+    position = None
+    if trainer.dataloader.num_workers == 0:
+        # A loaded position is taken up when the loader is next asked for something.
+        trainer.dataloader.state_dict()
+        position = trainer.dataloader.dataset.position()
     positions = [None] * dist.get_world_size()
     dist.all_gather_object(positions, position)
     return positions

@@ -54,7 +54,10 @@ class StagedLogger(BaseLogger):
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            is_torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
             self._file = path.open("a")
+            if is_torn:
+                self._file.write("\n")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         self.inner.log({**metrics, "lighthouse/stage": self.stage}, step)
