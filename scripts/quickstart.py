@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW = 10
-"""Steps over which losses are averaged around the switch and in the plot."""
+"""Steps over which training losses are averaged."""
 
 PROMPT = "def read_lines(path):\n"
 
@@ -82,14 +82,15 @@ def train(name: str, config: Path, folder: Path, *overrides: str) -> Path:
         sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
         "--job.config_file", str(config), "--job.dump_folder", str(folder), *overrides,
     ]  # fmt: skip
-    start = time.monotonic()
+    progress = Progress(name, folder, steps)
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            show_progress(name, folder, steps, start)
+            progress.show()
             time.sleep(0.5)
-    show_progress(name, folder, steps, start)
-    print()
+    progress.show()
+    if sys.stdout.isatty():
+        print()
     if process.returncode:
         tail = "\n".join((folder / "log.txt").read_text().splitlines()[-20:])
         raise SystemExit(f"{tail}\n{name}: training failed; the whole log is {folder / 'log.txt'}")
@@ -97,37 +98,43 @@ def train(name: str, config: Path, folder: Path, *overrides: str) -> Path:
     return folder
 
 
-def show_progress(name: str, folder: Path, steps: int, start: float) -> None:
-    if not (folder / "metrics.jsonl").exists() or not (lines := read_metrics(folder, LOSS)):
-        status = "starting ..."
-    else:
-        last = lines[-1]
-        done = round(20 * last["step"] / steps)
-        attention = {1: "stage 1, Lighthouse", 2: "stage 2, dense"}[last["stage"]]
-        status = (
-            f"[{'#' * done}{'.' * (20 - done)}] step {last['step']}/{steps}  {attention}  "
-            f"loss {last[LOSS]:.2f}  {last[TOKENS_PER_SECOND]:,.0f} tokens/s"
-        )
-    end = "\r" if sys.stdout.isatty() else "\n"
-    line = f"{name}: {status}  {time.monotonic() - start:.0f} s"
-    if end == "\r" or line.split("  ")[0] != getattr(show_progress, "last", None):
-        print(line.ljust(110), end=end, flush=True)
-    show_progress.last = line.split("  ")[0]
+class Progress:
+    """A line that shows how far a run is; on a terminal in place, else now and then."""
+
+    def __init__(self, name: str, folder: Path, steps: int):
+        self.name, self.folder, self.steps = name, folder, steps
+        self.start = time.monotonic()
+        self.shown = None
+
+    def show(self) -> None:
+        status, tenth = "starting ...", -1
+        if (self.folder / "metrics.jsonl").exists() and (lines := read_metrics(self.folder, LOSS)):
+            last = lines[-1]
+            done = round(20 * last["step"] / self.steps)
+            tenth = 10 * last["step"] // self.steps
+            attention = {1: "stage 1, Lighthouse", 2: "stage 2, dense"}[last["stage"]]
+            status = (
+                f"[{'#' * done}{'.' * (20 - done)}] step {last['step']}/{self.steps}  {attention}"
+                f"  loss {last[LOSS]:.2f}  {last[TOKENS_PER_SECOND]:,.0f} tokens/s"
+            )
+        line = f"{self.name}: {status}  {time.monotonic() - self.start:.0f} s"
+        if sys.stdout.isatty():
+            print(f"\r{line:<110}", end="", flush=True)
+        elif tenth != self.shown:
+            print(line, flush=True)
+        self.shown = tenth
 
 
 def summarize(runs: dict[str, Path], config: dict) -> dict:
     """The figures of the report, from the metrics of the runs."""
     switch, seq_len = config["lighthouse"]["stage1_steps"], config["training"]["seq_len"]
     two, dense = (losses(runs[name]) for name in ("two stages", "dense"))
-    difference = smooth(two - dense)
-    before = float(difference[switch - 1])
-    after = difference[switch:]
-    peak = float((two - dense)[switch : switch + WINDOW].max())
-    recovered = np.flatnonzero(after <= before)
-    held_out = {
-        (line["step"], line["stage"]): line[VALIDATION_LOSS]
-        for line in read_metrics(runs["two stages"], VALIDATION_LOSS)
-    }
+    difference = two - dense
+    before = float(difference[switch - WINDOW : switch].mean())
+    after = float(difference[switch : switch + WINDOW].max())
+    held_out, held_out_dense = (held_out_losses(runs[name]) for name in ("two stages", "dense"))
+    level = held_out[switch, 1]
+    recovered = [step for step, stage in held_out if stage == 2 and held_out[step, 2] <= level]
     handover = json.loads((runs["two stages"] / "handover.json").read_text())
     rate = {
         "stage 1, Lighthouse": throughput(runs["two stages"], 1),
@@ -141,20 +148,24 @@ def summarize(runs: dict[str, Path], config: dict) -> dict:
         "corpus_unigram_entropy_nats": unigram_entropy(),
         "switch_step": switch,
         "held_out_at_switch": {
-            "lighthouse": held_out[switch, 1],
+            "lighthouse": level,
             "dense": held_out[switch, 2],
-            "spike_nats": held_out[switch, 2] - held_out[switch, 1],
+            "spike_nats": held_out[switch, 2] - level,
+            "steps_to_recover": recovered[0] - switch if recovered else None,
+            "dense_run": held_out_dense[switch, 2],
         },
         "training_at_switch": {
             "two_stages_minus_dense_before": before,
-            "two_stages_minus_dense_peak": peak,
-            "spike_nats": peak - before,
-            "steps_to_recover": int(recovered[0]) + 1 if len(recovered) else None,
+            "two_stages_minus_dense_peak": after,
+            "spike_nats": after - before,
         },
-        "final_training_loss": {"two_stages": mean_end(two), "dense": mean_end(dense)},
+        "final_training_loss": {
+            "two_stages": float(two[-WINDOW:].mean()),
+            "dense": float(dense[-WINDOW:].mean()),
+        },
         "final_held_out_loss": {
-            name.replace(" ", "_"): read_metrics(folder, VALIDATION_LOSS)[-1][VALIDATION_LOSS]
-            for name, folder in runs.items()
+            "two_stages": held_out[len(two), 2],
+            "dense": held_out_dense[len(dense), 2],
         },
         "tokens_per_second": rate,
         "stage_1_speed_up": rate["stage 1, Lighthouse"] / rate["dense run"],
@@ -177,8 +188,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[end] - sums[start]) / (end - start)
 
 
-def mean_end(values: np.ndarray) -> float:
-    return float(values[-WINDOW:].mean())
+def held_out_losses(folder: Path) -> dict[tuple[int, int], float]:
+    """Held-out loss by step and stage; the step of the switch has one for each stage."""
+    lines = read_metrics(folder, VALIDATION_LOSS)
+    return {(line["step"], line["stage"]): line[VALIDATION_LOSS] for line in lines}
 
 
 def throughput(folder: Path, stage: int) -> float:
@@ -212,14 +225,15 @@ def sample_text(folder: Path, config: dict) -> str:
 
 
 def headline(summary: dict) -> str:
-    final, switch = summary["final_held_out_loss"], summary["training_at_switch"]
+    final, switch = summary["final_held_out_loss"], summary["held_out_at_switch"]
     steps = switch["steps_to_recover"]
-    recovery = f"recovered in {steps} steps" if steps else "not recovered within the run"
+    recovery = f"made up for in {steps} steps" if steps else "not made up for within the run"
     return (
         f"Stage 1 trained {summary['stage_1_speed_up']:.1f} times as fast as dense attention, the "
         f"whole run {summary['whole_run_speed_up']:.1f} times. The switch to dense attention after "
-        f"step {summary['switch_step']} cost {switch['spike_nats']:.2f} nats, {recovery}. "
-        f"Final held-out loss: {final['two_stages']:.3f} in two stages, {final['dense']:.3f} dense."
+        f"step {summary['switch_step']} cost {switch['spike_nats']:.2f} nats of held-out loss, "
+        f"{recovery}. Final held-out loss: {final['two_stages']:.3f} in two stages, "
+        f"{final['dense']:.3f} dense."
     )
 
 
@@ -229,7 +243,7 @@ def report(summary: dict, config: dict, sample: str) -> str:
     final, rate = summary["final_held_out_loss"], summary["tokens_per_second"]
     final_training = summary["final_training_loss"]
     seconds = summary["training_seconds"]
-    recovery = spike["steps_to_recover"] or "more than the run has"
+    recovery = at_switch["steps_to_recover"] or "more than the run has"
     rows = "\n".join(f"| {name} | {value:,.0f} |" for name, value in rate.items())
     return f"""# Quick start: sparse first, dense at the end
 
@@ -261,11 +275,15 @@ Losses are in nats per byte. A model that knows only how frequent each byte is r
 |---|---|
 | held-out loss of the same weights, attended with Lighthouse | {at_switch["lighthouse"]:.3f} |
 | held-out loss of the same weights, attended densely | {at_switch["dense"]:.3f} |
-| training loss, two stages minus dense run, before | \
+| spike | {at_switch["spike_nats"]:+.3f} nats |
+| dense steps until the held-out loss was back | {recovery} |
+| held-out loss of the dense run at that step | {at_switch["dense_run"]:.3f} |
+| training loss, two stages minus dense run, mean of {WINDOW} steps before | \
 {spike["two_stages_minus_dense_before"]:+.3f} |
 | the same, highest of the {WINDOW} steps after | {spike["two_stages_minus_dense_peak"]:+.3f} |
-| spike | {spike["spike_nats"]:.3f} nats |
-| steps until the difference was back | {recovery} |
+
+The held-out loss is taken every {config["validation"]["freq"]} steps over the same
+{config["validation"]["steps"] * config["validation"]["seq_len"]:,} bytes.
 
 | tokens per second | |
 |---|---|
@@ -286,33 +304,37 @@ make no programmer.
 
 
 def plot(runs: dict[str, Path], summary: dict, path: Path) -> None:
-    """Loss of both runs above, their difference below."""
-    two, dense = (losses(runs[name]) for name in ("two stages", "dense"))
-    steps, switch = np.arange(1, len(two) + 1), summary["switch_step"]
+    """Held-out loss of both runs above, the difference of their training losses below."""
+    switch = summary["switch_step"]
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(9, 7), sharex=True, height_ratios=[3, 2], layout="constrained"
     )
-    for values, label, color in ((dense, "dense", "tab:gray"), (two, "two stages", "tab:orange")):
-        top.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        top.plot(steps, smooth(values), color=color, label=label)
-    entropy = summary["corpus_unigram_entropy_nats"]
-    top.axhline(entropy, color="tab:blue", linestyle=":", label="unigram entropy of the text")
-    top.set(ylabel="training loss (nats per byte)", ylim=(min(two.min(), dense.min()) - 0.1, 5))
+    for name, color in (("dense", "tab:gray"), ("two stages", "tab:orange")):
+        points = held_out_losses(runs[name])
+        steps = [step for step, _ in points]
+        top.plot(steps, list(points.values()), color=color, marker=".", label=name)
+    top.axhline(
+        summary["corpus_unigram_entropy_nats"],
+        color="tab:blue",
+        linestyle=":",
+        label="frequency of each byte alone",
+    )
+    lowest = min(min(held_out_losses(folder).values()) for folder in runs.values())
+    top.set(ylabel="held-out loss (nats per byte)", ylim=(lowest - 0.1, lowest + 1.4))
     top.set_title(
         f"Same data, same start: stage 1 at {summary['stage_1_speed_up']:.1f} times "
         "the speed of dense attention"
     )
-    bottom.plot(steps, two - dense, color="tab:orange", alpha=0.35, linewidth=0.8)
-    bottom.plot(steps, smooth(two - dense), color="tab:orange")
+    difference = losses(runs["two stages"]) - losses(runs["dense"])
+    steps = np.arange(1, len(difference) + 1)
+    bottom.plot(steps, difference, color="tab:orange", alpha=0.35, linewidth=0.8)
+    bottom.plot(steps, smooth(difference), color="tab:orange")
     bottom.axhline(0, color="black", linewidth=0.8)
-    bottom.set(xlabel="step", ylabel="two stages minus dense")
+    bottom.set(xlabel="step", ylabel="training loss,\ntwo stages minus dense", ylim=(-0.3, 0.3))
     for axes in (top, bottom):
         axes.axvline(switch + 0.5, color="black", linestyle="--", linewidth=1)
-    top.annotate(
-        "switch: Lighthouse to dense", (switch + 0.5, 4.6), xytext=(6, 0),
-        textcoords="offset points",
-    )  # fmt: skip
-    top.legend(loc="lower left")
+    top.text(switch, lowest + 1.25, "switch: Lighthouse to dense ", horizontalalignment="right")
+    top.legend(loc="upper right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

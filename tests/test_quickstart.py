@@ -18,9 +18,9 @@ def config(tmp_path_factory) -> Path:
     text = (ROOT / "train_configs" / "quickstart.toml").read_text()
     changes = {
         "seq_len = 4096": "seq_len = 2048",
-        "\nsteps = 320\n": "\nsteps = 24\n",
-        "stage1_steps = 256": "stage1_steps = 12",
-        "\nsteps = 12\n": "\nsteps = 2\n",
+        "\nsteps = 288\n": "\nsteps = 24\n",
+        "stage1_steps = 208": "stage1_steps = 12",
+        "\nsteps = 8\n": "\nsteps = 2\n",
     }
     for old, new in changes.items():
         assert old in text

@@ -32,11 +32,11 @@ HELD_OUT_MODULUS = 32
 SECTIONS = {"train": "training", "validation": "validation"}
 """The TOML section that configures each split."""
 
-# Directories of the standard library that hold other packages, its tests, and generated files.
+# Left out of the standard library: other packages, its tests, and tables.
 _STDLIB_LEFT_OUT = {
     *("site-packages", "dist-packages"),
     *("test", "tests", "idle_test"),
-    *("encodings", "pydoc_data"),
+    *("encodings", "pydoc_data", "entities.py", "stringprep.py"),
 }
 
 
@@ -106,12 +106,8 @@ def find_files(name: str, path: str | None, split: str = "train") -> list[Path]:
     left_out = {"__pycache__"} | (_STDLIB_LEFT_OUT if name == "python_stdlib" else set())
     found = [root] if root.is_file() else []
     for folder, subfolders, file_names in os.walk(root):
-        subfolders[:] = [
-            subfolder
-            for subfolder in subfolders
-            if subfolder not in left_out and not subfolder.startswith(".")
-        ]
-        found += [Path(folder, file_name) for file_name in file_names]
+        subfolders[:] = [f for f in subfolders if f not in left_out and not f.startswith(".")]
+        found += [Path(folder, name) for name in file_names if name not in left_out]
     patterns = corpus.split_patterns(split)
     return sorted(
         file for file in found if any(fnmatch.fnmatchcase(file.name, p) for p in patterns)

@@ -24,7 +24,7 @@ def load_dense_model(flavor: str, checkpoint: str | Path, max_seq_len: int) -> T
     with torch.no_grad():
         model.init_weights()
     state_dict = model.state_dict()
-    dcp.load(state_dict, checkpoint_id=checkpoint)
+    dcp.load(state_dict, checkpoint_id=checkpoint, no_dist=True)
     model.load_state_dict(state_dict)
     return model.eval()
 
