@@ -333,8 +333,8 @@ def plot(runs: dict[str, Path], summary: dict, path: Path) -> None:
     bottom.set(xlabel="step", ylabel="training loss,\ntwo stages minus dense", ylim=(-0.3, 0.3))
     for axes in (top, bottom):
         axes.axvline(switch + 0.5, color="black", linestyle="--", linewidth=1)
-    top.text(switch, lowest + 1.25, "switch: Lighthouse to dense ", horizontalalignment="right")
-    top.legend(loc="upper right")
+    top.text(switch + 4, lowest + 1.15, "switch:\nLighthouse to dense")
+    top.legend(loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -21,6 +21,7 @@ def config(tmp_path_factory) -> Path:
         "\nsteps = 288\n": "\nsteps = 24\n",
         "stage1_steps = 208": "stage1_steps = 12",
         "\nsteps = 8\n": "\nsteps = 2\n",
+        "freq = 16": "freq = 4",
     }
     for old, new in changes.items():
         assert old in text
