@@ -106,28 +106,34 @@ def describe(device: torch.device) -> str:
 
 
 def measure(run, device: torch.device, runs: int) -> float:
-    """Median seconds of `run()`, after two runs to warm up (one on the CPU)."""
-    if device.type == "cpu":
-        run()
-        seconds = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
-    # Between runs the L2 cache is overwritten: no step may find its inputs there.
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-    milliseconds = []
-    for i in range(runs + 2):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 2:
-            milliseconds.append(start.elapsed_time(end))
-    return statistics.median(milliseconds) / 1e3
+    """Median seconds of `run()`, the first two calls left out (one on the CPU).
+
+    Of slow calls fewer are made: three at least, and no further one after two seconds.
+    """
+    timed = time_on_cpu if device.type == "cpu" else time_on_gpu
+    for _ in range(1 if device.type == "cpu" else 2):
+        timed(run)
+    seconds = []
+    while len(seconds) < runs and (len(seconds) < 3 or sum(seconds) < 2):
+        seconds.append(timed(run))
+    return statistics.median(seconds)
+
+
+def time_on_cpu(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def time_on_gpu(run) -> float:
+    # The L2 cache is overwritten first: no step may find its inputs there.
+    torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda").zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> dict:

@@ -5,9 +5,9 @@ import torch
 
 from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, select
 from lighthouse.attention import causal_sdpa
-from lighthouse.gather import _gather, _scatter_back, gather, scatter_back
+from lighthouse.gather import gather, scatter_back
 from lighthouse.reference import reference_attention
-from lighthouse.scorers import _norm_score_pool, score, squared_norms
+from lighthouse.scorers import score, squared_norms
 from lighthouse.selection import select_spans
 
 CASES = [
@@ -110,24 +110,6 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(layer, (q, k, v), fast_mode=True)
 
 
-def test_gather_and_scatter_back_have_the_adjoints_they_claim():
-    case = CASES[5]
-    config = config_of(case)
-    q, k, v = inputs_of(case)
-    scores, coarsest = score(q, k, v, config)
-    selection = select_spans(scores, config, case[3])
-    subs = gather(q, k, v, coarsest, selection)
-    for x, sub in zip((q, k, v), subs, strict=True):
-        y = torch.randn_like(sub)
-        (adjoint,) = torch.autograd.grad(sub, x, y, retain_graph=True)
-        torch.testing.assert_close((sub * y).sum(), (x * adjoint).sum())
-    sub_out = torch.randn_like(subs[0]).requires_grad_()
-    out = scatter_back(sub_out, selection)
-    y = torch.randn_like(out)
-    (adjoint,) = torch.autograd.grad(out, sub_out, y)
-    torch.testing.assert_close((out * y).sum(), (sub_out * adjoint).sum())
-
-
 def test_all_spans_selected_and_the_finest_alone_is_dense_attention():
     config = LighthouseConfig(2, 4, 256)
     q, k, v = inputs_of((1, 2, 2, 1024, 8), requires_grad=False)
@@ -224,19 +206,6 @@ def test_bad_shapes(shapes, fragment):
     with pytest.raises(ValueError) as error:
         lighthouse_attention(*(torch.rand(s) for s in shapes), LighthouseConfig(2, 2, 128))
     assert fragment in str(error.value) and "\n" not in str(error.value)
-
-
-def test_ops():
-    q, k, v = (x.detach() for x in inputs_of((1, 4, 2, 512, 8), torch.float32))
-    torch.library.opcheck(_norm_score_pool, (q, k, v, 2, 2))
-    config = LighthouseConfig(2, 2, 128)
-    scores, coarsest = score(q, k, v, config)
-    selection = select_spans(scores, config, 512)
-    maps = selection.entry, selection.slot
-    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(_gather, (*inputs, *coarsest, *maps, 2, 2))
-    sub_out = torch.randn(1, 4, config.sub_seq_len(512), 8, requires_grad=True)
-    torch.library.opcheck(_scatter_back, (sub_out, *maps, 2, 2, 512))
 
 
 def test_compiles_in_one_graph():

@@ -1,0 +1,166 @@
+"""On a GPU: the kernels at real sizes, repeatability, long offsets, compilation, a training run.
+
+`tests/test_kernels.py` runs on the GPU too where there is one; `scripts/gpu_check.sh` runs both.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lighthouse import LighthouseConfig, lighthouse_attention
+from lighthouse.attention import causal_sdpa
+from lighthouse.gather import gather, scatter_back
+from lighthouse.scorers import score
+from lighthouse.selection import select_spans
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parent.parent
+PAPER = LighthouseConfig(3, 4, 1536)
+
+
+def random(*shape: int, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    """[B, H, N, D] as a view of [B, N, H, D]."""
+    batch, n_heads, seq_len, head_dim = shape
+    generator = torch.Generator("cuda").manual_seed(seed)
+    size = (batch, seq_len, n_heads, head_dim)
+    x = torch.randn(size, device="cuda", dtype=torch.float32, generator=generator)
+    return x.to(dtype).transpose(1, 2).requires_grad_()
+
+
+def inputs(seq_len: int, n_heads: int = 8, n_kv_heads: int = 8, dtype=torch.bfloat16):
+    heads = (n_heads, n_kv_heads, n_kv_heads)
+    return [random(1, h, seq_len, 128, dtype=dtype, seed=i) for i, h in enumerate(heads)]
+
+
+@pytest.mark.parametrize("n_kv_heads", [8, 2])
+def test_selection_at_98k_is_that_of_the_cpu(n_kv_heads):
+    q, k, v = inputs(98304, n_kv_heads=n_kv_heads)
+    scores, _ = score(q, k, v, PAPER)
+    selection = select_spans(scores, PAPER, 98304)
+    expected = select_spans(type(scores)(*(x.cpu() for x in scores)), PAPER, 98304)
+    assert torch.equal(selection.entry.cpu(), expected.entry)
+    assert torch.equal(selection.slot.cpu(), expected.slot)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_selection_of_many_ties_is_that_of_the_cpu(seed):
+    generator = torch.Generator().manual_seed(seed)
+    config, seq_len = LighthouseConfig(4, 2, 512), 16384
+    num_scores = config.num_entries(seq_len) - seq_len
+    tied = torch.randint(0, 4, (2, 2, 3, num_scores), generator=generator).float()
+    scores = score(*(torch.zeros(2, 3, seq_len, 16) for _ in range(3)), config)[0]
+    expected = select_spans(type(scores)(*tied), config, seq_len)
+    selection = select_spans(type(scores)(*tied.cuda()), config, seq_len)
+    assert torch.equal(selection.entry.cpu(), expected.entry)
+    assert torch.equal(selection.slot.cpu(), expected.slot)
+
+
+def test_layer_and_gradients_at_16k_are_as_exact_as_their_attention():
+    """At most twice the error of the PyTorch bodies on the same selection, in bf16."""
+    config, seq_len = LighthouseConfig(3, 4, 256), 16384
+    q, k, v = inputs(seq_len, 4, 2)
+    dout = torch.randn(1, 4, seq_len, 128, device="cuda", dtype=torch.bfloat16)
+
+    def run(q, k, v, dout):
+        # Scores of the bf16 inputs on the GPU: one selection for all.
+        selection = select_spans(type(scores)(*(x.to(q.device) for x in scores)), config, seq_len)
+        _, coarsest = score(q, k, v, config)
+        subs = gather(q, k, v, coarsest, selection)
+        out = scatter_back(causal_sdpa(*subs, enable_gqa=True), selection)
+        return [out, *torch.autograd.grad(out, (q, k, v), dout)]
+
+    scores, _ = score(q, k, v, config)
+    ours = run(q, k, v, dout)
+    exact, plain = (
+        run(*(x.detach().cpu().to(dtype).requires_grad_() for x in (q, k, v)), dout.cpu().to(dtype))
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    for found, truth, reference in zip(ours, exact, plain, strict=True):
+        error = (found.cpu().double() - truth).norm() / truth.norm()
+        allowed = (reference.double() - truth).norm() / truth.norm()
+        assert 0 < error <= 2 * allowed
+
+
+def test_data_path_is_bitwise_repeatable():
+    def run():
+        q, k, v = inputs(98304)
+        scores, coarsest = score(q, k, v, PAPER)
+        selection = select_spans(scores, PAPER, 98304)
+        subs = gather(q, k, v, coarsest, selection)
+        out = scatter_back(subs[2], selection)
+        return [*scores, selection.entry, out, *torch.autograd.grad(out.sum(), (v,))]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_layer_is_bitwise_repeatable_with_a_deterministic_attention():
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            q, k, v = inputs(98304)
+            out = lighthouse_attention(q, k, v, PAPER)
+            runs.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
+        for first, second in zip(*runs, strict=True):
+            assert torch.equal(first, second)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_offsets_beyond_int32():
+    """4M tokens, 2**32 elements: every position gets its contributions, to the very last."""
+    seq_len, config = 2**22, LighthouseConfig(4, 4, 4096)
+    x = torch.ones(1, seq_len, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    x.requires_grad_()
+    scores, coarsest = score(x, x, x, config)
+    selection = select_spans(scores, config, seq_len)
+    subs = gather(x, x, x, coarsest, selection)
+    assert all((sub == 1).all() for sub in subs)
+    out = scatter_back(subs[2], selection)
+    expected = torch.zeros(8, seq_len, device="cuda")
+    for level in range(4):
+        offset, span = config.level_offset(level, seq_len), config.span(level)
+        present = selection.slot[0, :, offset : offset + config.level_len(level, seq_len)] >= 0
+        covered = present.float().repeat_interleave(span, -1)
+        expected[:, span - 1 :] += covered[:, : seq_len - span + 1]
+    assert torch.equal(out[0, :, :, 0].float(), expected)
+    assert torch.equal(out[0, :, :, 127].float(), expected)
+    (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert torch.isfinite(dx).all() and (dx[0, :, -1] > 0).all()
+
+
+def test_attention_without_a_fused_kernel_is_refused():
+    q = torch.randn(1, 2, 256, 512, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="No available kernel"):
+        causal_sdpa(q, q, q)
+
+
+def test_compiles_in_one_graph():
+    config, seq_len = LighthouseConfig(3, 4, 256), 16384
+    q, k, v = inputs(seq_len, 4, 2)
+    compiled = torch.compile(lambda *qkv: lighthouse_attention(*qkv, config), fullgraph=True)
+    results = []
+    for layer in (lambda *qkv: lighthouse_attention(*qkv, config), compiled):
+        out = layer(q, k, v)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+    for eager, graph in zip(*results, strict=True):
+        assert (eager - graph).float().norm() <= 1e-2 * eager.float().norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_stage_run(tmp_path, compiled):
+    command = [
+        sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
+        "--job.config_file", str(ROOT / "train_configs" / "debug.toml"),
+        "--job.dump_folder", str(tmp_path), "--training.steps", "6",
+        "--lighthouse.stage1_steps", "3", "--training.mixed_precision_param", "bfloat16",
+        *(["--compile.enable"] if compiled else []),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "handover.json").exists()
