@@ -11,6 +11,8 @@ if [[ -f $installed && $(<"$installed") == "$wanted" ]]; then
 fi
 echo "Installing into .venv; this takes about two minutes, more if torch is downloaded ..."
 "${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint constraints.txt --editable ".[dev]"
+# On all cores, which pip does on one. Files that do not compile are examples of such.
+.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 echo "$wanted" >"$installed"

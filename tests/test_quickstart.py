@@ -20,7 +20,7 @@ def config(tmp_path_factory) -> Path:
         "seq_len = 4096": "seq_len = 2048",
         "\nsteps = 288\n": "\nsteps = 24\n",
         "stage1_steps = 208": "stage1_steps = 12",
-        "\nsteps = 8\n": "\nsteps = 2\n",
+        "\nsteps = 4\n": "\nsteps = 2\n",
         "freq = 16": "freq = 4",
     }
     for old, new in changes.items():

@@ -4,6 +4,7 @@ A checkpoint of either stage is a plain Llama 3 checkpoint; here it is read as o
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,7 +25,10 @@ def load_dense_model(flavor: str, checkpoint: str | Path, max_seq_len: int) -> T
     with torch.no_grad():
         model.init_weights()
     state_dict = model.state_dict()
-    dcp.load(state_dict, checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        # It is a single process indeed.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state_dict, checkpoint_id=checkpoint, no_dist=True)
     model.load_state_dict(state_dict)
     return model.eval()
 
