@@ -257,7 +257,8 @@ A model of flavor `{config["model"]["flavor"]}` read {training["steps"]} batches
 {training["seq_len"]:,} bytes of Python's standard library, once in two stages
 ({lighthouse["stage1_steps"]} steps with Lighthouse Attention, then
 {training["steps"] - lighthouse["stage1_steps"]} dense) and once dense throughout, with the same
-start, data and optimizer. Machine: {summary["machine"]}.
+start, data and optimizer. All settings: `train_configs/quickstart.toml`, and in `summary.json`.
+Machine: {summary["machine"]}.
 
 ## What came of it
 
