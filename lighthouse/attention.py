@@ -26,20 +26,25 @@ from lighthouse.gather import gather, scatter_back
 from lighthouse.scorers import score
 from lighthouse.selection import select_spans
 
+LONGEST_EFFICIENT = 65535
+"""Tokens up to which the memory-efficient kernel is right."""
 
-def fused_backends(dtype: torch.dtype, prefer: str = "cudnn") -> list[SDPBackend]:
+
+def fused_backends(dtype: torch.dtype, seq_len: int, prefer: str = "cudnn") -> list[SDPBackend]:
     """Backends of SDPA that may be used, in order: fused ones only, so that attention never
-    falls back to one that stores S * S logits.
+    falls back to the one that stores S * S logits.
 
-    cuDNN and FlashAttention take fp16 and bf16. For fp32 on a GPU there is the memory-efficient
-    kernel alone, which is wrong beyond 65,535 tokens (pytorch #162588). On the CPU all of it is
-    FlashAttention.
+    On a GPU cuDNN and FlashAttention take fp16 and bf16. For fp32 there is the memory-efficient
+    kernel alone, and it up to 65,535 tokens only, beyond which it is wrong (pytorch #162588). On
+    the CPU everything is FlashAttention.
 
     Args:
+        seq_len: the longest sequence to attend over, in tokens or entries.
         prefer: `cudnn` or `flash`; the other one stands in where it does not apply.
     """
     if dtype in (torch.float32, torch.float64):
-        return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+        is_right = seq_len <= LONGEST_EFFICIENT
+        return [SDPBackend.FLASH_ATTENTION, *[SDPBackend.EFFICIENT_ATTENTION] * is_right]
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     return order if prefer == "cudnn" else order[::-1]
 
@@ -58,7 +63,7 @@ def causal_sdpa(
     Raises:
         RuntimeError: no fused kernel takes these inputs.
     """
-    with sdpa_kernel(fused_backends(q.dtype), set_priority=True):
+    with sdpa_kernel(fused_backends(q.dtype, q.shape[2]), set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, select
-from lighthouse.attention import causal_sdpa
+from lighthouse.attention import causal_sdpa, fused_backends
 from lighthouse.gather import gather, scatter_back
 from lighthouse.reference import reference_attention
 from lighthouse.scorers import score, squared_norms
@@ -184,6 +185,18 @@ def test_strides(layout):
     out = lighthouse_attention(q, k, v, config_of(case))
     assert torch.equal(out, expected)
     assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("prefer", ["cudnn", "flash"])
+@pytest.mark.parametrize("seq_len", [512, 65535, 65536, 2**20])
+def test_attention_is_fused_and_right_at_its_length(dtype, prefer, seq_len):
+    backends = fused_backends(dtype, seq_len, prefer)
+    assert SDPBackend.FLASH_ATTENTION in backends and SDPBackend.MATH not in backends
+    efficient = dtype in (torch.float32, torch.float64) and seq_len <= 65535
+    assert (SDPBackend.EFFICIENT_ATTENTION in backends) == efficient
+    if dtype in (torch.float16, torch.bfloat16):
+        assert (backends[0] == SDPBackend.CUDNN_ATTENTION) == (prefer == "cudnn")
 
 
 def test_module_adds_nothing_to_a_state_dict():

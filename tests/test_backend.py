@@ -104,7 +104,7 @@ def test_the_model_attends_with_lighthouse_and_then_again_as_before(model):
 def test_attention_is_kept_to_fused_kernels(model, prefer, first):
     inner = [block.attention.inner_attention for block in model.layers.values()]
     assert all(SDPBackend.MATH in module.sdpa_backends for module in inner)
-    use_fused_attention(model, torch.bfloat16, prefer)
+    use_fused_attention(model, torch.bfloat16, 512, prefer)
     for module in inner:
         assert module.sdpa_backends[0] == first and SDPBackend.MATH not in module.sdpa_backends
     # Of this model alone.
@@ -115,7 +115,7 @@ def test_attention_is_kept_to_fused_kernels(model, prefer, first):
 def test_fused_attention_changes_nothing_on_the_cpu(model):
     tokens = torch.randint(64, (1, 512), generator=torch.Generator().manual_seed(0))
     before = model(tokens)
-    use_fused_attention(model, torch.float32, "cudnn")
+    use_fused_attention(model, torch.float32, 512, "cudnn")
     assert torch.equal(model(tokens), before)
 
 

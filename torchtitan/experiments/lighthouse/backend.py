@@ -49,15 +49,16 @@ def use_dense(model: nn.Module) -> None:
             block.attention.inner_attention = block.attention.inner_attention.inner
 
 
-def use_fused_attention(model: nn.Module, dtype: torch.dtype, prefer: str) -> None:
+def use_fused_attention(model: nn.Module, dtype: torch.dtype, seq_len: int, prefer: str) -> None:
     """Keep every layer's attention to fused kernels: torchtitan's list ends with one that is not.
 
     Args:
         dtype: of q, k, v.
+        seq_len: tokens of the longest sequence.
         prefer: `cudnn` or `flash`.
     """
     for block in model.layers.values():
-        block.attention.inner_attention.sdpa_backends = fused_backends(dtype, prefer)
+        block.attention.inner_attention.sdpa_backends = fused_backends(dtype, seq_len, prefer)
 
 
 def save_selections(model: nn.Module) -> None:

@@ -22,6 +22,8 @@ from torchtitan.experiments.lighthouse.data import check_data
 from torchtitan.experiments.lighthouse.job_config import JobConfig
 from torchtitan.tools import utils
 
+from lighthouse.attention import LONGEST_EFFICIENT
+
 TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """What a checkpoint holds beside the model, by torchtitan's names."""
 
@@ -87,10 +89,15 @@ def _check_training(config: JobConfig) -> None:
     _check_at_least("training.local_batch_size", training.local_batch_size, 1)
     _check_at_least("training.seq_len", training.seq_len, 1)
     on_gpu = utils.device_type == "cuda"
-    if on_gpu and training.mixed_precision_param == "float32" and training.seq_len > 65535:
+    if (
+        on_gpu
+        and training.mixed_precision_param == "float32"
+        and training.seq_len > LONGEST_EFFICIENT
+    ):
         raise ValueError(
-            "training.mixed_precision_param must be bfloat16 on a GPU beyond 65535 tokens, got "
-            "'float32', for which no fused attention is right at that length; set it to bfloat16"
+            "training.mixed_precision_param must be bfloat16 on a GPU beyond "
+            f"{LONGEST_EFFICIENT} tokens, got 'float32', for which no fused attention is right at "
+            "that length; set it to bfloat16"
         )
     _check_at_least("metrics.log_freq", config.metrics.log_freq, 1)
     if validation.enable:

@@ -30,9 +30,12 @@ class TwoStageTrainer(Trainer):
     def __init__(self, job_config: JobConfig):
         super().__init__(job_config)
         self.stage = None
-        dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
+        training = job_config.training
+        dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
         for part in self.model_parts:
-            backend.use_fused_attention(part, dtype, job_config.lighthouse.sdpa_backend)
+            backend.use_fused_attention(
+                part, dtype, training.seq_len, job_config.lighthouse.sdpa_backend
+            )
             backend.save_selections(part)
             if utils.device_type == "cpu":
                 cpu.sum_gradients_on_gloo(part)
@@ -44,9 +47,9 @@ class TwoStageTrainer(Trainer):
                 self.model_args,
                 lighthouse.attention_config(),
                 lighthouse.full_attn_layers,
-                job_config.training.seq_len,
+                training.seq_len,
             )
-        has_switch = 0 < lighthouse.stage1_steps < job_config.training.steps
+        has_switch = 0 < lighthouse.stage1_steps < training.steps
         TwoStageCheckpointManager.adopt(
             self.checkpointer, switch_step=lighthouse.stage1_steps if has_switch else None
         )
