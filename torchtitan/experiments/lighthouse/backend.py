@@ -34,7 +34,7 @@ def use_lighthouse(
         full_attn_layers: layers that stay dense; negative ones count from the last.
         n_layers: layers of the whole model.
     """
-    dense = {layer % n_layers for layer in full_attn_layers}
+    dense = _dense_layers(full_attn_layers, n_layers)
     for name, block in model.layers.items():
         if int(name) not in dense:
             attention = block.attention
@@ -90,8 +90,12 @@ def flops_saved_per_token(
     causal or not. Attention over S entries costs S * S instead of N * N for N tokens; scoring and
     pooling, some bytes and next to no FLOPs, are not counted.
     """
-    n_layers = model_args.n_layers - len(
-        {layer % model_args.n_layers for layer in full_attn_layers}
-    )
+    dense = _dense_layers(full_attn_layers, model_args.n_layers)
+    n_layers = model_args.n_layers - len(dense)
     per_position = 6 * n_layers * model_args.n_heads * 2 * (model_args.dim // model_args.n_heads)
     return per_position * (seq_len - config.sub_seq_len(seq_len) ** 2 / seq_len)
+
+
+def _dense_layers(full_attn_layers: list[int], n_layers: int) -> set[int]:
+    """The layers that stay dense, each by its one index from 0 on."""
+    return {layer % n_layers for layer in full_attn_layers}

@@ -19,7 +19,6 @@ FILE_NAME = "metrics.jsonl"
 LOSS = "loss_metrics/global_avg_loss"
 VALIDATION_LOSS = "validation_metrics/loss"
 TOKENS_PER_SECOND = "throughput(tps)"
-TOKENS_SEEN = "n_tokens_seen"
 
 
 class StagedMetricsProcessor(MetricsProcessor):
