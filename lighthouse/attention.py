@@ -17,54 +17,14 @@ nature of the method, which is for training only.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse.config import LighthouseConfig
+from lighthouse.context_parallel import ContextParallel, exchange_edges
 from lighthouse.gather import gather, scatter_back
 from lighthouse.scorers import score
+from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import select_spans
-
-LONGEST_EFFICIENT = 65535
-"""Tokens up to which the memory-efficient kernel is right."""
-
-
-def fused_backends(dtype: torch.dtype, seq_len: int, prefer: str = "cudnn") -> list[SDPBackend]:
-    """Backends of SDPA that may be used, in order: fused ones only, so that attention never
-    falls back to the one that stores S * S logits.
-
-    On a GPU cuDNN and FlashAttention take fp16 and bf16. For fp32 there is the memory-efficient
-    kernel alone, and it up to 65,535 tokens only, beyond which it is wrong (pytorch #162588). On
-    the CPU everything is FlashAttention.
-
-    Args:
-        seq_len: the longest sequence to attend over, in tokens or entries.
-        prefer: `cudnn` or `flash`; the other one stands in where it does not apply.
-    """
-    if dtype in (torch.float32, torch.float64):
-        is_right = seq_len <= LONGEST_EFFICIENT
-        return [SDPBackend.FLASH_ATTENTION, *[SDPBackend.EFFICIENT_ATTENTION] * is_right]
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    return order if prefer == "cudnn" else order[::-1]
-
-
-def causal_sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
-) -> torch.Tensor:
-    """Stock causal scaled dot-product attention by a fused kernel.
-
-    Args:
-        q: [B, H, S, D]; k, v: [B, Hkv, S, D].
-
-    Returns:
-        [B, H, S, D]
-
-    Raises:
-        RuntimeError: no fused kernel takes these inputs.
-    """
-    with sdpa_kernel(fused_backends(q.dtype, q.shape[2]), set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
 def lighthouse_attention(
@@ -73,6 +33,7 @@ def lighthouse_attention(
     v: torch.Tensor,
     config: LighthouseConfig,
     attend: Callable[..., torch.Tensor] = causal_sdpa,
+    context: ContextParallel | None = None,
 ) -> torch.Tensor:
     """Causal attention over the selected entries of the pyramid.
 
@@ -81,6 +42,9 @@ def lighthouse_attention(
         k, v: keys and values, [B, Hkv, N, D], in the dtype of q; Hkv divides H (GQA).
         config: fields of the method; N must be legal under it.
         attend: causal attention, called as `attend(q, k, v, enable_gqa=...)`.
+        context: under context parallelism, this rank's place. q, k, v are its shard of N / W
+            tokens, and so is the result; `config` is that of the whole sequence, and `attend`
+            attends over the sub-sequence of all ranks.
 
     Returns:
         [B, H, N, D] in the dtype of q, with the strides of a contiguous [B, N, H, D].
@@ -89,12 +53,18 @@ def lighthouse_attention(
         ValueError: shapes that do not fit together, or N that is not legal under `config`.
     """
     _check_shapes(q, k, v)
-    config.check_seq_len(q.shape[2])
+    seq_len = q.shape[2]
+    if context is None:
+        config.check_seq_len(seq_len)
+    else:
+        config = context.shard_config(config, seq_len)
     scores, coarsest = score(q, k, v, config)
-    selection = select_spans(scores, config, q.shape[2])
+    is_start = context is None or context.rank == 0
+    selection = select_spans(scores, config, seq_len, is_start)
     sub_q, sub_k, sub_v = gather(q, k, v, coarsest, selection)  # [B, H or Hkv, S, D]
     sub_out = attend(sub_q, sub_k, sub_v, enable_gqa=q.shape[1] != k.shape[1])
-    return scatter_back(sub_out, selection)  # [B, H, N, D]
+    edges = None if context is None else exchange_edges(sub_out, selection, context)
+    return scatter_back(sub_out, selection, edges)  # [B, H, N, D]
 
 
 class LighthouseAttention(nn.Module):
@@ -103,18 +73,25 @@ class LighthouseAttention(nn.Module):
     Args:
         inner: causal attention, called as `inner(q, k, v, enable_gqa=...)`.
         config: fields of the method.
+        context: this rank's place under context parallelism.
     """
 
-    def __init__(self, inner: nn.Module, config: LighthouseConfig):
+    def __init__(
+        self,
+        inner: nn.Module,
+        config: LighthouseConfig,
+        context: ContextParallel | None = None,
+    ):
         super().__init__()
         self.inner = inner
         self.config = config
+        self.context = context
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
         """See `lighthouse_attention`; `enable_gqa` follows from the shapes."""
-        return lighthouse_attention(q, k, v, self.config, self.inner)
+        return lighthouse_attention(q, k, v, self.config, self.inner, self.context)
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -26,7 +26,9 @@ class LighthouseConfig:
     """Entries selected per level above the finest, k: a multiple of 128."""
 
     scorer: str = "norm"
-    """What ranks the entries. `norm`: the L2 norm of q and of k."""
+    """What ranks the entries, by the L2 norm per token. `norm`: of q and of k. `dilated`: of what
+    they get by attending to each other within residue classes of the tokens; its cost grows with
+    N**2. `gla`: by gated linear attention."""
 
     dilation: int = 4
     """Stride of the residue classes of the `dilated` scorer, in tokens; others ignore it."""
@@ -55,16 +57,18 @@ class LighthouseConfig:
         if self.dilation < 1:
             raise ValueError(f"dilation must be at least 1, got {self.dilation}; use 1 or more")
 
-    def check_seq_len(self, seq_len: int) -> None:
+    def check_seq_len(self, seq_len: int, num_chunks: int = 1) -> None:
         """Raise a one-line ValueError unless `seq_len` tokens are legal under these fields.
 
         The coarsest level must exist (`p**(L-1)` divides N) and divide evenly into T strata
-        of at least 128 candidates each.
+        of at least 128 candidates each; so must it in each of the `num_chunks` equal chunks that
+        context parallelism cuts the sequence into: T is a multiple of `num_chunks`.
         """
         span = self.span(self.num_levels - 1)
         least = self.num_strata * SELECTED_PER_STRATUM * span
         legal = self.num_strata * span
-        if seq_len >= least and seq_len % legal == 0:
+        is_aligned = self.num_strata % num_chunks == 0
+        if seq_len >= least and seq_len % legal == 0 and is_aligned:
             return
         fields = f"num_levels={self.num_levels}, pooling_factor={self.pooling_factor}"
         if seq_len < 1 or seq_len % span:
@@ -74,8 +78,15 @@ class LighthouseConfig:
                 f"seq_len must be a multiple of pooling_factor**(num_levels-1) = {span} ({fields}),"
                 f" got {seq_len}; nearest: {nearest}"
             )
-        nearest_topk = self.nearest_topk(seq_len)
+        nearest_topk = self.nearest_topk(seq_len, num_chunks)
         by_topk = f"topk {nearest_topk}" if nearest_topk else "fewer levels or a smaller factor"
+        if not is_aligned:
+            raise ValueError(
+                f"topk must be a multiple of {SELECTED_PER_STRATUM * num_chunks}, which is "
+                f"{SELECTED_PER_STRATUM} for each of the {num_chunks} chunks of context "
+                f"parallelism, and divide the coarsest level of {seq_len // span} entries "
+                f"({fields}, seq_len {seq_len}), got {self.topk}; nearest: {by_topk}"
+            )
         by_len = max(least, round(seq_len / legal) * legal)
         raise ValueError(
             f"topk must divide the coarsest level of {seq_len // span} entries ({fields}, seq_len "
@@ -83,10 +94,10 @@ class LighthouseConfig:
             f"nearest: {by_topk}, or seq_len {by_len}"
         )
 
-    def nearest_topk(self, seq_len: int) -> int | None:
+    def nearest_topk(self, seq_len: int, num_chunks: int = 1) -> int | None:
         """The legal `topk` nearest to this one at `seq_len` tokens; None if there is none."""
         coarsest = seq_len // self.span(self.num_levels - 1)
-        strata = range(1, coarsest // SELECTED_PER_STRATUM + 1)
+        strata = range(num_chunks, coarsest // SELECTED_PER_STRATUM + 1, num_chunks)
         legal = [t * SELECTED_PER_STRATUM for t in strata if coarsest % t == 0]
         return min(legal, key=lambda k: abs(k - self.topk), default=None)
 

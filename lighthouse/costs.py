@@ -2,13 +2,17 @@
 
 Bytes count each input once and each output once, in the smallest set that the step needs; FLOPs
 count the two products of causal attention, half of the square, and two and a half times as many
-backward. Nothing else of the layer has FLOPs worth counting. Time can not be below
-`bytes / bandwidth` of every step but attention, plus `FLOPs / rate` of attention.
+backward; and those of scoring by `dilated` and `gla`, which has no backward. Nothing else of the
+layer has FLOPs worth counting. No step can take less than `bytes / bandwidth` or `FLOPs / rate`.
+
+Under context parallelism of degree W a rank has the W-th part of every step, and what it exchanges
+with the others (`exchange_bytes`, `edge_bytes`).
 """
 
 from typing import NamedTuple
 
 from lighthouse.config import LighthouseConfig
+from lighthouse.context_parallel import CHUNKS_PER_RANK
 
 
 class Shape(NamedTuple):
@@ -33,6 +37,22 @@ class Cost(NamedTuple):
 def attention_flops(batch: int, n_heads: int, length: int, head_dim: int) -> int:
     """FLOPs of one causal attention forward: q·k and p·v over half of the square."""
     return batch * n_heads * 2 * length**2 * head_dim
+
+
+def scored_positions(config: LighthouseConfig, seq_len: int, head_dim: int) -> float:
+    """Positions that the scorer attends to for each token and query head, causal or not.
+
+    `dilated` attends to the tokens of a class, twice. `gla` adds to a state of D * D and reads it,
+    twice: as many FLOPs as q·k and p·v over D positions.
+    """
+    return {"norm": 0, "dilated": 2 * seq_len / config.dilation, "gla": 2 * head_dim}[config.scorer]
+
+
+def scoring_flops(shape: Shape, config: LighthouseConfig) -> int:
+    """FLOPs of scoring: q·k and p·v over `scored_positions`, over half of them for `dilated`."""
+    positions = scored_positions(config, shape.seq_len, shape.head_dim)
+    tokens = shape.batch * shape.n_heads * shape.seq_len
+    return int(tokens * (2 if config.scorer == "dilated" else 4) * positions * shape.head_dim)
 
 
 def dense_costs(shape: Shape) -> dict[str, Cost]:
@@ -62,7 +82,7 @@ def layer_costs(shape: Shape, config: LighthouseConfig) -> dict[str, Cost]:
     entry_map, slot_map = 4 * kv_heads * sub, 4 * kv_heads * entries
     attend = dense_costs(shape._replace(seq_len=sub))
     return {
-        "score": Cost(heads * (seq_len + coarsest) * row + scores),
+        "score": Cost(heads * (seq_len + coarsest) * row + scores, scoring_flops(shape, config)),
         "select": Cost(scores_read + entry_map + slot_map),
         "gather": Cost(heads * (gathered + coarsest + sub) * row + entry_map),
         "attend": attend["attend"],
@@ -71,6 +91,39 @@ def layer_costs(shape: Shape, config: LighthouseConfig) -> dict[str, Cost]:
         "attend backward": attend["attend backward"],
         "gather backward": Cost(heads * (sub + seq_len) * row + slot_map),
     }
+
+
+def exchange_bytes(shape: Shape, degree: int, scheme: str) -> dict[str, int]:
+    """Bytes that a rank sends to the other ranks to attend over a sequence they share.
+
+        ulysses   its part of q, k, v, from all heads to some; the output back to all heads;
+                  as many of gradients backward
+        ring      k and v of its part, W-1 times round; backward once more, and the gradients of
+                  k and v in fp32, W times round; by `allgather` as by `alltoall`
+
+    Args:
+        shape: of the whole sequence: N tokens, or the S entries of the sub-sequence.
+        degree: ranks that share it, W.
+    """
+    rows = shape.batch * shape.seq_len // degree
+    kv = 2 * rows * shape.n_kv_heads * shape.head_dim
+    if scheme == "ring":
+        forward = (degree - 1) * kv * shape.itemsize
+        return {"exchange": forward, "exchange backward": forward + degree * kv * 4}
+    qkv_out = 2 * rows * shape.n_heads * shape.head_dim + kv
+    forward = qkv_out * shape.itemsize * (degree - 1) // degree
+    return {"exchange": forward, "exchange backward": forward}
+
+
+def edge_bytes(shape: Shape, config: LighthouseConfig, degree: int, scheme: str) -> dict[str, int]:
+    """Bytes that a rank sends to the other ranks for scatter-back to reach across chunks.
+
+    A row for each head, level above the finest and chunk of this rank has one receiver; the
+    all-to-all sends zeros to the others.
+    """
+    rows = shape.batch * shape.n_heads * (config.num_levels - 1) * CHUNKS_PER_RANK[scheme]
+    forward = rows * shape.head_dim * shape.itemsize * (degree - 1)
+    return {"edges": forward, "edges backward": forward}
 
 
 def floor_seconds(costs: dict[str, Cost], bandwidth: float, rate: float) -> dict[str, float]:

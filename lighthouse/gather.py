@@ -11,6 +11,10 @@ is itself a gather: every output is written once, nothing is added into. The bac
     gather's          dx[t]   = sum over l of dsub[slot(l, t // p**l)] / p**l
     scatter-back's    dsub[s] = sum of dout over the tokens that entry s reaches
 
+Where the tokens are chunks of a longer sequence, as under context parallelism, scatter-back stays
+within them: an entry reaches its own chunk alone, and the first tokens of a chunk take from `edges`
+what the last entries of the chunk before it, which may be on another rank, bring there.
+
 Sums accumulate in fp32 (fp64 for fp64 input) and are rounded once. With GQA the query heads of a
 group share the maps of their kv head. Only the two maps are saved for the backward passes.
 """
@@ -46,18 +50,22 @@ def gather(
     )  # fmt: skip
 
 
-def scatter_back(sub_out: torch.Tensor, selection: Selection) -> torch.Tensor:
+def scatter_back(
+    sub_out: torch.Tensor, selection: Selection, edges: torch.Tensor | None = None
+) -> torch.Tensor:
     """Bring the output of the sub-sequence back to the tokens.
 
     Args:
         sub_out: [B, H, S, D], any strides.
+        edges: where the tokens are chunks of a longer sequence, [B, H, chunks, L-1, D]: for each
+            the output of the last entry of levels 1 .. L-1 before it, zeros for an absent one.
 
     Returns:
         [B, H, N, D] with the strides of a contiguous [B, N, H, D].
     """
     config = selection.config
     return _scatter_back(
-        sub_out, selection.entry, selection.slot,
+        sub_out, edges, selection.entry, selection.slot,
         config.num_levels, config.pooling_factor, selection.seq_len,
     )  # fmt: skip
 
@@ -138,53 +146,81 @@ _gather.register_autograd(_gather_autograd, setup_context=_gather_setup)
 @torch.library.custom_op("lighthouse::scatter_back", mutates_args=())
 def _scatter_back(
     sub_out: torch.Tensor,
+    edges: torch.Tensor | None,
     entry: torch.Tensor,
     slot: torch.Tensor,
     num_levels: int,
     pooling_factor: int,
     seq_len: int,
 ) -> torch.Tensor:
+    sub_seq_len = sub_out.shape[2]
     lens = [seq_len // pooling_factor**level for level in range(num_levels)]
+    if edges is not None:
+        # Each edge has a slot behind those of the sub-sequence.
+        num_chunks = edges.shape[2]
+        sub_out = torch.cat([sub_out, edges.flatten(2, 3)], 2)
+        edge_slots = torch.arange(sub_seq_len, sub_out.shape[2], device=slot.device).int()
+        edge_slots = edge_slots.view(num_chunks, num_levels - 1)
     slots = []
     for level, of_level in enumerate(slot.split(lens, -1)):
         span = pooling_factor**level
         shifted = F.pad(of_level.repeat_interleave(span, -1), (span - 1, 0), value=-1)
-        slots.append(shifted[..., :seq_len])
+        shifted = shifted[..., :seq_len].contiguous()
+        if edges is not None and level:
+            by_chunk = shifted.view(*shifted.shape[:2], num_chunks, -1)
+            by_chunk[..., : span - 1] = edge_slots[:, level - 1, None]
+        slots.append(shifted)
     return _sum_slots(sub_out, torch.stack(slots, -1))
 
 
 @_scatter_back.register_fake
-def _(sub_out, entry, slot, num_levels, pooling_factor, seq_len):
+def _(sub_out, edges, entry, slot, num_levels, pooling_factor, seq_len):
     return _empty_bnhd(sub_out, seq_len)
 
 
 @torch.library.custom_op("lighthouse::scatter_back_backward", mutates_args=())
 def _scatter_back_backward(
-    dout: torch.Tensor, entry: torch.Tensor, num_levels: int, pooling_factor: int
+    dout: torch.Tensor, entry: torch.Tensor, num_levels: int, pooling_factor: int, num_chunks: int
 ) -> torch.Tensor:
     seq_len = dout.shape[2]
     dsub = dout.new_empty((*dout.shape[:2], entry.shape[-1], dout.shape[3]))
     for level, slots, index in _entries_by_level(entry, seq_len, num_levels, pooling_factor):
         span = pooling_factor**level
-        pooled = _pool_spans(dout, index * span + span - 1, span, mode="sum")
+        starts = index * span + span - 1
+        pooled = _pool_spans(dout, starts, span, mode="sum", chunk_len=seq_len // num_chunks)
         _rows(dsub).index_copy_(0, _row_ids(dsub, slots).flatten(), pooled)
     return dsub
 
 
 @_scatter_back_backward.register_fake
-def _(dout, entry, num_levels, pooling_factor):
+def _(dout, entry, num_levels, pooling_factor, num_chunks):
     return dout.new_empty((*dout.shape[:2], entry.shape[-1], dout.shape[3]))
 
 
 def _scatter_back_setup(ctx, inputs, output):
-    _, entry, _, num_levels, pooling_factor, _ = inputs
+    _, edges, entry, _, num_levels, pooling_factor, _ = inputs
     ctx.save_for_backward(entry)
-    ctx.sizes = num_levels, pooling_factor
+    num_chunks = 1 if edges is None else edges.shape[2]
+    ctx.has_edges = edges is not None
+    ctx.sizes = num_levels, pooling_factor, num_chunks
 
 
 def _scatter_back_autograd(ctx, dout):
     (entry,) = ctx.saved_tensors
-    return _scatter_back_backward(dout, entry, *ctx.sizes), *(None,) * 5
+    dsub = _scatter_back_backward(dout, entry, *ctx.sizes)
+    dedges = _edges_backward(dout, *ctx.sizes) if ctx.has_edges else None
+    return dsub, dedges, *(None,) * 5
+
+
+def _edges_backward(
+    dout: torch.Tensor, num_levels: int, pooling_factor: int, num_chunks: int
+) -> torch.Tensor:
+    """The edge of level l reaches the first p**l - 1 tokens of its chunk."""
+    accumulate = torch.float64 if dout.dtype == torch.float64 else torch.float32
+    chunks = dout.unflatten(2, (num_chunks, -1))
+    spans = [pooling_factor**level for level in range(1, num_levels)]
+    sums = [chunks[:, :, :, : span - 1].sum(3, dtype=accumulate) for span in spans]
+    return torch.stack(sums, 3).to(dout.dtype)
 
 
 _scatter_back.register_autograd(_scatter_back_autograd, setup_context=_scatter_back_setup)
@@ -230,8 +266,11 @@ def _entries_by_level(entry, seq_len, num_levels, pooling_factor):
         offset += level_len
 
 
-def _pool_spans(x: torch.Tensor, starts: torch.Tensor, span: int, mode: str) -> torch.Tensor:
-    """Sum or mean of the `span` tokens from each start on; tokens behind the last count 0.
+def _pool_spans(
+    x: torch.Tensor, starts: torch.Tensor, span: int, mode: str, chunk_len: int | None = None
+) -> torch.Tensor:
+    """Sum or mean of the `span` tokens from each start on; in a sum, tokens behind the chunk of
+    the start count 0.
 
     Args:
         x: [B, H, N, D].
@@ -245,7 +284,8 @@ def _pool_spans(x: torch.Tensor, starts: torch.Tensor, span: int, mode: str) -> 
     ids = _row_ids(x, tokens.clamp(max=x.shape[2] - 1)).flatten(0, 2)
     if mode == "mean" or span == 1:
         return F.embedding_bag(ids, _rows(x), mode=mode)
-    inside = (tokens < x.shape[2]).repeat_interleave(x.shape[1] // tokens.shape[1], 1)
+    inside = tokens // chunk_len == tokens[..., :1] // chunk_len
+    inside = inside.repeat_interleave(x.shape[1] // tokens.shape[1], 1)
     return F.embedding_bag(
         ids, _rows(x), mode="sum", per_sample_weights=inside.flatten(0, 2).to(x.dtype)
     )
@@ -309,18 +349,19 @@ def _(dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len):
 
 
 @_scatter_back.register_kernel("cuda")
-def _(sub_out, entry, slot, num_levels, pooling_factor, seq_len):
+def _(sub_out, edges, entry, slot, num_levels, pooling_factor, seq_len):
+    arguments = sub_out, edges, entry, slot, num_levels, pooling_factor, seq_len
     if sub_out.dtype == torch.float64:
-        return _scatter_back._init_fn(sub_out, entry, slot, num_levels, pooling_factor, seq_len)
+        return _scatter_back._init_fn(*arguments)
     from lighthouse.kernels import gather as kernels
 
-    return kernels.scatter_back(sub_out, entry, slot, num_levels, pooling_factor, seq_len)
+    return kernels.scatter_back(*arguments)
 
 
 @_scatter_back_backward.register_kernel("cuda")
-def _(dout, entry, num_levels, pooling_factor):
+def _(dout, entry, num_levels, pooling_factor, num_chunks):
     if dout.dtype == torch.float64:
-        return _scatter_back_backward._init_fn(dout, entry, num_levels, pooling_factor)
+        return _scatter_back_backward._init_fn(dout, entry, num_levels, pooling_factor, num_chunks)
     from lighthouse.kernels import gather as kernels
 
-    return kernels.scatter_back_backward(dout, entry, num_levels, pooling_factor)
+    return kernels.scatter_back_backward(dout, entry, num_levels, pooling_factor, num_chunks)

@@ -10,8 +10,10 @@ import math
 import torch
 
 
-def reference_attention(q, k, v, num_levels, pooling_factor, topk, entries=None):
-    """The whole layer with the norm scorer.
+def reference_attention(
+    q, k, v, num_levels, pooling_factor, topk, scorer="norm", dilation=4, entries=None
+):
+    """The whole layer.
 
     Args:
         q: [B, H, N, D]; k, v: [B, Hkv, N, D]. Computed in fp64.
@@ -23,21 +25,75 @@ def reference_attention(q, k, v, num_levels, pooling_factor, topk, entries=None)
     """
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
+    if entries is None:
+        scores = reference_scores(q.detach(), k.detach(), v.detach(), scorer, dilation)
     batches = []
     for b in range(q.shape[0]):
         heads = []
         for g in range(k.shape[1]):
             group_q = q[b, g * group : (g + 1) * group]
             if entries is None:
-                q_scores = (group_q.detach() ** 2).sum(-1).amax(0).tolist()
-                k_scores = (k[b, g].detach() ** 2).sum(-1).tolist()
-                order = reference_selection(q_scores, k_scores, num_levels, pooling_factor, topk)
+                token_scores = (x[b, g].tolist() for x in scores)
+                order = reference_selection(*token_scores, num_levels, pooling_factor, topk)
             else:
                 order = entries[b][g]
             for head_q in group_q:
                 heads.append(_reference_head(head_q, k[b, g], v[b, g], order, pooling_factor))
         batches.append(torch.stack(heads))
     return torch.stack(batches)
+
+
+def reference_scores(q, k, v, scorer, dilation=4):
+    """Scores of the tokens.
+
+    Args:
+        q: [B, H, N, D]; k, v: [B, Hkv, N, D]. Computed in fp64.
+
+    Returns:
+        q_scores and k_scores, [B, Hkv, N].
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    scores = torch.zeros(2, *k.shape[:3], dtype=torch.float64)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            g = h // group
+            head_q, head_k, head_v = q[b, h], k[b, g], v[b, g]
+            if scorer == "norm":
+                outs = head_q, head_k
+            elif scorer == "dilated":
+                outs = (
+                    _dilated_attention(head_q, head_k, head_v, dilation),
+                    _dilated_attention(head_k, head_q, head_v, dilation),
+                )
+            elif scorer == "gla":
+                outs = (
+                    _gated_linear_attention(head_q, head_k, head_v),
+                    _gated_linear_attention(head_k, head_q, head_v),
+                )
+            for role, out in enumerate(outs):
+                scores[role, b, g] = torch.maximum(scores[role, b, g], (out**2).sum(-1))
+    return scores.unbind()
+
+
+def _dilated_attention(q, k, v, dilation):
+    """One head, [N, D] to [N, D]: each token over those before it at multiples of `dilation`."""
+    outs = []
+    for t in range(len(q)):
+        seen = list(range(t % dilation, t + 1, dilation))
+        outs.append(torch.softmax(k[seen] @ q[t] / math.sqrt(q.shape[1]), 0) @ v[seen])
+    return torch.stack(outs)
+
+
+def _gated_linear_attention(q, k, v):
+    """One head, [N, D] to [N, D], token by token."""
+    gate = torch.sigmoid(torch.zeros((), dtype=torch.float64)) ** (1 / 16)
+    state = torch.zeros(q.shape[1], q.shape[1], dtype=torch.float64)
+    outs = []
+    for t in range(len(q)):
+        state = gate * state + torch.outer(k[t], v[t])
+        outs.append(q[t] @ state / math.sqrt(q.shape[1]))
+    return torch.stack(outs)
 
 
 def reference_selection(q_scores, k_scores, num_levels, pooling_factor, topk):

@@ -4,15 +4,24 @@ A scorer maps q, k, v to one query score and one key score per token and kv head
 the coarser levels take the maximum over the tokens they cover, separately for q and for k.
 Scores rank entries and nothing else: they have no gradient and no parameters.
 
-    norm    the L2 norm of q and of k; squared, which ranks the same
+    norm      the L2 norm of q and of k
+    dilated   the L2 norms of what q gets by attending to k, and k by attending to q, both with
+              values v, by causal attention within each residue class of the tokens
+    gla       the same by gated linear attention over all tokens
 
-One pass over q, k, v gives the scores and, on the way, the pooled coarsest level, which the
-gather would otherwise have to read everything again for.
+Norms are squared, which ranks the same. One pass over q, k, v gives the scores of `norm` and, on
+the way, the pooled coarsest level, which the gather would otherwise have to read everything again
+for. The other two are dear: activation checkpointing keeps their scores (`scoring_ops`).
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
+
+from lighthouse.gla import gated_linear_attention
+from lighthouse.sdpa import causal_sdpa
 
 if TYPE_CHECKING:
     from lighthouse.config import LighthouseConfig
@@ -64,7 +73,34 @@ def norm_scorer(
     return Scores(q_scores, k_scores), CoarsestLevel(*coarsest)
 
 
-SCORERS = {"norm": norm_scorer}
+def dilated_scorer(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: "LighthouseConfig"
+) -> tuple[Scores, CoarsestLevel]:
+    """Causal softmax attention within each residue class modulo `dilation`, both ways.
+
+    Token t sees token s <= t if t - s is a multiple of `dilation`; the scale is 1/sqrt(D). With
+    GQA every query head of a group attends to the k of its kv head, and that k to every one of
+    them; both scores are the maximum over the group. With one head per group this is the paper's.
+
+    It costs 2 / dilation of the forward pass of dense attention, O(N**2 D / dilation), and nothing
+    backward. Attention is fused: nothing of size N * N exists.
+    """
+    scores = _dilated_scores(q, k, v, config.num_levels, config.pooling_factor, config.dilation)
+    return Scores(*scores), _pool_coarsest(q, k, v, config)
+
+
+def gla_scorer(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: "LighthouseConfig"
+) -> tuple[Scores, CoarsestLevel]:
+    """Gated linear attention over all tokens, both ways; GQA as in `dilated_scorer`.
+
+    It costs O(N D**2). In plain PyTorch some eight copies of v in fp32 exist meanwhile.
+    """
+    scores = _gla_scores(q, k, v, config.num_levels, config.pooling_factor)
+    return Scores(*scores), _pool_coarsest(q, k, v, config)
+
+
+SCORERS = {"norm": norm_scorer, "dilated": dilated_scorer, "gla": gla_scorer}
 
 
 def pool_scores(token_scores: torch.Tensor, num_levels: int, pooling_factor: int) -> torch.Tensor:
@@ -115,6 +151,81 @@ def _(q, k, v, num_levels, pooling_factor):
     coarsest_len = seq_len // pooling_factor ** (num_levels - 1)
     coarsest = [x.new_empty((*x.shape[:2], coarsest_len, x.shape[3])) for x in (q, k, v)]
     return *scores, *coarsest
+
+
+@torch.library.custom_op("lighthouse::dilated_scores", mutates_args=())
+def _dilated_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_levels: int,
+    pooling_factor: int,
+    dilation: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(q, k, v):
+        out = causal_sdpa(*(_residue_classes(x, dilation) for x in (q, k, v)))
+        classes = out.unflatten(1, (dilation, -1))  # [B, dilation, Hkv, N / dilation, D]
+        return classes.movedim(1, 3).flatten(2, 3)[:, :, : q.shape[2]]
+
+    return _both_ways(attend, q, k, v, num_levels, pooling_factor)
+
+
+@torch.library.custom_op("lighthouse::gla_scores", mutates_args=())
+def _gla_scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_levels: int, pooling_factor: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _both_ways(gated_linear_attention, q, k, v, num_levels, pooling_factor)
+
+
+@_dilated_scores.register_fake
+@_gla_scores.register_fake
+def _(q, k, v, num_levels, pooling_factor, *_):
+    num_scores = sum(k.shape[2] // pooling_factor**level for level in range(1, num_levels))
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (*k.shape[:2], num_scores)
+    return tuple(q.new_empty(shape, dtype=dtype) for _ in range(2))
+
+
+scoring_ops = [torch.ops.lighthouse.dilated_scores.default, torch.ops.lighthouse.gla_scores.default]
+"""Ops with small outputs that are dear to compute, for activation checkpointing to save."""
+
+
+def _both_ways(
+    attend: Callable[..., torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_levels: int,
+    pooling_factor: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the levels above the finest by `attend(q, k, v)` and `attend(k, q, v)`."""
+    n_kv_heads = k.shape[1]
+    by_head = [
+        (squared_norms(attend(x, k, v), n_kv_heads), squared_norms(attend(k, x, v), n_kv_heads))
+        for x in q.unflatten(1, (n_kv_heads, -1)).unbind(2)
+    ]
+    q_scores, k_scores = (torch.stack(scores).amax(0) for scores in zip(*by_head, strict=True))
+    return (
+        pool_scores(q_scores, num_levels, pooling_factor),
+        pool_scores(k_scores, num_levels, pooling_factor),
+    )
+
+
+def _residue_classes(x: torch.Tensor, dilation: int) -> torch.Tensor:
+    """[B, H, N, D] to [B, dilation * H, N / dilation, D], N rounded up with zeros behind.
+
+    A view of [B, N, H, D], the layout of a model, as long as `dilation` divides N.
+    """
+    missing = -x.shape[2] % dilation
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return padded.unflatten(2, (-1, dilation)).movedim(3, 1).flatten(1, 2)
+
+
+def _pool_coarsest(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: "LighthouseConfig"
+) -> CoarsestLevel:
+    span = config.span(config.num_levels - 1)
+    return CoarsestLevel(*(_mean_pool(x, span) for x in (q, k, v)))
 
 
 def _mean_pool(x: torch.Tensor, span: int) -> torch.Tensor:

@@ -19,7 +19,8 @@ them: starts are exclusive prefix sums, of the weights along the coarsest level,
 of the siblings from their parent's start on.
 
 Ties go to the lowest index. Entry 0 of every level above the finest is always selected, so
-that every position of the output has a contributor. Nothing here has a gradient.
+that every position of the output has a contributor; under context parallelism that is the first
+entry of the whole sequence alone. Nothing here has a gradient.
 """
 
 from dataclasses import dataclass
@@ -84,11 +85,17 @@ def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: "LighthouseCo
     return select_spans(scores, config, seq_len)
 
 
-def select_spans(scores: Scores, config: "LighthouseConfig", seq_len: int) -> Selection:
-    """Select by scores of the entries above the finest level, as `scorers.score` gives them."""
+def select_spans(
+    scores: Scores, config: "LighthouseConfig", seq_len: int, is_start: bool = True
+) -> Selection:
+    """Select by scores of the entries above the finest level, as `scorers.score` gives them.
+
+    Args:
+        is_start: whether the tokens are the start of their sequence, and not a later part of it.
+    """
     with torch.no_grad():
         entry, slot = _select(
-            *scores, config.num_levels, config.pooling_factor, config.topk, seq_len
+            *scores, config.num_levels, config.pooling_factor, config.topk, seq_len, is_start
         )
     return Selection(entry, slot, config, seq_len)
 
@@ -101,6 +108,7 @@ def _select(
     pooling_factor: int,
     topk: int,
     seq_len: int,
+    is_start: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lens = [seq_len // pooling_factor**level for level in range(num_levels)]
     offsets = [sum(lens[:level]) for level in range(num_levels)]
@@ -117,8 +125,9 @@ def _select(
         # Scores hold no level 0: their offsets are lower by seq_len.
         ids = (candidates[level] + (offsets[level] - seq_len)).flatten(2)
         q_cand, k_cand = (x.gather(-1, ids).view(*shape, -1) for x in (q_scores, k_scores))
-        # Entry 0 is the first candidate of the first stratum on every level.
-        q_cand[:, :, 0, 0] = torch.inf
+        if is_start:
+            # Entry 0 is the first candidate of the first stratum on every level.
+            q_cand[:, :, 0, 0] = torch.inf
         chosen[level] = _best_by_q_then_k(q_cand, k_cand)
         parents = candidates[level].gather(-1, chosen[level])
         candidates[level - 1] = (parents[..., None] * pooling_factor + children).flatten(-2)
@@ -146,7 +155,7 @@ def _select(
 
 
 @_select.register_fake
-def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len):
+def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start):
     lens = [seq_len // pooling_factor**level for level in range(num_levels)]
     sub_seq_len = lens[-1] + (num_levels - 1) * pooling_factor * topk
     shape = q_scores.shape[:2]
@@ -181,9 +190,11 @@ def _best_by_q_then_k(q_scores: torch.Tensor, k_scores: torch.Tensor) -> torch.T
 
 
 @_select.register_kernel("cuda")
-def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len):
+def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start):
     if q_scores.dtype == torch.float64:
-        return _select._init_fn(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len)
+        return _select._init_fn(
+            q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start
+        )
     from lighthouse.kernels import selection as kernels
 
-    return kernels.select(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len)
+    return kernels.select(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start)

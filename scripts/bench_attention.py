@@ -24,10 +24,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse import LighthouseConfig, lighthouse_attention
-from lighthouse.attention import causal_sdpa
 from lighthouse.costs import Shape, attention_flops, floor_seconds, layer_costs
 from lighthouse.gather import gather, scatter_back
-from lighthouse.scorers import score
+from lighthouse.scorers import SCORERS, score
+from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import select_spans
 
 matplotlib.use("Agg")
@@ -73,6 +73,7 @@ def parse() -> argparse.Namespace:
     add("--num-levels", type=int, default=3)
     add("--pooling-factor", type=int, default=4)
     add("--topk", type=int, default=None, help="default: the legal value nearest N/64")
+    add("--scorer", default="norm", choices=list(SCORERS))
     add("--dtype", default=None, choices=["bfloat16", "float16", "float32"])
     add("--backends", nargs="+", default=["cudnn"], choices=list(BACKENDS))
     add("--runs", type=int, default=None, help="per time; default 20 on a GPU, 3 on the CPU")
@@ -141,7 +142,8 @@ def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> 
     topk = options.topk or max(128, seq_len // 64 // 128 * 128)
     fields = (options.num_levels, options.pooling_factor)
     legal = LighthouseConfig(*fields, topk).nearest_topk(seq_len)
-    config = LighthouseConfig(*fields, topk if options.topk else legal or topk)
+    topk = topk if options.topk else legal or topk
+    config = LighthouseConfig(*fields, topk, options.scorer)
     config.check_seq_len(seq_len)
     dtype = getattr(torch, options.dtype)
     shape = Shape(
@@ -222,6 +224,7 @@ def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> 
     return {
         "seq_len": seq_len,
         "topk": config.topk,
+        "scorer": config.scorer,
         "sub_seq_len": config.sub_seq_len(seq_len),
         "shape": shape._asdict(),
         "dtype": options.dtype,

@@ -14,5 +14,10 @@ for flags in "" "--compile"; do
     # shellcheck disable=SC2086  # no flag at all in the first round
     "$python" scripts/bench_training.py $flags | tee "$output/training${flags#--}.txt"
 done
+# A rank's share of the 1M-token run, with the loss in chunks and without.
+for chunk in 2048 0; do
+    "$python" scripts/bench_share.py train_configs/1m_context.toml --ranks 32 \
+        --training.loss_chunk_size "$chunk" | tee "$output/share-$chunk.txt"
+done
 "$python" scripts/bench_attention.py --backends cudnn flash --output "$output" \
     --seq-lens 8192 16384 32768 98304 262144 524288 1048576 | tee "$output/attention.txt"

@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -26,20 +25,13 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.corpora import open_documents
 from torchtitan.experiments.lighthouse.generate import generate, load_dense_model
-from torchtitan.experiments.lighthouse.metrics import (
-    LOSS,
-    TOKENS_PER_SECOND,
-    VALIDATION_LOSS,
-    read_metrics,
-)
+from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
+from torchtitan.experiments.lighthouse.report import WINDOW, Run, read_run, smooth, switch_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-WINDOW = 10
-"""Steps over which training losses are averaged."""
-
 PROMPT = "def read_lines(path):\n"
 
 
@@ -48,15 +40,17 @@ def main() -> None:
     parser.add_argument("--config", default=ROOT / "train_configs" / "quickstart.toml", type=Path)
     parser.add_argument("--output", default=ROOT / "outputs" / "quickstart", type=Path)
     options = parser.parse_args()
-    runs = {
+    folders = {
         "two stages": train("two stages", options.config, options.output / "two_stages"),
         "dense": train(
             "dense", options.config, options.output / "dense", "--lighthouse.stage1_steps", "0"
         ),
     }
     config = tomli.loads(options.config.read_text())
-    summary = summarize(runs, config)
-    sample = sample_text(runs["two stages"], config)
+    runs = {name: read_run(folder) for name, folder in folders.items()}
+    handover = json.loads((folders["two stages"] / "handover.json").read_text())
+    summary = summarize(runs, config, handover)
+    sample = sample_text(folders["two stages"], config)
     (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (options.output / "report.md").write_text(report(summary, config, sample))
     plot(runs, summary, options.output / "loss.png")
@@ -125,47 +119,41 @@ class Progress:
         self.shown = tenth
 
 
-def summarize(runs: dict[str, Path], config: dict) -> dict:
+def summarize(runs: dict[str, Run], config: dict, handover: dict) -> dict:
     """The figures of the report, from the metrics of the runs."""
-    switch, seq_len = config["lighthouse"]["stage1_steps"], config["training"]["seq_len"]
-    two, dense = (losses(runs[name]) for name in ("two stages", "dense"))
-    difference = two - dense
-    before = float(difference[switch - WINDOW : switch].mean())
-    after = float(difference[switch : switch + WINDOW].max())
-    held_out, held_out_dense = (held_out_losses(runs[name]) for name in ("two stages", "dense"))
-    level = held_out[switch, 1]
-    recovered = [step for step, stage in held_out if stage == 2 and held_out[step, 2] <= level]
-    handover = json.loads((runs["two stages"] / "handover.json").read_text())
+    two, dense = runs["two stages"], runs["dense"]
+    switch = switch_of(two)
+    difference = two.losses - dense.losses
+    before = float(difference[switch.step - WINDOW : switch.step].mean())
+    after = float(difference[switch.step : switch.step + WINDOW].max())
+    recovery_step = switch.recovery_step
     rate = {
-        "stage 1, Lighthouse": throughput(runs["two stages"], 1),
-        "stage 2, dense": throughput(runs["two stages"], 2),
-        "dense run": throughput(runs["dense"], 2),
+        "stage 1, Lighthouse": two.rate(1),
+        "stage 2, dense": two.rate(2),
+        "dense run": dense.rate(2),
     }
-    seconds = {name: training_seconds(folder, seq_len) for name, folder in runs.items()}
+    seconds = {name: run.device_seconds() for name, run in runs.items()}
     return {
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
         "settings": config,
         "corpus_unigram_entropy_nats": unigram_entropy(),
-        "switch_step": switch,
+        "switch_step": switch.step,
         "held_out_at_switch": {
-            "lighthouse": level,
-            "dense": held_out[switch, 2],
-            "spike_nats": held_out[switch, 2] - level,
-            "steps_to_recover": recovered[0] - switch if recovered else None,
-            "dense_run": held_out_dense[switch, 2],
+            "lighthouse": switch.lighthouse,
+            "dense": switch.dense,
+            "spike_nats": switch.spike,
+            "steps_to_recover": None if recovery_step is None else recovery_step - switch.step,
+            "dense_run": dense.held_out[switch.step, 2],
         },
         "training_at_switch": {
             "two_stages_minus_dense_before": before,
             "two_stages_minus_dense_peak": after,
             "spike_nats": after - before,
         },
-        "final_training_loss": {
-            "two_stages": float(two[-WINDOW:].mean()),
-            "dense": float(dense[-WINDOW:].mean()),
-        },
+        "final_training_loss": {"two_stages": two.final_loss(), "dense": dense.final_loss()},
         "final_held_out_loss": {
-            "two_stages": held_out[len(two), 2],
-            "dense": held_out_dense[len(dense), 2],
+            "two_stages": two.final_held_out(),
+            "dense": dense.final_held_out(),
         },
         "tokens_per_second": rate,
         "stage_1_speed_up": rate["stage 1, Lighthouse"] / rate["dense run"],
@@ -173,36 +161,6 @@ def summarize(runs: dict[str, Path], config: dict) -> dict:
         "whole_run_speed_up": seconds["dense"] / seconds["two stages"],
         "handover": handover,
     }
-
-
-def losses(folder: Path) -> np.ndarray:
-    """Training loss of every step."""
-    return np.array([line[LOSS] for line in read_metrics(folder, LOSS)])
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of the last `WINDOW` values at every step."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(0, end - WINDOW)
-    return (sums[end] - sums[start]) / (end - start)
-
-
-def held_out_losses(folder: Path) -> dict[tuple[int, int], float]:
-    """Held-out loss by step and stage; the step of the switch has one for each stage."""
-    lines = read_metrics(folder, VALIDATION_LOSS)
-    return {(line["step"], line["stage"]): line[VALIDATION_LOSS] for line in lines}
-
-
-def throughput(folder: Path, stage: int) -> float:
-    """Median tokens per second of a stage."""
-    lines = [line for line in read_metrics(folder, LOSS) if line["stage"] == stage]
-    return statistics.median(line[TOKENS_PER_SECOND] for line in lines)
-
-
-def training_seconds(folder: Path, seq_len: int) -> float:
-    """Seconds in training steps, validation and checkpoints left out."""
-    return sum(seq_len / line[TOKENS_PER_SECOND] for line in read_metrics(folder, LOSS))
 
 
 def unigram_entropy() -> float:
@@ -227,7 +185,9 @@ def sample_text(folder: Path, config: dict) -> str:
 def headline(summary: dict) -> str:
     final, switch = summary["final_held_out_loss"], summary["held_out_at_switch"]
     steps = switch["steps_to_recover"]
-    recovery = f"made up for in {steps} steps" if steps else "not made up for within the run"
+    recovery = "not made up for within the run"
+    if steps is not None:
+        recovery = f"made up for in {steps} steps"
     return (
         f"Stage 1 trained {summary['stage_1_speed_up']:.1f} times as fast as dense attention, the "
         f"whole run {summary['whole_run_speed_up']:.1f} times. The switch to dense attention after "
@@ -243,7 +203,9 @@ def report(summary: dict, config: dict, sample: str) -> str:
     final, rate = summary["final_held_out_loss"], summary["tokens_per_second"]
     final_training = summary["final_training_loss"]
     seconds = summary["training_seconds"]
-    recovery = at_switch["steps_to_recover"] or "more than the run has"
+    recovery = at_switch["steps_to_recover"]
+    if recovery is None:
+        recovery = "more than the run has"
     rows = "\n".join(f"| {name} | {value:,.0f} |" for name, value in rate.items())
     return f"""# Quick start: sparse first, dense at the end
 
@@ -312,14 +274,14 @@ make no programmer.
 """
 
 
-def plot(runs: dict[str, Path], summary: dict, path: Path) -> None:
+def plot(runs: dict[str, Run], summary: dict, path: Path) -> None:
     """Held-out loss of both runs above, the difference of their training losses below."""
     switch = summary["switch_step"]
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(9, 7), sharex=True, height_ratios=[3, 2], layout="constrained"
     )
     for name, color in (("dense", "tab:gray"), ("two stages", "tab:orange")):
-        points = held_out_losses(runs[name])
+        points = runs[name].held_out
         steps = [step for step, _ in points]
         top.plot(steps, list(points.values()), color=color, marker=".", label=name)
     top.axhline(
@@ -328,14 +290,14 @@ def plot(runs: dict[str, Path], summary: dict, path: Path) -> None:
         linestyle=":",
         label="frequency of each byte alone",
     )
-    lowest = min(min(held_out_losses(folder).values()) for folder in runs.values())
+    lowest = min(min(run.held_out.values()) for run in runs.values())
     top.set(ylabel="held-out loss (nats per byte)", ylim=(lowest - 0.1, lowest + 1.4))
     top.set_title(
         f"Same data, same start: stage 1 at {summary['stage_1_speed_up']:.1f} times "
         "the speed of dense attention"
     )
-    difference = losses(runs["two stages"]) - losses(runs["dense"])
-    steps = np.arange(1, len(difference) + 1)
+    steps = runs["two stages"].steps
+    difference = runs["two stages"].losses - runs["dense"].losses
     bottom.plot(steps, difference, color="tab:orange", alpha=0.35, linewidth=0.8)
     bottom.plot(steps, smooth(difference), color="tab:orange")
     bottom.axhline(0, color="black", linewidth=0.8)

@@ -56,14 +56,14 @@ def captured_launches(run) -> list[tuple[JITFunction, dict, dict]]:
     launch, JITFunction.run = JITFunction.run, capture
     try:
         *scores, coarsest_q, coarsest_k, coarsest_v = scorers.norm_score_pool(q, k, v, *levels)
-        entry, slot = selection.select(*scores, *levels, topk, seq_len)
+        entry, slot = selection.select(*scores, *levels, topk, seq_len, True)
         assert entry.shape[-1] == sub_seq_len
         subs = gather.gather(
             q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, *levels
         )  # fmt: skip
         gather.gather_backward(*subs, slot, *levels, seq_len)
-        out = gather.scatter_back(subs[0], entry, slot, *levels, seq_len)
-        gather.scatter_back_backward(out, entry, *levels)
+        out = gather.scatter_back(subs[0], None, entry, slot, *levels, seq_len)
+        gather.scatter_back_backward(out, entry, *levels, 1)
     finally:
         JITFunction.run = launch
     return launches

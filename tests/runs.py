@@ -238,21 +238,6 @@ def assert_same_state(run: Run, expected: Run) -> None:
         assert not differ, differ
 
 
-def launch(function: Callable[..., Any], num_ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``num_ranks`` new processes, one group."""
-    folder.mkdir(parents=True)
-    # Spawned by name: each process imports the module of the function.
-    torch.multiprocessing.spawn(_rank, (num_ranks, folder, function, args), nprocs=num_ranks)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
-
-
-def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., Any], args) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=num_ranks)
-    torch.save(function(*args), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach().clone()

@@ -8,7 +8,7 @@ from torchtitan.experiments.lighthouse import backend
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
-from lighthouse import LighthouseConfig, attention, selection
+from lighthouse import LighthouseConfig, attention, scorers, selection
 
 SEQ_LEN = 512
 N_LAYERS = 2
@@ -20,7 +20,7 @@ MODES = {
 }
 
 
-def gradients(mode: str, compiled: bool = False) -> list[torch.Tensor]:
+def gradients(mode: str, compiled: bool = False, scorer: str = "norm") -> list[torch.Tensor]:
     """Loss and gradients of one step of a small model."""
     torch.manual_seed(0)
     args = TransformerModelArgs(
@@ -31,7 +31,7 @@ def gradients(mode: str, compiled: bool = False) -> list[torch.Tensor]:
         model.init_weights()
     if MODES[mode] is not None:
         apply_ac(model, MODES[mode], op_sac_save_list=_op_sac_save_list)
-    backend.use_lighthouse(model, LighthouseConfig(2, 2, 128), [], N_LAYERS)
+    backend.use_lighthouse(model, LighthouseConfig(2, 2, 128, scorer), [], N_LAYERS)
     backend.save_selections(model)
     if compiled:
         for name, block in model.layers.named_children():
@@ -55,10 +55,35 @@ def count_selections(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def count_scorings(monkeypatch):
+    """Number of passes of scoring by attention so far."""
+    calls = []
+    for name in ("causal_sdpa", "gated_linear_attention"):
+        attend = getattr(scorers, name)
+        monkeypatch.setattr(
+            scorers, name, lambda *qkv, attend=attend: calls.append(1) or attend(*qkv)
+        )
+    return calls
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_selects_once_a_layer(mode, count_selections):
     gradients(mode)
     assert len(count_selections) == N_LAYERS  # with two levels, one cascade level a selection
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled"),
+    [*((mode, False) for mode in MODES), ("full", True), ("selective-op", True)],
+)
+@pytest.mark.parametrize("scorer", ["dilated", "gla"])
+def test_scores_by_attention_once_a_layer(scorer, mode, compiled, count_selections, count_scorings):
+    found = gradients(mode, compiled, scorer)
+    assert len(count_selections) == N_LAYERS
+    assert len(count_scorings) == 2 * N_LAYERS  # both ways
+    for expected, gradient in zip(gradients("none", scorer=scorer), found, strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_without_it_the_selection_is_recomputed(count_selections, monkeypatch):

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend
 
 from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, select
-from lighthouse.attention import causal_sdpa, fused_backends
 from lighthouse.gather import gather, scatter_back
 from lighthouse.reference import reference_attention
-from lighthouse.scorers import score, squared_norms
+from lighthouse.scorers import SCORERS, score, squared_norms
+from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import select_spans
 
 CASES = [
@@ -56,6 +55,17 @@ def test_equals_loops(case):
     expected_grads = torch.autograd.grad(expected, (q, k, v), dout)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert (grad - expected_grad).abs().max() < 1e-9
+
+
+# Of those where a selection leaves something out.
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=[IDS[1], IDS[4]])
+@pytest.mark.parametrize(("scorer", "dilation"), [("dilated", 4), ("dilated", 5), ("gla", 4)])
+def test_equals_loops_with_other_scorers(case, scorer, dilation):
+    q, k, v = inputs_of(case, requires_grad=False)
+    out = lighthouse_attention(q, k, v, LighthouseConfig(*case[5:], scorer, dilation))
+    expected = reference_attention(q, k, v, *case[5:], scorer, dilation)
+    assert (out - expected).abs().max() < 1e-9
+    assert not torch.equal(out, lighthouse_attention(q, k, v, config_of(case)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -187,20 +197,9 @@ def test_strides(layout):
     assert out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("prefer", ["cudnn", "flash"])
-@pytest.mark.parametrize("seq_len", [512, 65535, 65536, 2**20])
-def test_attention_is_fused_and_right_at_its_length(dtype, prefer, seq_len):
-    backends = fused_backends(dtype, seq_len, prefer)
-    assert SDPBackend.FLASH_ATTENTION in backends and SDPBackend.MATH not in backends
-    efficient = dtype in (torch.float32, torch.float64) and seq_len <= 65535
-    assert (SDPBackend.EFFICIENT_ATTENTION in backends) == efficient
-    if dtype in (torch.float16, torch.bfloat16):
-        assert (backends[0] == SDPBackend.CUDNN_ATTENTION) == (prefer == "cudnn")
-
-
-def test_module_adds_nothing_to_a_state_dict():
-    module = LighthouseAttention(torch.nn.Identity(), LighthouseConfig())
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_module_adds_nothing_to_a_state_dict(scorer):
+    module = LighthouseAttention(torch.nn.Identity(), LighthouseConfig(scorer=scorer))
     assert not module.state_dict() and not list(module.parameters())
 
 
@@ -221,9 +220,10 @@ def test_bad_shapes(shapes, fragment):
     assert fragment in str(error.value) and "\n" not in str(error.value)
 
 
-def test_compiles_in_one_graph():
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_compiles_in_one_graph(scorer):
     case = (1, 4, 2, 512, 8, 2, 2, 128)
-    module = LighthouseAttention(GroupedSdpa(), config_of(case))
+    module = LighthouseAttention(GroupedSdpa(), LighthouseConfig(*case[5:], scorer))
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     results = []
     for run in (module, compiled):

@@ -138,6 +138,24 @@ def test_flops_saved_per_token(full_attn_layers, saved):
     assert flops_saved_per_token(MODEL_ARGS, CONFIG, full_attn_layers, 1024) == saved
 
 
+@pytest.mark.parametrize(
+    ("scorer", "dilation", "positions"),
+    [
+        # A token attends to a class of 1,024/4 or 1,024/2 tokens, both ways.
+        ("dilated", 4, 2 * 256),
+        ("dilated", 2, 2 * 512),
+        # A state of 8 * 8 for each head: as much as 8 positions, both ways.
+        ("gla", 4, 2 * 8),
+    ],
+)
+def test_scoring_by_attention_saves_less(scorer, dilation, positions):
+    config = LighthouseConfig(2, 2, 128, scorer, dilation)
+    by_norm = flops_saved_per_token(MODEL_ARGS, CONFIG, [0], 1024)
+    saved = flops_saved_per_token(MODEL_ARGS, config, [0], 1024)
+    # In each of the three layers, for the 32 channels of q·k and of p·v, 2 FLOPs forward alone.
+    assert saved == pytest.approx(by_norm - 3 * positions * 32 * 2 * 2)
+
+
 def test_flops_saved_by_the_papers_recipe():
     model_args = TransformerModelArgs(dim=1024, n_layers=30, n_heads=8)
     config = LighthouseConfig(num_levels=3, pooling_factor=2, topk=1536)

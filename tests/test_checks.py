@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 from runs import write_corpus
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torchtitan.experiments.lighthouse import FLAVORS
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.checks import check_config, load_config
 from torchtitan.tools import utils
+
+# A legal shape for two ranks of context parallelism.
+CP2 = (
+    "--parallelism.context_parallel_degree 2 --lighthouse.num_levels 2 "
+    "--lighthouse.pooling_factor 2 --lighthouse.topk 256"
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,9 @@ def place(tmp_path, corpus) -> SimpleNamespace:
     for path in (whole, torn):
         path.mkdir(parents=True)
         (path / "__0_0.distcp").write_bytes(b"data")
-    (whole / ".metadata").write_bytes(b"metadata")
+    keys = ["dataloader.dp_rank_0", "dataloader.world_size", "optimizer.state"]
+    metadata = Metadata(dict.fromkeys(keys, BytesStorageMetadata()))
+    (whole / ".metadata").write_bytes(pickle.dumps(metadata))
     big = tmp_path / "big"
     big.mkdir()
     tokenizer = json.loads((Path(BYTE_TOKENIZER_PATH) / "tokenizer.json").read_text())
@@ -106,7 +116,7 @@ dataset_path = "{corpus}"
         "--checkpoint.no_enable --checkpoint.interval 0",
         "--validation.enable --validation.seq_len 2048",
         # Without Lighthouse its rules about lengths do not hold.
-        "--training.seq_len 7 --lighthouse.stage1_steps 0",
+        "--training.seq_len 6 --lighthouse.stage1_steps 0",
         "--validation.enable --validation.seq_len 2047 --lighthouse.stage1_steps 0",
     ],
 )
@@ -152,6 +162,7 @@ COMMAND_LINES = [
     ("--training.steps 0", ("training.steps must be at least 1", "got 0", "use 1 or more")),
     ("--training.local_batch_size 0", ("training.local_batch_size", "got 0", "use 1 or more")),
     ("--training.seq_len 0", ("training.seq_len must be at least 1", "got 0", "use 1 or more")),
+    ("--training.loss_chunk_size -1", ("training.loss_chunk_size", "got -1", "use 0 or more")),
     ("--metrics.log_freq 0", ("metrics.log_freq", "got 0", "use 1 or more")),
     ("--validation.enable --validation.steps 0", ("validation.steps", "got 0", "use 1 or more")),
     ("--validation.enable --validation.steps -1", ("validation.steps", "got -1", "use 1 or more")),
@@ -167,15 +178,11 @@ COMMAND_LINES = [
     ("--optimizer.name Adams", ("optimizer.name", "AdamW", "'Adams'")),
     # Parallelism.
     (
-        "--parallelism.context_parallel_degree 2",
-        ("parallelism.context_parallel_degree must be 1", "got 2", "lighthouse.stage1_steps"),
-    ),
-    (
         "--parallelism.pipeline_parallel_degree 2",
-        ("parallelism.pipeline_parallel_degree must be 1", "got 2", "lighthouse.stage1_steps"),
+        ("parallelism.pipeline_parallel_degree must be 1", "got 2", "use data, context or"),
     ),
     ("--parallelism.context_parallel_degree 0", ("context_parallel_degree", "got 0", "use 1")),
-    ("--parallelism.pipeline_parallel_degree 0", ("pipeline_parallel_degree", "got 0", "use 1")),
+    ("--parallelism.pipeline_parallel_degree 0", ("pipeline_parallel_degree must be 1", "got 0")),
     ("--parallelism.tensor_parallel_degree 0", ("tensor_parallel_degree", "got 0", "use 1")),
     (
         "--parallelism.data_parallel_replicate_degree 0",
@@ -195,7 +202,8 @@ COMMAND_LINES = [
     ("--lighthouse.pooling_factor 6", ("pooling_factor", "power of two", "got 6", "nearest: 4")),
     ("--lighthouse.topk 0", ("lighthouse.topk", "multiple of 128", "got 0", "nearest: 128")),
     ("--lighthouse.topk 200", ("lighthouse.topk", "multiple of 128", "got 200", "nearest: 256")),
-    ("--lighthouse.scorer loud", ("lighthouse.scorer must be one of norm", "'loud'", "choose one")),
+    ("--lighthouse.scorer loud", ("lighthouse.scorer must be one of norm, dilated, gla", "'loud'")),
+    ("--lighthouse.telemetry_freq -1", ("lighthouse.telemetry_freq", "got -1", "use 0 or more")),
     ("--lighthouse.sdpa_backend math", ("sdpa-backend", "'math'", "'cudnn', 'flash'")),
     ("--lighthouse.dilation 0", ("lighthouse.dilation must be at least 1", "got 0", "use 1")),
     # These hold for a dense run, too.
@@ -345,10 +353,110 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(place, world_size, a
         (4, "--parallelism.tensor_parallel_degree 2"),
         (4, "--parallelism.data_parallel_replicate_degree 2 --training.global_batch_size 8"),
         (2, "--parallelism.context_parallel_degree 2 --lighthouse.stage1_steps 0"),
+        (2, CP2),
+        (2, CP2 + " --lighthouse.scorer gla --lighthouse.stage1_steps 0"),
+        (2, CP2 + " --lighthouse.context_parallel ring --lighthouse.topk 512"),
     ],
 )
 def test_a_number_of_processes_that_fits_passes(place, world_size, args):
     check(place, args, world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "args", "parts"),
+    [
+        (
+            4,
+            "--parallelism.tensor_parallel_degree 4",
+            ("tensor_parallel_degree must divide the 2 key/value heads", "got 4", "use 1 or 2"),
+        ),
+        (
+            2,
+            "--parallelism.context_parallel_degree 2",
+            ("lighthouse.topk must be a multiple of 256", "2 chunks", "got 128", "fewer levels"),
+        ),
+        (
+            2,
+            CP2 + " --lighthouse.context_parallel ring",
+            ("lighthouse.topk must be a multiple of 512", "4 chunks", "got 256", "topk 512"),
+        ),
+        (
+            4,
+            "--parallelism.context_parallel_degree 4 --lighthouse.stage1_steps 0",
+            ("context_parallel_degree must divide", "got 4", "use 1 or 2, or 'ring'"),
+        ),
+        (
+            4,
+            CP2 + " --parallelism.tensor_parallel_degree 2",
+            ("context_parallel_degree must divide", "rank, 1,", "got 2", "use 1, or 'ring'"),
+        ),
+        (
+            2,
+            CP2 + " --training.seq_len 2050 --lighthouse.stage1_steps 0",
+            ("training.seq_len must be a multiple of twice", "4, got 2050", "nearest: 2048"),
+        ),
+        (
+            2,
+            CP2 + " --lighthouse.scorer dilated",
+            ("lighthouse.scorer must be norm", "got 'dilated'", "context_parallel_degree to 1"),
+        ),
+        (
+            2,
+            CP2 + " --lighthouse.telemetry_freq 10",
+            ("lighthouse.telemetry_freq must be 0", "got 10", "context_parallel_degree to 1"),
+        ),
+        (
+            2,
+            CP2 + " --lighthouse.context_parallel rings",
+            ("context-parallel", "'rings'", "'ulysses', 'ring'"),
+        ),
+        (
+            2,
+            CP2 + " --parallelism.context_parallel_rotate_method gather",
+            ("rotate", "gather", "allgather"),
+        ),
+        (
+            2,
+            CP2 + " --parallelism.context_parallel_load_balancer ptrr",
+            ("context_parallel_load_balancer must be 'headtail'", "'ptrr'", "leave it out"),
+        ),
+        (
+            2,
+            "--checkpoint.enable --checkpoint.initial_load_path {whole}",
+            ("data-parallel degree must be that of {whole}, 1", "got 2", "start 1 processes"),
+        ),
+        (
+            4,
+            "--checkpoint.enable --checkpoint.folder ../whole " + CP2,
+            ("the data-parallel degree", "step-8, 1", "got 2", "start 2 processes", "dataloader"),
+        ),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(place, world_size, args, parts):
+    assert_refused(place, parts, args, world_size=world_size)
+
+
+def test_a_ring_in_float32_is_refused_on_a_gpu(place, monkeypatch):
+    ring = CP2 + " --lighthouse.context_parallel ring --lighthouse.topk 512"
+    args = ring + " --training.mixed_precision_param "
+    check(place, args + "float32", world_size=2)
+    monkeypatch.setattr(utils, "device_type", "cuda")
+    check(place, args + "bfloat16", world_size=2)
+    parts = ("mixed_precision_param must be bfloat16 with", "'ring'", "got 'float32'", "'ulysses'")
+    assert_refused(place, parts, args + "float32", world_size=2)
+
+
+def test_a_checkpoint_whose_metadata_is_torn_is_refused(place):
+    (place.whole / ".metadata").write_bytes(b"torn")
+    parts = ("{whole}", "must have readable metadata", "move it away")
+    assert_refused(place, parts, "--checkpoint.enable --checkpoint.initial_load_path {whole}")
+
+
+def test_a_loss_in_chunks_is_refused_with_tensor_parallelism(place):
+    parts = ("training.loss_chunk_size must be 0 with tensor", "got 64", "tensor_parallel_degree")
+    args = "--training.loss_chunk_size 64 --parallelism.tensor_parallel_degree"
+    check(place, args + " 1", world_size=2)
+    assert_refused(place, parts, args + " 2", world_size=2)
 
 
 def test_a_global_batch_that_does_not_fit_the_processes_is_refused(place):

@@ -4,9 +4,18 @@ import pytest
 import torch
 
 from lighthouse import LighthouseConfig
-from lighthouse.costs import Shape, attention_flops, dense_costs, floor_seconds, layer_costs
+from lighthouse.costs import (
+    Shape,
+    attention_flops,
+    dense_costs,
+    edge_bytes,
+    exchange_bytes,
+    floor_seconds,
+    layer_costs,
+    scored_positions,
+)
 from lighthouse.gather import gather, scatter_back
-from lighthouse.scorers import score
+from lighthouse.scorers import SCORERS, score
 from lighthouse.selection import select_spans
 
 
@@ -30,6 +39,30 @@ def test_layer_at_98k():
     assert costs["scatter back"].bytes == 8 * (18432 + 98304) * row + 4 * 8 * (98304 + 30720)
     assert costs["attend"].flops == 8 * 2 * 18432**2 * 128
     assert costs["attend backward"].flops == costs["attend"].flops * 5 // 2
+
+
+@pytest.mark.parametrize(
+    ("scorer", "flops"),
+    [
+        ("norm", 0),
+        # Both ways, four classes of 256 tokens in each of three heads.
+        ("dilated", 2 * attention_flops(1, 4 * 3, 256, 16)),
+        # Both ways, for 1,024 tokens in three heads: a multiplication and an addition for each
+        # element of the state to add to it, and as much to read it.
+        ("gla", 2 * 1024 * 3 * (2 + 2) * 16 * 16),
+    ],
+)
+def test_scoring_flops(scorer, flops):
+    shape = Shape(1, 3, 1, 1024, 16, 4)
+    costs = layer_costs(shape, LighthouseConfig(2, 2, 128, scorer))
+    by_norm = layer_costs(shape, LighthouseConfig(2, 2, 128))
+    assert costs.pop("score") == by_norm.pop("score")._replace(flops=flops)
+    assert costs == by_norm
+
+
+def test_every_scorer_is_counted():
+    for scorer in SCORERS:
+        assert scored_positions(LighthouseConfig(scorer=scorer), 98304, 128) >= 0
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
@@ -59,3 +92,24 @@ def test_floor_takes_the_larger_of_bytes_and_flops():
     by_flops = floor_seconds(costs, bandwidth=1e30, rate=1.0)
     assert by_bytes["attend"] == 4 * 1024 * 64 * 2
     assert by_flops["attend"] == 2 * 1024**2 * 64
+
+
+def test_bytes_exchanged_at_1m():
+    config = LighthouseConfig(4, 4, 4096)
+    shape = Shape(1, 8, 8, config.sub_seq_len(1048576), 128, 2)
+    # 8,192 rows of q, k, v and out on each of eight ranks, an eighth of which stays.
+    forward = 8192 * 8 * 4 * 256 * 7 // 8
+    found = exchange_bytes(shape, 8, "ulysses")
+    assert found == {"exchange": forward, "exchange backward": forward}
+    # k and v seven times round; their gradients, twice as large, eight times.
+    rotated = 7 * 8192 * 8 * 2 * 256
+    found = exchange_bytes(shape, 8, "ring")
+    assert found == {"exchange": rotated, "exchange backward": rotated + 8 * 8192 * 8 * 2 * 512}
+    # With GQA k and v are less.
+    grouped = exchange_bytes(shape._replace(n_kv_heads=2), 8, "ulysses")
+    assert grouped["exchange"] == 8192 * (2 * 8 + 2 * 2) * 256 * 7 // 8
+    # Three levels above the finest, one chunk a rank or two.
+    for scheme, chunks in (("ulysses", 1), ("ring", 2)):
+        edges = chunks * 8 * 3 * 256 * 7
+        found = edge_bytes(shape, config, 8, scheme)
+        assert found == {"edges": edges, "edges backward": edges}

@@ -66,6 +66,37 @@ def test_scatter_back_equals_loops(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_scatter_back_of_chunks_equals_loops(case):
+    q, k, *_, selection = setup(case)
+    seq_len, num_levels, p = case[2], case[3], case[4]
+    num_chunks = seq_len // p ** (num_levels - 1) // 64
+    chunk_len = seq_len // num_chunks
+    group = q.shape[1] // k.shape[1]
+    sub_out = torch.randn(2, q.shape[1], selection.entry.shape[-1], 4, dtype=torch.float64)
+    edges = torch.randn(2, q.shape[1], num_chunks, num_levels - 1, 4, dtype=torch.float64)
+    leaves = [sub_out.requires_grad_(), edges.requires_grad_()]
+    out = scatter_back(sub_out, selection, edges)
+    expected = torch.zeros_like(out)
+    for b in range(2):
+        for h in range(q.shape[1]):
+            levels, indices = (y[b, h // group] for y in (selection.level, selection.index))
+            for s, (level, i) in enumerate(zip(levels.tolist(), indices.tolist(), strict=True)):
+                first = i * p**level + p**level - 1
+                chunk_end = (first // chunk_len + 1) * chunk_len
+                expected[b, h, first : min(first + p**level, chunk_end)] += sub_out[b, h, s]
+            for chunk in range(num_chunks):
+                for level in range(1, num_levels):
+                    first = chunk * chunk_len
+                    expected[b, h, first : first + p**level - 1] += edges[b, h, chunk, level - 1]
+    torch.testing.assert_close(out, expected)
+    y = torch.randn_like(out)
+    for ours, loops in zip(
+        torch.autograd.grad(out, leaves, y), torch.autograd.grad(expected, leaves, y), strict=True
+    ):
+        torch.testing.assert_close(ours, loops)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_backward_is_the_adjoint(case):
     q, k, v, coarsest, selection = setup(case)
     for x, sub in zip((q, k, v), gather(q, k, v, coarsest, selection), strict=True):
@@ -92,4 +123,6 @@ def test_ops():
     maps = selection.entry, selection.slot
     torch.library.opcheck(_gather, (q, k, v, *coarsest, *maps, 2, 4))
     sub_out = torch.randn(2, 4, selection.entry.shape[-1], 4, requires_grad=True)
-    torch.library.opcheck(_scatter_back, (sub_out, *maps, 2, 4, 1024))
+    edges = torch.randn(2, 4, 4, 1, 4, requires_grad=True)
+    for chunks in (None, edges):
+        torch.library.opcheck(_scatter_back, (sub_out, chunks, *maps, 2, 4, 1024))

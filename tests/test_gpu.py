@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_scorers import BY_ATTENTION, BY_ATTENTION_IDS, plain_scores
 
 from lighthouse import LighthouseConfig, lighthouse_attention
-from lighthouse.attention import causal_sdpa
 from lighthouse.gather import gather, scatter_back
 from lighthouse.scorers import score
+from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import select_spans
 
 pytestmark = pytest.mark.gpu
@@ -83,6 +84,30 @@ def test_layer_and_gradients_at_16k_are_as_exact_as_their_attention():
         error = (found.cpu().double() - truth).norm() / truth.norm()
         allowed = (reference.double() - truth).norm() / truth.norm()
         assert 0 < error <= 2 * allowed
+
+
+@pytest.mark.parametrize("config", BY_ATTENTION, ids=BY_ATTENTION_IDS)
+def test_scores_by_attention_are_as_exact_as_plain_pytorch(config):
+    q, k, v = inputs(2048, 4, 2)
+    scores, _ = score(q, k, v, config)
+    plain, exact = (
+        plain_scores(*(x.detach().cpu().to(dtype) for x in (q, k, v)), config)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    for ours, theirs, truth in zip(scores, plain, exact, strict=True):
+        error, plain_error = ((x.cpu().double() - truth).norm() for x in (ours, theirs))
+        assert 0 < error <= 2 * plain_error
+
+
+@pytest.mark.parametrize("scorer", ["dilated", "gla"])
+def test_scoring_at_98k_needs_no_square(scorer):
+    q, k, v = inputs(98304)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    scores, _ = score(q, k, v, LighthouseConfig(3, 4, 1536, scorer))
+    assert all(x.isfinite().all() for x in scores)
+    # Eight copies of v in fp32 are 3 GiB; the logits of all classes and heads would be 36 GiB.
+    assert torch.cuda.max_memory_allocated() - before < 4 * 2**30
 
 
 def test_data_path_is_bitwise_repeatable():

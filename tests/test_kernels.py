@@ -157,11 +157,13 @@ def scores_of(kind, shape):
 
 
 def check_select(q_scores, k_scores, num_levels, p, topk, seq_len):
-    actual = selection.select(q_scores, k_scores, num_levels, p, topk, seq_len)
-    plain = selection_ops._select._init_fn(q_scores, k_scores, num_levels, p, topk, seq_len)
-    for ours, theirs in zip(actual, plain, strict=True):
-        assert ours.dtype == torch.int32
-        assert torch.equal(ours, theirs)
+    for is_start in (False, True):
+        arguments = q_scores, k_scores, num_levels, p, topk, seq_len, is_start
+        actual = selection.select(*arguments)
+        plain = selection_ops._select._init_fn(*arguments)
+        for ours, theirs in zip(actual, plain, strict=True):
+            assert ours.dtype == torch.int32
+            assert torch.equal(ours, theirs)
     return actual
 
 
@@ -230,19 +232,25 @@ def check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, grads=Non
         assert_as_exact(*outputs)
 
     sub_out = dsubs[0]
-    arguments = entry, slot, num_levels, p, seq_len
-    actual = gather.scatter_back(sub_out, *arguments)
-    plain = bodies._scatter_back._init_fn(sub_out, *arguments)
-    assert_as_exact(
-        actual, plain, bodies._scatter_back._init_fn(sub_out.double(), *arguments)
-    )  # fmt: skip
-
     dout = q
-    arguments = entry, num_levels, p
-    actual = gather.scatter_back_backward(dout, *arguments)
-    plain = bodies._scatter_back_backward._init_fn(dout, *arguments)
-    exact = bodies._scatter_back_backward._init_fn(dout.double(), *arguments)
-    assert_as_exact(actual, plain, exact)
+    # One sequence, and as many chunks as there can be: one for each entry of the coarsest level.
+    for num_chunks in (1, seq_len // p ** (num_levels - 1)):
+        edges = exact_edges = None
+        if num_chunks > 1:
+            edges = torch.randn(*sub_out.shape[:2], num_chunks, num_levels - 1, q.shape[-1])
+            edges = edges.to(sub_out)
+            exact_edges = edges.double()
+        arguments = entry, slot, num_levels, p, seq_len
+        actual = gather.scatter_back(sub_out, edges, *arguments)
+        plain = bodies._scatter_back._init_fn(sub_out, edges, *arguments)
+        exact = bodies._scatter_back._init_fn(sub_out.double(), exact_edges, *arguments)
+        assert_as_exact(actual, plain, exact)
+
+        arguments = entry, num_levels, p, num_chunks
+        actual = gather.scatter_back_backward(dout, *arguments)
+        plain = bodies._scatter_back_backward._init_fn(dout, *arguments)
+        exact = bodies._scatter_back_backward._init_fn(dout.double(), *arguments)
+        assert_as_exact(actual, plain, exact)
 
 
 @pytest.mark.parametrize(("p", "num_levels"), SHAPES, ids=SHAPE_IDS)
@@ -337,8 +345,8 @@ def test_fp64_takes_the_pytorch_body(monkeypatch):
     *scores, coarsest_q, coarsest_k, coarsest_v = cuda["norm_score_pool"](q, k, v, 3, 2)
     subs = cuda["gather"](q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, 3, 2)
     grads = cuda["gather_backward"](*subs, slot, 3, 2, 20)
-    out = cuda["scatter_back"](subs[0], entry, slot, 3, 2, 20)
-    dsub = cuda["scatter_back_backward"](out, entry, 3, 2)
+    out = cuda["scatter_back"](subs[0], None, entry, slot, 3, 2, 20)
+    dsub = cuda["scatter_back_backward"](out, entry, 3, 2, 1)
     span_scores = torch.rand(1, 1, 384, device=DEVICE, dtype=torch.float64)
-    cuda["select"](span_scores, span_scores, 3, 2, 128, 512)
+    cuda["select"](span_scores, span_scores, 3, 2, 128, 512, True)
     assert {x.dtype for x in (*scores, *subs, *grads, out, dsub)} == {torch.float64}

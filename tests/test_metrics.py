@@ -1,6 +1,7 @@
 """metrics.jsonl: one line per step and stage, whatever happened to the run."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -76,7 +77,22 @@ def test_the_logger_adds_the_stage_and_hands_on(tmp_path):
     logger.close()
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     assert lines == [line_of(7, stage, 0.1) for stage in (1, 2)]
-    assert logged == [*[({LOSS: 0.1, "lighthouse/stage": s}, 7) for s in (1, 2)], "closed"]
+    # The stage that trained the step; the line after the switch does not take its place.
+    assert logged == [({LOSS: 0.1, "lighthouse/stage": 1}, 7), ({LOSS: 0.1}, 7), "closed"]
+
+
+def test_the_loss_under_each_attention_has_a_name_of_its_own():
+    row = {}
+    logger = StagedLogger(SimpleNamespace(log=lambda metrics, step: row.update(metrics)), None)
+    for stage, loss in ((1, 2.5), (2, 2.75)):
+        logger.stage = stage
+        logger.log({VALIDATION_LOSS: loss}, 3)
+    assert row == {
+        VALIDATION_LOSS: 2.75,
+        f"{VALIDATION_LOSS}_stage_1": 2.5,
+        f"{VALIDATION_LOSS}_stage_2": 2.75,
+        "lighthouse/stage": 1,
+    }
 
 
 def test_a_logger_without_a_file_only_hands_on():
@@ -88,6 +104,17 @@ def test_a_logger_without_a_file_only_hands_on():
     assert logged == [({LOSS: 1.0, "lighthouse/stage": 0}, 1)]
 
 
+def test_a_stopped_clock_leaves_out_what_happens_inside():
+    processor = StagedMetricsProcessor.__new__(StagedMetricsProcessor)
+    processor.time_last_log, processor.ntokens_since_last_log = 100.0, 4096
+    start = time.perf_counter()
+    with processor.stopped_clock():
+        time.sleep(0.01)
+    stopped = processor.time_last_log - 100.0
+    assert 0.01 <= stopped <= time.perf_counter() - start
+    assert processor.ntokens_since_last_log == 4096
+
+
 def test_a_stage_starts_with_nothing_of_the_one_before():
     processor = StagedMetricsProcessor.__new__(StagedMetricsProcessor)
     processor.logger = SimpleNamespace(stage=1)
@@ -97,3 +124,36 @@ def test_a_stage_starts_with_nothing_of_the_one_before():
     assert processor.logger.stage == 2 and processor.num_flops_per_token == 7.0
     assert processor.ntokens_since_last_log == 0 and processor.data_loading_times == []
     assert processor.time_last_log > 0.0
+
+
+class BrokenLogger(BaseLogger):
+    """Stands for W&B without its service."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log(self, metrics, step):
+        self.calls.append(step)
+        raise ConnectionResetError("Connection lost")
+
+    def close(self):
+        self.calls.append("close")
+        raise ConnectionResetError("Connection lost")
+
+
+def test_the_lines_outlive_the_other_loggers(tmp_path, caplog):
+    broken = BrokenLogger()
+    logger = StagedLogger(broken, tmp_path / "metrics.jsonl")
+    logger.stage = 1
+    for step in (1, 2):
+        logger.log({LOSS: float(step)}, step)
+    logger.close()
+    assert [line["step"] for line in read_metrics(tmp_path, LOSS)] == [1, 2]
+    # It is given up, and that is said once.
+    assert broken.calls == [1]
+    assert caplog.text.count("metrics go to metrics.jsonl alone") == 1
+    assert "Connection lost" in caplog.text
+
+    broken = BrokenLogger()
+    StagedLogger(broken, None).close()
+    assert broken.calls == ["close"]

@@ -142,4 +142,4 @@ def test_illegal_length():
 
 def test_op():
     q_scores, k_scores = torch.rand(1, 2, 768), torch.rand(1, 2, 768)
-    torch.library.opcheck(_select, (q_scores, k_scores, 3, 2, 128, 1024))
+    torch.library.opcheck(_select, (q_scores, k_scores, 3, 2, 128, 1024, True))

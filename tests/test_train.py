@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import launch
 from runs import (
     N_LAYERS,
     SEQ_LEN,
@@ -24,7 +25,6 @@ from runs import (
     assert_same_state,
     command_line,
     data_cache,
-    launch,
     losses_of,
     train,
     write_corpus,
@@ -278,6 +278,22 @@ def without_recomputation(corpus, tmp_path_factory) -> Run:
 def train_four_steps(folder: Path, corpus: Path, look=None, **overrides) -> Run:
     options = {"training__steps": 4, "lighthouse__stage1_steps": 2, "checkpoint__enable": False}
     return train(command_line(folder, corpus, **options, **overrides), look=look)
+
+
+@pytest.mark.parametrize("scorer", ["dilated", "gla"])
+def test_two_stages_with_another_scorer(without_recomputation, corpus, tmp_path, scorer):
+    by_norm = without_recomputation
+    run = train_four_steps(tmp_path, corpus, lighthouse__scorer=scorer)
+    assert run.batches == by_norm.batches and run.attention == by_norm.attention
+    assert run.keys == by_norm.keys
+    # It selects differently, as soon as the first step, and gets somewhere.
+    assert run.losses[1] != by_norm.losses[1]
+    assert run.losses[4] < run.losses[1] - 1
+    # In the first stage, for the scores of two layers of two heads of 64; in the second none.
+    positions = {"dilated": 2 * SEQ_LEN / 4, "gla": 2 * 64}[scorer]
+    scoring = 2 * positions * 2 * 64 * 4
+    for step, flops in by_norm.flops_per_token.items():
+        assert run.flops_per_token[step] == pytest.approx(flops + (scoring if step <= 2 else 0))
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -5,10 +5,11 @@ Two ways to walk, and each kernel writes every row of its output once, with fp32
     by slot    a program takes a block of slots, reads the rows of tokens that each entry sums
                gather                  tokens i*p**l .. + p**l - 1, mean; the coarsest level is
                                        copied from its own buffer
-               scatter-back backward   tokens i*p**l + p**l - 1 .. + p**l - 1, those below N
+               scatter-back backward   tokens i*p**l + p**l - 1 .. + p**l - 1, those in the chunk
     by token   a program takes a tile of tokens, reads the rows in the slots of each level
                gather backward         entry t // p**l of level l, times p**-l
-               scatter-back            entry (t + 1) // p**l - 1 of level l
+               scatter-back            entry (t + 1) // p**l - 1 of level l, or, where that is in
+                                       the chunk before, the edge of level l
 
 Rows that several entries or tokens of one block share come from the cache. With GQA a program
 serves all tensors that share the maps of a kv head, one after another.
@@ -108,7 +109,7 @@ def _gather_rows(
 def _scatter_back_backward_kernel(
     dout_ptr, entry_ptr, dsub_ptr,
     dout_stride_b, dout_stride_h, dout_stride_n, dout_stride_d,
-    n_heads, seq_len, sub_seq_len,
+    n_heads, seq_len, chunk_len, sub_seq_len,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -121,7 +122,7 @@ def _scatter_back_backward_kernel(
         NUM_LEVELS, POOLING_FACTOR, BLOCK_S,
     )  # fmt: skip
     first = index * span + span - 1
-    num_rows = tl.where(mask_s, tl.minimum(span, seq_len - first), 0)
+    num_rows = tl.where(mask_s, tl.minimum(span, chunk_len - first % chunk_len), 0)
     dsub = _add_rows(
         tl.zeros((BLOCK_S, BLOCK_D), tl.float32),
         dout_ptr + batch * dout_stride_b + head * dout_stride_h, dout_stride_n, dout_stride_d,
@@ -179,10 +180,10 @@ def _gather_backward_kernel(
 
 @triton.jit
 def _scatter_back_kernel(
-    sub_out_ptr, slot_ptr, out_ptr,
+    sub_out_ptr, edges_ptr, slot_ptr, out_ptr,
     sub_stride_b, sub_stride_h, sub_stride_s, sub_stride_d,
-    n_heads, seq_len, num_entries,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    n_heads, seq_len, chunk_len, num_entries,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_EDGES: tl.constexpr,
     NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -193,10 +194,19 @@ def _scatter_back_kernel(
         slot_ptr + flat_head // GROUP * num_entries, offs_s, mask_s, seq_len, 1,
         NUM_LEVELS, POOLING_FACTOR,
     )  # fmt: skip
+    if HAS_EDGES:
+        slots = _without_edges(slots, offs_s, chunk_len, NUM_LEVELS, POOLING_FACTOR)
     out = _sum_slots(
         sub_out_ptr + batch * sub_stride_b + head * sub_stride_h, sub_stride_s, sub_stride_d,
         slots, HEAD_DIM, NUM_LEVELS, 1.0, BLOCK_S, BLOCK_D,
     )  # fmt: skip
+    if HAS_EDGES:
+        num_edges = seq_len // chunk_len * (NUM_LEVELS - 1)
+        edges_ptr += flat_head * num_edges * HEAD_DIM
+        out += _sum_edges(
+            edges_ptr, offs_s, mask_s, chunk_len,
+            HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
     row = (batch * seq_len + offs_s) * n_heads + head
     _store_rows(out_ptr, out, row, mask_s, HEAD_DIM, BLOCK_D)
 
@@ -289,6 +299,37 @@ def _sum_slots(
 
 
 @triton.jit
+def _without_edges(
+    slots, offs_s, chunk_len, NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr
+):
+    """The slots, but -1 for an entry that is in the chunk before."""
+    kept = (slots[0],)
+    for level in tl.static_range(1, NUM_LEVELS):
+        is_edge = offs_s % chunk_len < POOLING_FACTOR**level - 1
+        kept += (tl.where(is_edge, -1, slots[level]),)
+    return kept
+
+
+@triton.jit
+def _sum_edges(
+    edges_ptr, offs_s, mask_s, chunk_len,
+    HEAD_DIM: tl.constexpr, NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums over levels of the edges that reach each token: [BLOCK_S, BLOCK_D], fp32."""
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask_d = offs_d < HEAD_DIM
+    first_row = offs_s // chunk_len * (NUM_LEVELS - 1)
+    acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for level in tl.static_range(1, NUM_LEVELS):
+        is_edge = mask_s & (offs_s % chunk_len < POOLING_FACTOR**level - 1)
+        row = (first_row + level - 1).to(tl.int64)
+        edge_ptrs = edges_ptr + row[:, None] * HEAD_DIM + offs_d
+        acc += tl.load(edge_ptrs, mask=is_edge[:, None] & mask_d, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
 def _store_rows(x_ptr, x, row, mask_s, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     x_ptrs = x_ptr + row[:, None] * HEAD_DIM + offs_d
@@ -352,6 +393,7 @@ def gather_backward(
 
 def scatter_back(
     sub_out: torch.Tensor,
+    edges: torch.Tensor | None,
     entry: torch.Tensor,
     slot: torch.Tensor,
     num_levels: int,
@@ -362,19 +404,21 @@ def scatter_back(
     batch, n_heads = sub_out.shape[:2]
     n_kv_heads, num_entries = slot.shape[1:]
     out = _empty_bnhd(sub_out, seq_len)
+    has_edges = edges is not None
+    num_chunks = edges.shape[2] if has_edges else 1
     sizes = _sizes(sub_out, num_levels, pooling_factor)
     grid = (triton.cdiv(seq_len, sizes["BLOCK_S"]) * n_heads, batch)
     with torch.cuda.device_of(sub_out):
         _scatter_back_kernel[grid](
-            sub_out, slot.contiguous(), out, *sub_out.stride(),
-            n_heads, seq_len, num_entries,
-            GROUP=n_heads // n_kv_heads, **sizes,
+            sub_out, edges.contiguous() if has_edges else sub_out, slot.contiguous(), out,
+            *sub_out.stride(), n_heads, seq_len, seq_len // num_chunks, num_entries,
+            GROUP=n_heads // n_kv_heads, HAS_EDGES=has_edges, **sizes,
         )  # fmt: skip
     return out
 
 
 def scatter_back_backward(
-    dout: torch.Tensor, entry: torch.Tensor, num_levels: int, pooling_factor: int
+    dout: torch.Tensor, entry: torch.Tensor, num_levels: int, pooling_factor: int, num_chunks: int
 ) -> torch.Tensor:
     """See `lighthouse::scatter_back_backward`."""
     batch, n_heads, seq_len, head_dim = dout.shape
@@ -385,7 +429,7 @@ def scatter_back_backward(
     with torch.cuda.device_of(dout):
         _scatter_back_backward_kernel[grid](
             dout, entry.contiguous(), dsub, *dout.stride(),
-            n_heads, seq_len, sub_seq_len,
+            n_heads, seq_len, seq_len // num_chunks, sub_seq_len,
             GROUP=n_heads // n_kv_heads, **sizes,
         )  # fmt: skip
     return dsub

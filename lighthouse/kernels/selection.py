@@ -37,6 +37,7 @@ def _select_kernel(
     q_stride_b, q_stride_h, q_stride_e, k_stride_b, k_stride_h, k_stride_e,
     n_kv_heads, num_strata, seq_len, num_entries, sub_seq_len,
     NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, BLOCK_C: tl.constexpr,
+    IS_START: tl.constexpr,
 ):  # fmt: skip
     TOP: tl.constexpr = NUM_LEVELS - 1
     # Candidates of a stratum below the coarsest level.
@@ -77,7 +78,9 @@ def _select_kernel(
         ids = (index + _level_offset(seq_len, level, POOLING_FACTOR)).to(tl.int64)
         q_score = tl.load(q_scores_ptr + ids * q_stride_e, mask=mask_c, other=0.0)
         k_score = tl.load(k_scores_ptr + ids * k_stride_e, mask=mask_c, other=0.0)
-        q_image = tl.where(index == 0, _INFINITY, _order_preserving(q_score))
+        q_image = _order_preserving(q_score)
+        if IS_START:
+            q_image = tl.where(index == 0, _INFINITY, q_image)
         by_q = _best_64(tl.where(mask_c, q_image, _LOWEST))
         by_k = _best_64(tl.where(mask_c & ~by_q, _order_preserving(k_score), _LOWEST))
         is_selected = by_q | by_k
@@ -202,6 +205,7 @@ def select(
     pooling_factor: int,
     topk: int,
     seq_len: int,
+    is_start: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `lighthouse::select`; the scores are compared in fp32; any strides."""
     batch, n_kv_heads, num_scores = q_scores.shape
@@ -223,6 +227,7 @@ def select(
             *q_scores.stride(), *k_scores.stride(),
             n_kv_heads, num_strata, seq_len, num_entries, sub_seq_len,
             NUM_LEVELS=num_levels, POOLING_FACTOR=pooling_factor, BLOCK_C=block_c,
+            IS_START=is_start,
             num_warps=min(max(width // _CANDIDATES_PER_WARP, 1), 16),
         )  # fmt: skip
     return entry, slot

@@ -3,12 +3,27 @@
     job_config.py   the [lighthouse] section of the TOML, and our defaults for the others
     checks.py       every rule of a configuration, checked before anything expensive starts
     backend.py      puts Lighthouse around a model's attention and takes it away again
+    context_parallel.py  batches and attention over a sequence that several ranks share
     train.py        TwoStageTrainer and the entry point
     handover.py     the record written at the stage switch
     checkpoint.py   which checkpoints are saved, kept and loaded
+    interruption.py stopping on a signal, with a checkpoint
     data.py         text corpora, packed to seq_len, resumable
+    prepared.py     corpora tokenized beforehand, read under any data-parallel degree
+    prepare.py      tokenizes them, for scripts/prepare_data.py
     validate.py     held-out loss
+    loss.py         cross-entropy in chunks of tokens
     metrics.py      metrics.jsonl, and the stage in TensorBoard and W&B
+    telemetry.py    what the layers select in stage 1
+    report.py       what the metrics of a run say, and how two runs compare
+    plan.py         what a run will do and need, counted before it starts, from
+    sizes.py        its sizes,
+    memory.py       the tensors it holds,
+    gpus.py         and rates of GPUs
+    trained.py      what lies in a checkpoint or in a folder of Hugging Face's, and loading it
+    hugging_face.py configuration and weights in Hugging Face's format, both ways
+    export.py       a trained model as a folder for transformers, compared with it
+    generate.py     text from the dense model, with a key-value cache
     cpu.py          the CPU as a device for torchtitan
 
 Importing this package registers the model `llama3_lighthouse`.
@@ -22,12 +37,13 @@ if _accelerator is None or _accelerator.type == "mps":
     # Before the imports below: torchtitan binds its device when it is imported.
     cpu.install()
 
-from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.experiments.lighthouse.data import build_dataloader
+from torchtitan.experiments.lighthouse.hugging_face import Llama3Adapter
+from torchtitan.experiments.lighthouse.loss import build_loss
 from torchtitan.experiments.lighthouse.metrics import build_metrics_processor
 from torchtitan.experiments.lighthouse.validate import build_validator
 from torchtitan.models.llama3 import (
@@ -36,7 +52,6 @@ from torchtitan.models.llama3 import (
     llama3_args,
     parallelize_llama,
 )
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 MODEL_NAME = "llama3_lighthouse"
@@ -85,9 +100,9 @@ register_train_spec(
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_hf_tokenizer,
-        build_loss_fn=build_cross_entropy_loss,
+        build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics_processor,
-        state_dict_adapter=Llama3StateDictAdapter,
+        state_dict_adapter=Llama3Adapter,
     ),
 )

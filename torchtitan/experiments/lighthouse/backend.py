@@ -13,19 +13,28 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 from lighthouse import LighthouseAttention, LighthouseConfig
-from lighthouse.attention import fused_backends
+from lighthouse.context_parallel import ContextParallel, all_to_all_op
+from lighthouse.costs import scored_positions
+from lighthouse.scorers import scoring_ops
+from lighthouse.sdpa import fused_backends
 from lighthouse.selection import select_op
 
 # What torchtitan's activation checkpointing by op keeps; `save_selections` sees to the other modes.
-_op_sac_save_list.add(select_op)
+# The selections, scores that are dear to compute, and what was sent between ranks.
+_op_sac_save_list.update({select_op, *scoring_ops, all_to_all_op})
 
 
 def use_lighthouse(
-    model: nn.Module, config: LighthouseConfig, full_attn_layers: list[int], n_layers: int
+    model: nn.Module,
+    config: LighthouseConfig,
+    full_attn_layers: list[int],
+    n_layers: int,
+    context: ContextParallel | None = None,
 ) -> None:
     """Wrap the attention of all layers but `full_attn_layers`.
 
@@ -33,13 +42,16 @@ def use_lighthouse(
         model: a Transformer, or the part of one that a pipeline stage holds.
         full_attn_layers: layers that stay dense; negative ones count from the last.
         n_layers: layers of the whole model.
+        context: this rank's place under context parallelism.
     """
-    dense = _dense_layers(full_attn_layers, n_layers)
+    dense = dense_layers(full_attn_layers, n_layers)
     for name, block in model.layers.items():
         if int(name) not in dense:
             attention = block.attention
             assert not isinstance(attention.inner_attention, LighthouseAttention)
-            attention.inner_attention = LighthouseAttention(attention.inner_attention, config)
+            attention.inner_attention = LighthouseAttention(
+                attention.inner_attention, config, context
+            )
 
 
 def use_dense(model: nn.Module) -> None:
@@ -57,15 +69,17 @@ def use_fused_attention(model: nn.Module, dtype: torch.dtype, seq_len: int, pref
         seq_len: tokens of the longest sequence.
         prefer: `cudnn` or `flash`.
     """
-    for block in model.layers.values():
-        block.attention.inner_attention.sdpa_backends = fused_backends(dtype, seq_len, prefer)
+    for module in model.modules():
+        if isinstance(module, ScaledDotProductAttentionWrapper):
+            module.sdpa_backends = fused_backends(dtype, seq_len, prefer)
 
 
 def save_selections(model: nn.Module) -> None:
     """Make activation checkpointing keep the selections, the only thing it must not recompute.
 
     A near-tie between scores can fall the other way in the recomputation, which then no longer
-    belongs to the outputs that were kept: the gradients would be wrong, in silence.
+    belongs to the outputs that were kept: the gradients would be wrong, in silence. Scores that
+    are dear to compute are kept with them.
     """
     for module in model.modules():
         if isinstance(module, CheckpointWrapper):
@@ -75,7 +89,7 @@ def save_selections(model: nn.Module) -> None:
 
 
 def _keep_selections():
-    return create_selective_checkpoint_contexts([select_op])
+    return create_selective_checkpoint_contexts([select_op, *scoring_ops])
 
 
 def flops_saved_per_token(
@@ -87,15 +101,19 @@ def flops_saved_per_token(
     """FLOPs per token, forward and backward, that Lighthouse saves against dense attention.
 
     Counted as torchtitan counts: six per head dimension of q·k and of p·v and attended position,
-    causal or not. Attention over S entries costs S * S instead of N * N for N tokens; scoring and
-    pooling, some bytes and next to no FLOPs, are not counted.
+    causal or not. Attention over S entries costs S * S instead of N * N for N tokens. Scoring has
+    no backward pass: a position that it attends to costs a third. Scoring by norms and pooling,
+    some bytes and next to no FLOPs, are not counted.
     """
-    dense = _dense_layers(full_attn_layers, model_args.n_layers)
+    dense = dense_layers(full_attn_layers, model_args.n_layers)
     n_layers = model_args.n_layers - len(dense)
-    per_position = 6 * n_layers * model_args.n_heads * 2 * (model_args.dim // model_args.n_heads)
-    return per_position * (seq_len - config.sub_seq_len(seq_len) ** 2 / seq_len)
+    head_dim = model_args.dim // model_args.n_heads
+    per_position = 6 * n_layers * model_args.n_heads * 2 * head_dim
+    attended = config.sub_seq_len(seq_len) ** 2 / seq_len
+    attended += scored_positions(config, seq_len, head_dim) / 3
+    return per_position * (seq_len - attended)
 
 
-def _dense_layers(full_attn_layers: list[int], n_layers: int) -> set[int]:
+def dense_layers(full_attn_layers: list[int], n_layers: int) -> set[int]:
     """The layers that stay dense, each by its one index from 0 on."""
     return {layer % n_layers for layer in full_attn_layers}

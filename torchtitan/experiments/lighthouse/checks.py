@@ -16,13 +16,21 @@ from typing import Any, Literal, Union, get_args, get_origin
 import tomli
 from tokenizers import Tokenizer
 from torchtitan.config import ConfigManager
-from torchtitan.experiments.lighthouse import FLAVORS, MODEL_NAME
-from torchtitan.experiments.lighthouse.checkpoint import check_folder, is_whole
+from torchtitan.experiments.lighthouse import FLAVORS, MODEL_NAME, hugging_face
+from torchtitan.experiments.lighthouse.checkpoint import (
+    check_folder,
+    checkpoint_steps,
+    data_parallel_degree,
+    is_whole,
+    prepared_position,
+)
 from torchtitan.experiments.lighthouse.data import check_data
 from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.experiments.lighthouse.prepared import PreparedDataset, check_prepared
 from torchtitan.tools import utils
 
-from lighthouse.attention import LONGEST_EFFICIENT
+from lighthouse.context_parallel import CHUNKS_PER_RANK
+from lighthouse.sdpa import LONGEST_EFFICIENT
 
 TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """What a checkpoint holds beside the model, by torchtitan's names."""
@@ -60,20 +68,31 @@ def load_config(args: list[str]) -> JobConfig:
         raise ValueError(f"command line: {parts[0] if parts else words}; see --help") from None
 
 
-def check_config(config: JobConfig, world_size: int) -> None:
+def check_config(
+    config: JobConfig, world_size: int, device_type: str | None = None, is_start: bool = True
+) -> None:
     """Check the values of a configuration for a run of `world_size` processes.
+
+    Args:
+        device_type: what the run is for, `cuda` or `cpu`; what is here by default.
+        is_start: whether it is to start now, with the outputs, checkpoints and tokenizer that are
+            there.
 
     Raises:
         ValueError: the first rule that is broken.
     """
+    device_type = device_type or utils.device_type
     _check_model(config)
-    _check_training(config)
+    _check_training(config, device_type)
     _check_choice("optimizer.name", config.optimizer.name, ["Adam", "AdamW"])
     _check_parallelism(config, world_size)
     _check_lighthouse(config)
-    _check_checkpoint(config)
-    _check_tokenizer(config)
+    _check_context_parallel(config, device_type)
+    if is_start or Path(config.model.hf_assets_path).exists():
+        _check_tokenizer(config)
     check_data(config)
+    _check_prepared(config)
+    _check_checkpoint(config, world_size, is_start)
 
 
 def _check_model(config: JobConfig) -> None:
@@ -83,12 +102,13 @@ def _check_model(config: JobConfig) -> None:
     _check_choice("model.flavor", config.model.flavor, list(FLAVORS))
 
 
-def _check_training(config: JobConfig) -> None:
+def _check_training(config: JobConfig, device_type: str) -> None:
     training, validation = config.training, config.validation
     _check_at_least("training.steps", training.steps, 1)
     _check_at_least("training.local_batch_size", training.local_batch_size, 1)
     _check_at_least("training.seq_len", training.seq_len, 1)
-    on_gpu = utils.device_type == "cuda"
+    _check_at_least("training.loss_chunk_size", training.loss_chunk_size, 0)
+    on_gpu = device_type == "cuda"
     if (
         on_gpu
         and training.mixed_precision_param == "float32"
@@ -112,24 +132,32 @@ def _check_training(config: JobConfig) -> None:
 
 
 def _check_parallelism(config: JobConfig, world_size: int) -> None:
-    parallelism, lighthouse = config.parallelism, config.lighthouse
-    for name in ("context_parallel_degree", "pipeline_parallel_degree"):
-        degree = getattr(parallelism, name)
-        _check_at_least(f"parallelism.{name}", degree, 1)
-        if degree > 1 and lighthouse.stage1_steps != 0:
-            raise ValueError(
-                f"parallelism.{name} must be 1 with Lighthouse, got {degree}; "
-                "set it to 1, or lighthouse.stage1_steps to 0 for a dense run"
-            )
-    _check_at_least("parallelism.tensor_parallel_degree", parallelism.tensor_parallel_degree, 1)
+    parallelism = config.parallelism
+    _check_at_least("parallelism.context_parallel_degree", parallelism.context_parallel_degree, 1)
+    if parallelism.pipeline_parallel_degree != 1:
+        raise ValueError(
+            "parallelism.pipeline_parallel_degree must be 1, since the stage switch works on whole "
+            f"models, got {parallelism.pipeline_parallel_degree}; use data, context or tensor "
+            "parallelism"
+        )
+    tensor_parallel = parallelism.tensor_parallel_degree
+    _check_at_least("parallelism.tensor_parallel_degree", tensor_parallel, 1)
+    n_kv_heads = _num_kv_heads(config)
+    if n_kv_heads % tensor_parallel:
+        raise ValueError(
+            f"parallelism.tensor_parallel_degree must divide the {n_kv_heads} key/value heads of "
+            f"{config.model.flavor}, got {tensor_parallel}; use {_divisors(n_kv_heads)}"
+        )
+    loss_chunk_size = config.training.loss_chunk_size
+    if loss_chunk_size and tensor_parallel > 1:
+        raise ValueError(
+            "training.loss_chunk_size must be 0 with tensor parallelism, which shards the head by "
+            f"vocabulary, got {loss_chunk_size}; set it to 0, or "
+            "parallelism.tensor_parallel_degree to 1"
+        )
     replicate = parallelism.data_parallel_replicate_degree
     _check_at_least("parallelism.data_parallel_replicate_degree", replicate, 1)
-    others = (
-        replicate
-        * parallelism.context_parallel_degree
-        * parallelism.pipeline_parallel_degree
-        * parallelism.tensor_parallel_degree
-    )
+    others = replicate * parallelism.context_parallel_degree * tensor_parallel
     shard = parallelism.data_parallel_shard_degree
     if world_size % others or shard not in (-1, world_size // others):
         fitting = f"-1 or {world_size // others}" if world_size % others == 0 else "-1"
@@ -149,8 +177,18 @@ def _check_parallelism(config: JobConfig, world_size: int) -> None:
         )
 
 
+def _num_kv_heads(config: JobConfig) -> int:
+    model = FLAVORS[config.model.flavor]
+    return model.n_kv_heads or model.n_heads
+
+
+def _divisors(number: int) -> str:
+    return " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
 def _check_lighthouse(config: JobConfig) -> None:
     lighthouse, steps = config.lighthouse, config.training.steps
+    _check_at_least("lighthouse.telemetry_freq", lighthouse.telemetry_freq, 0)
     if not -1 <= lighthouse.stage1_steps <= steps:
         raise ValueError(
             f"lighthouse.stage1_steps must be from 0 to training.steps ({steps}), or -1 for no "
@@ -169,15 +207,72 @@ def _check_lighthouse(config: JobConfig) -> None:
         raise ValueError(f"lighthouse.{error}") from None
     if lighthouse.stage1_steps == 0:
         return
+    degree = config.parallelism.context_parallel_degree
+    num_chunks = degree * CHUNKS_PER_RANK[lighthouse.context_parallel] if degree > 1 else 1
     for section in ["training"] + ["validation"] * config.validation.enable:
         try:
-            attention.check_seq_len(getattr(config, section).seq_len)
+            attention.check_seq_len(getattr(config, section).seq_len, num_chunks)
         except ValueError as error:
             owner = section if str(error).startswith("seq_len") else "lighthouse"
             raise ValueError(f"{owner}.{error}") from None
 
 
-def _check_checkpoint(config: JobConfig) -> None:
+def _check_context_parallel(config: JobConfig, device_type: str) -> None:
+    parallelism, lighthouse = config.parallelism, config.lighthouse
+    degree, scheme = parallelism.context_parallel_degree, lighthouse.context_parallel
+    # torchtitan asks for the factor of two, in training, whatever the scheme and the degrees.
+    divisor = 2 * degree * parallelism.tensor_parallel_degree
+    for section in ["training"] + ["validation"] * (config.validation.enable and divisor > 2):
+        seq_len = getattr(config, section).seq_len
+        if seq_len % divisor:
+            nearest = max(1, round(seq_len / divisor)) * divisor
+            raise ValueError(
+                f"{section}.seq_len must be a multiple of twice the context and tensor parallel "
+                f"degrees, {divisor}, got {seq_len}; nearest: {nearest}"
+            )
+    _check_choice("lighthouse.context_parallel", scheme, list(CHUNKS_PER_RANK))
+    _check_choice(
+        "parallelism.context_parallel_rotate_method",
+        parallelism.context_parallel_rotate_method,
+        ["allgather", "alltoall"],
+    )
+    if parallelism.context_parallel_load_balancer != "headtail":
+        raise ValueError(
+            "parallelism.context_parallel_load_balancer must be 'headtail', since the layout "
+            "follows from lighthouse.context_parallel, got "
+            f"{parallelism.context_parallel_load_balancer!r}; leave it out"
+        )
+    if degree == 1:
+        return
+    if lighthouse.telemetry_freq:
+        raise ValueError(
+            "lighthouse.telemetry_freq must be 0 under context parallelism, where no rank has a "
+            f"whole sequence, got {lighthouse.telemetry_freq}; set it to 0, or "
+            "parallelism.context_parallel_degree to 1"
+        )
+    if lighthouse.scorer != "norm" and lighthouse.stage1_steps != 0:
+        raise ValueError(
+            "lighthouse.scorer must be norm under context parallelism, where each rank scores its "
+            f"own tokens, got {lighthouse.scorer!r}; set it to norm, or "
+            "parallelism.context_parallel_degree to 1"
+        )
+    if scheme == "ulysses":
+        n_kv_heads = _num_kv_heads(config) // parallelism.tensor_parallel_degree
+        if n_kv_heads % degree:
+            raise ValueError(
+                "parallelism.context_parallel_degree must divide the key/value heads of a rank, "
+                f"{n_kv_heads}, with lighthouse.context_parallel = 'ulysses', got {degree}; use "
+                f"{_divisors(n_kv_heads)}, or 'ring'"
+            )
+    elif device_type != "cpu" and config.training.mixed_precision_param == "float32":
+        raise ValueError(
+            "training.mixed_precision_param must be bfloat16 with lighthouse.context_parallel = "
+            "'ring', whose kernels take no other type on a GPU, got 'float32'; set it to bfloat16, "
+            "or use 'ulysses'"
+        )
+
+
+def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> None:
     checkpoint, lighthouse = config.checkpoint, config.lighthouse
     if not checkpoint.enable:
         if checkpoint.create_seed_checkpoint:
@@ -215,6 +310,8 @@ def _check_checkpoint(config: JobConfig) -> None:
             "checkpoint.exclude_from_loading must keep the training state in a run of two stages, "
             f"got {', '.join(sorted(lost))}; remove it"
         )
+    if not is_start:
+        return
     folder = Path(config.job.dump_folder) / checkpoint.folder
     check_folder(folder)
     if checkpoint.load_step != -1 and not is_whole(folder / f"step-{checkpoint.load_step}"):
@@ -223,17 +320,63 @@ def _check_checkpoint(config: JobConfig) -> None:
             f"{checkpoint.load_step}; use -1 for the newest"
         )
     initial = checkpoint.initial_load_path
-    if initial is None or folder.exists():
+    if initial is None and checkpoint.initial_load_in_hf:
+        initial = config.model.hf_assets_path
+    if folder.exists():
+        steps = checkpoint_steps(folder)
+        newest = max(step for step, is_whole in steps.items() if is_whole)
+        step = newest if checkpoint.load_step == -1 else checkpoint.load_step
+        # Of a seed checkpoint, step 0, the model alone is loaded.
+        if step:
+            _check_data_position(config, folder / f"step-{step}", world_size)
+        return
+    if initial is None:
         return
     if not Path(initial).is_dir():
         raise ValueError(
             "checkpoint.initial_load_path must be the folder of a checkpoint, step number "
             f"included, got {initial!r}, which is none; correct the path"
         )
-    if not checkpoint.initial_load_in_hf and not is_whole(initial):
+    if checkpoint.initial_load_in_hf:
+        flavor = config.model.flavor
+        hugging_face.check_flavor(initial, FLAVORS[flavor], flavor)
+        return
+    if not is_whole(initial):
         raise ValueError(
             f"checkpoint.initial_load_path must hold a whole checkpoint, got {initial!r}, which is "
             "torn or none; name an older one"
+        )
+    if not checkpoint.initial_load_model_only:
+        _check_data_position(config, Path(initial), world_size)
+
+
+def _check_data_position(config: JobConfig, path: Path, world_size: int) -> None:
+    """A checkpoint holds the one position of all ranks in prepared data, for any number of them;
+    otherwise the data position of each data-parallel rank, for as many ranks alone."""
+    if "dataloader" in config.checkpoint.exclude_from_loading:
+        return
+    training = config.training
+    saved, position = data_parallel_degree(path), prepared_position(path)
+    is_prepared = training.dataset == "prepared"
+    if (saved is not None and is_prepared) or (position is not None and not is_prepared):
+        rule = "a corpus of documents" if is_prepared else "'prepared'"
+        raise ValueError(
+            f"training.dataset must be {rule} to go on at the data position of {path}, got "
+            f"{training.dataset!r}; set it back, or begin the data anew with "
+            'checkpoint.exclude_from_loading = ["dataloader"]'
+        )
+    if position is not None:
+        PreparedDataset(training.dataset_path, training.seq_len).load_state_dict(position)
+        return
+    parallelism = config.parallelism
+    model_parallel = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    degree = world_size // model_parallel
+    if saved not in (None, degree):
+        raise ValueError(
+            f"the data-parallel degree must be that of {path}, {saved}, to go on at its data "
+            f"position, got {degree}: {world_size} processes over context times tensor parallel "
+            f"{model_parallel}; start {saved * model_parallel} processes or change those degrees, "
+            'or begin the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
         )
 
 
@@ -257,6 +400,15 @@ def _check_tokenizer(config: JobConfig) -> None:
             f"model.hf_assets_path must hold a tokenizer of at most {vocab_size} tokens for flavor "
             f"{config.model.flavor}, got {size} tokens; choose another flavor or tokenizer"
         )
+
+
+def _check_prepared(config: JobConfig) -> None:
+    vocab_size = FLAVORS[config.model.flavor].vocab_size
+    for section in ["training"] + ["validation"] * config.validation.enable:
+        options = getattr(config, section)
+        if options.dataset == "prepared":
+            path = config.model.hf_assets_path
+            check_prepared(options.dataset_path, section, path, vocab_size)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

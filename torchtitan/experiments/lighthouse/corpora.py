@@ -1,7 +1,8 @@
 """The corpora: where their files lie, how they are read, and which documents are held out.
 
 A document is one file (`python_stdlib`, `text`), one JSON line (`jsonl`, `c4_local`), or one row
-(`parquet`, `c4`); one without text is left out. C4 brings a validation split of its own. Everywhere
+(`parquet`, `c4`); one without text is left out; `prepared` holds no documents, but tokens already
+(`prepared.py`). C4 brings a validation split of its own. Everywhere
 else a document is held out iff the CRC-32 of its UTF-8 bytes is divisible by 32, so copies of a
 document fall on one side, and the split depends neither on their order nor on the number of ranks.
 
@@ -45,7 +46,8 @@ class Corpus:
     """How the documents of a corpus are found and read."""
 
     reader: str
-    """`documents` (a file each), `lines` (JSON lines), `parquet` or `hub` (allenai/c4)."""
+    """`documents` (a file each), `lines` (JSON lines), `parquet`, `hub` (allenai/c4) or `prepared`
+    (tokens)."""
 
     patterns: tuple[str, ...] = ()
     """File names of the corpus, as shell patterns."""
@@ -79,6 +81,7 @@ DATASETS: dict[str, Corpus] = {
     "parquet": Corpus("parquet", ("*.parquet",)),
     "c4": Corpus("hub", needs_path=False),
     "c4_local": Corpus("lines", ("c4-train.*.json.gz",), ("c4-validation.*.json.gz",)),
+    "prepared": Corpus("prepared", ("manifest.json",)),
 }
 """The values of `training.dataset` and `validation.dataset`."""
 
@@ -102,7 +105,7 @@ def find_files(name: str, path: str | None, split: str = "train") -> list[Path]:
     corpus = DATASETS[name]
     if corpus.reader == "hub":
         return []
-    root = _root(name, path)
+    root = corpus_root(name, path)
     left_out = {"__pycache__"} | (_STDLIB_LEFT_OUT if name == "python_stdlib" else set())
     found = [root] if root.is_file() else []
     for folder, subfolders, file_names in os.walk(root):
@@ -126,7 +129,8 @@ def check_dataset(name: str, path: str | None, section: str = "training") -> Non
         ValueError: in one line, for a name not in `DATASETS`, a path that is missing, superfluous
             or does not exist, a folder without the dataset's files (for validation on `c4_local`:
             without validation shards), files that are all empty, and a first document that is no
-            JSON object with a `text`, or no table with such a column.
+            JSON object with a `text`, or no table with such a column. Of `prepared` the path alone
+            is checked here, and the rest by `check_prepared`.
     """
     if name not in DATASETS:
         nearest = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
@@ -149,9 +153,11 @@ def check_dataset(name: str, path: str | None, section: str = "training") -> Non
             f"{field} must be set for dataset {name!r}, got {path!r}: "
             f"name the folder with the {patterns} files"
         )
-    root = _root(name, path)
+    root = corpus_root(name, path)
     if not root.exists():
         raise ValueError(f"{field} must exist, got {str(root)!r}: correct the path")
+    if corpus.reader == "prepared":
+        return
     files = find_files(name, path, split)
     if not files:
         remedy = "add such files or name another folder"
@@ -281,7 +287,7 @@ class StreamedDocuments:
         for row in stream:
             text = row[TEXT_COLUMN]
             if self._is_lines:
-                text = _json_text(text, field)
+                text = json_text(text, field)
             if text and (self._all_rows or is_held_out(text) == (self._split == "validation")):
                 yield text, stream.state_dict()
 
@@ -294,14 +300,20 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-def _root(name: str, path: str | None) -> Path:
+def corpus_root(name: str, path: str | None) -> Path:
+    """Returns the folder or the file that a corpus on this machine lies in."""
     if name == "python_stdlib":
         return Path(sysconfig.get_path("stdlib"))
     return Path(path).expanduser()
 
 
-def _json_text(line: str, field: str) -> str | None:
-    """Returns the text of a JSON line; None where the line is blank or its text is null."""
+def json_text(line: str, field: str, where: str = "") -> str | None:
+    """Returns the text of a JSON line; None where the line is blank or its text is null.
+
+    Raises:
+        ValueError: for a line that is not a JSON object with a `text`; it names `field`, and
+            says `where` the line is.
+    """
     if not line.strip():
         return None
     try:
@@ -311,7 +323,7 @@ def _json_text(line: str, field: str) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{field} must hold one JSON object with a {TEXT_COLUMN!r} per line, "
-            f"got {line[:60]!r}: convert the files to JSON lines"
+            f"got {line[:60]!r}{where}: convert the files to JSON lines"
         ) from error
 
 
@@ -333,7 +345,7 @@ def _holds_a_document(reader: str, file: Path, field: str) -> bool:
 def _holds_a_line(file: Path, field: str) -> bool:
     opened = gzip.open if file.suffix == ".gz" else open
     with opened(file, "rt", encoding="utf-8") as lines:
-        return any(_json_text(line, field) for line in lines)
+        return any(json_text(line, field) for line in lines)
 
 
 def _holds_a_row(file: Path, field: str) -> bool:

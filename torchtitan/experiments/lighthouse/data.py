@@ -10,7 +10,8 @@
 so that every token but a rank's very first is a label exactly once. What an epoch leaves in the
 buffer opens the next one. A position is (epoch, documents consumed, buffer) and, where the corpus
 is streamed, the stream's own state; a run that is resumed, any number of times and in any epoch,
-sees the windows that it would have seen.
+sees the windows that it would have seen. Data that was tokenized beforehand is read by
+`prepared.py` instead.
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from torchtitan.experiments.lighthouse.corpora import (
     is_held_out,
     open_documents,
 )
+from torchtitan.experiments.lighthouse.prepared import PreparedDataloader, PreparedDataset
 
 __all__ = [
     "DATASETS",
@@ -204,14 +206,14 @@ def check_data(job_config: JobConfig) -> None:
     """Checks everything about the data that can be told without loading it.
 
     Raises:
-        ValueError: what `check_dataset` raises, and for more than one data-loading worker; for
-            validation only where it is enabled.
+        ValueError: what `check_dataset` raises, and for a number of data-loading workers that
+            cannot be; for validation only where it is enabled.
     """
     sections = ["training"] + ["validation"] * job_config.validation.enable
     for section in sections:
         options = getattr(job_config, section)
         check_dataset(options.dataset, options.dataset_path, section)
-        _check_num_workers(options.dataloader.num_workers, section)
+        _check_num_workers(options.dataloader.num_workers, section, options.dataset)
 
 
 def build_dataloader(
@@ -220,10 +222,11 @@ def build_dataloader(
     """Builds the endless loader of `job_config.training`.
 
     Its batches are `({"input": [B, S]}, labels [B, S])` of int64, with B the local batch size. The
-    documents are ordered by `job_config.debug.seed`, or by 0 where that is None.
+    documents, or the windows of prepared data, are ordered by `job_config.debug.seed`, or by 0
+    where that is None.
 
     Raises:
-        ValueError: what `PackedTextDataset` raises, and for more than one worker.
+        ValueError: what the dataset raises, and for a number of workers that cannot be.
     """
     return _build("train", True, dp_world_size, dp_rank, tokenizer, job_config)
 
@@ -235,9 +238,10 @@ def build_validation_dataloader(
 
     Each `iter()` gives the same batches, `({"input": [B, S]}, labels [B, S])` of int64. It is
     endless, wrapping around a short text, unless `validation.steps` is -1, the whole split once.
+    The windows of prepared data are those of seed 0, whatever the run's.
 
     Raises:
-        ValueError: what `PackedTextDataset` raises, and for more than one worker.
+        ValueError: what the dataset raises, and for a number of workers that cannot be.
     """
     infinite = job_config.validation.steps != -1
     return _build("validation", infinite, dp_world_size, dp_rank, tokenizer, job_config)
@@ -252,29 +256,42 @@ def _build(
     job_config: JobConfig,
 ) -> ParallelAwareDataloader:
     options = getattr(job_config, SECTIONS[split])
-    _check_num_workers(options.dataloader.num_workers, SECTIONS[split])
+    _check_num_workers(options.dataloader.num_workers, SECTIONS[split], options.dataset)
+    seed = job_config.debug.seed or 0
+    loading = {
+        "dp_rank": dp_rank,
+        "dp_world_size": dp_world_size,
+        "batch_size": options.local_batch_size,
+        **asdict(options.dataloader),
+    }
+    if options.dataset == "prepared":
+        # Held-out windows are the same for runs of different seeds, whose losses are compared.
+        seed = 0 if split == "validation" else seed
+        prepared = PreparedDataset(
+            options.dataset_path, options.seq_len, split=split, seed=seed, infinite=infinite
+        )
+        return PreparedDataloader(prepared, **loading)
     dataset = PackedTextDataset(
         options.dataset,
         options.dataset_path,
         tokenizer,
         options.seq_len,
         split=split,
-        seed=job_config.debug.seed or 0,
+        seed=seed,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         infinite=infinite,
     )
-    return ParallelAwareDataloader(
-        dataset,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        batch_size=options.local_batch_size,
-        **asdict(options.dataloader),
-    )
+    return ParallelAwareDataloader(dataset, **loading)
 
 
-def _check_num_workers(num_workers: int, section: str) -> None:
-    if num_workers not in (0, 1):
+def _check_num_workers(num_workers: int, section: str, dataset: str) -> None:
+    if dataset == "prepared":
+        if num_workers < 0:
+            raise ValueError(
+                f"{section}.dataloader.num_workers must be at least 0, got {num_workers}; use 0"
+            )
+    elif num_workers not in (0, 1):
         raise ValueError(
             f"{section}.dataloader.num_workers must be 0 or 1, got {num_workers}: the order of the "
             "documents and a resumed position would depend on the number of workers; set it to 1"

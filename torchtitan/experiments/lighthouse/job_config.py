@@ -11,6 +11,9 @@ from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 
 from lighthouse import LighthouseConfig
 
+SAVED_CONFIG = "config.json"
+"""File in the dump folder of a run that keeps its configuration."""
+
 
 @dataclass
 class Lighthouse:
@@ -26,7 +29,7 @@ class Lighthouse:
     """Entries selected per level, a multiple of 128."""
 
     scorer: str = "norm"
-    """What ranks the entries: norm."""
+    """What ranks the entries: norm, dilated or gla."""
 
     dilation: int = 4
     """Stride of the dilated scorer, in tokens."""
@@ -40,6 +43,17 @@ class Lighthouse:
 
     sdpa_backend: Literal["cudnn", "flash"] = "cudnn"
     """Kernel of attention on a GPU, in both stages; where it does not apply, the other one."""
+
+    context_parallel: Literal["ulysses", "ring"] = "ulysses"
+    """How attention is parallel over the sequence, in both stages, where
+    parallelism.context_parallel_degree is more than 1. ulysses: contiguous shards, one all-to-all
+    from sequence to heads and one back. ring: shards of a head and a tail chunk, keys and values
+    go round as parallelism.context_parallel_rotate_method says; for degrees that do not divide the
+    key/value heads."""
+
+    telemetry_freq: int = 0
+    """Steps of stage 1 between measurements of what is selected, telemetry/... in the metrics;
+    0: none. Not under context parallelism."""
 
     def attention_config(self) -> LighthouseConfig:
         """The fields of the attention itself. Raises ValueError for an illegal one."""
@@ -57,6 +71,11 @@ class Lighthouse:
 
 
 @dataclass
+class Job(titan.Job):
+    save_config_file: str | None = SAVED_CONFIG
+
+
+@dataclass
 class Model(titan.Model):
     name: str = "llama3_lighthouse"
     hf_assets_path: str = BYTE_TOKENIZER_PATH
@@ -65,6 +84,10 @@ class Model(titan.Model):
 @dataclass
 class Training(titan.Training):
     dataset: str = "python_stdlib"
+
+    loss_chunk_size: int = 0
+    """Tokens whose logits exist at a time while the loss and its gradient are computed.
+    0: those of the whole sequence."""
 
 
 @dataclass
@@ -90,6 +113,7 @@ class Checkpoint(titan.Checkpoint):
 class JobConfig(titan.JobConfig):
     """A whole run."""
 
+    job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     validation: Validation = field(default_factory=Validation)

@@ -5,8 +5,10 @@ metrics under torchtitan's names. A resumed run appends; where a step stands twi
 counts (`read_metrics`).
 """
 
+import contextlib
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,15 @@ import torch
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor, _get_metrics_rank
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
 
 FILE_NAME = "metrics.jsonl"
 LOSS = "loss_metrics/global_avg_loss"
 VALIDATION_LOSS = "validation_metrics/loss"
 TOKENS_PER_SECOND = "throughput(tps)"
+TOKENS_SEEN = "n_tokens_seen"
+SWITCH = "lighthouse/switch"
 
 
 class StagedMetricsProcessor(MetricsProcessor):
@@ -31,11 +37,28 @@ class StagedMetricsProcessor(MetricsProcessor):
             path = Path(job_config.job.dump_folder) / FILE_NAME
         self.logger = StagedLogger(self.logger, path)
 
+    def log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None) -> None:
+        # torchtitan counts the tokens of a sequence once for each rank that shares it, in the sum
+        # of all tokens and in what the largest loss of a rank is divided by.
+        degree = self.parallel_dims.cp
+        if extra_metrics and TOKENS_SEEN in extra_metrics:
+            num_tokens = extra_metrics[TOKENS_SEEN] // degree
+            extra_metrics = {**extra_metrics, TOKENS_SEEN: num_tokens}
+        super().log(step, global_avg_loss, global_max_loss * degree, grad_norm, extra_metrics)
+
     def enter_stage(self, stage: int, num_flops_per_token: float) -> None:
         """Measure from here on in `stage`: nothing of the stage before is averaged in."""
         self.logger.stage = stage
         self.num_flops_per_token = num_flops_per_token
         self.restart_clock()
+
+    @contextlib.contextmanager
+    def stopped_clock(self) -> Iterator[None]:
+        """Leave out of the throughput what happens inside."""
+        utils.device_module.synchronize()
+        start = time.perf_counter()
+        yield
+        self.time_last_log += time.perf_counter() - start
 
     def restart_clock(self) -> None:
         """Leave out of the throughput what has happened since the last line."""
@@ -45,11 +68,16 @@ class StagedMetricsProcessor(MetricsProcessor):
 
 
 class StagedLogger(BaseLogger):
-    """Adds the stage, hands on to `inner` and appends to `path` if there is one."""
+    """Adds the stage, appends to `path` if there is one, and hands on to `inner`.
+
+    A failure of `inner` ends neither the run nor its last checkpoint: a signal that asks the run to
+    stop may have ended the service of W&B with which it speaks.
+    """
 
     def __init__(self, inner: BaseLogger, path: Path | None):
         self.inner = inner
         self.stage = 0
+        self._last_step = None
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,16 +87,35 @@ class StagedLogger(BaseLogger):
                 self._file.write("\n")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        self.inner.log({**metrics, "lighthouse/stage": self.stage}, step)
         if self._file is not None:
             line = {"step": step, "stage": self.stage, **metrics}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+        marked = self._marked(metrics, step)
+        self._hand_on(lambda: self.inner.log(marked, step))
 
     def close(self) -> None:
-        self.inner.close()
         if self._file is not None:
             self._file.close()
+        self._hand_on(self.inner.close)
+
+    def _marked(self, metrics: dict[str, Any], step: int) -> dict[str, Any]:
+        # W&B has one row for a step, in which a later value takes the place of a former one. At
+        # the switch these are the stage that trained the step, and the loss under its attention.
+        marked = dict(metrics)
+        if step != self._last_step:
+            marked["lighthouse/stage"] = self.stage
+            self._last_step = step
+        if VALIDATION_LOSS in metrics:
+            marked[f"{VALIDATION_LOSS}_stage_{self.stage}"] = metrics[VALIDATION_LOSS]
+        return marked
+
+    def _hand_on(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            logger.warning(f"From here on metrics go to {FILE_NAME} alone: {error!r}")
+            self.inner = BaseLogger()
 
 
 def build_metrics_processor(

@@ -5,7 +5,8 @@
 Stage 1 trains with Lighthouse Attention, stage 2 the same parameters, optimizer state, learning
 rate schedule and data position with dense attention. One process does both: between the last step
 of stage 1 and the first of stage 2 the wrapper is taken off, and training goes on. A restart loads
-the newest checkpoint and finds its stage by the step.
+the newest checkpoint and finds its stage by the step. SIGTERM and SIGUSR1 end the run after the
+step it is in, with a checkpoint and exit code 75 (`interruption.py`).
 """
 
 import os
@@ -14,9 +15,22 @@ import warnings
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse import backend, checks, cpu, handover
+from torchtitan.experiments.lighthouse import (
+    backend,
+    checks,
+    cpu,
+    handover,
+    interruption,
+    telemetry,
+)
 from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager
+from torchtitan.experiments.lighthouse.context_parallel import (
+    context_of,
+    shard_batch,
+    use_context_parallel,
+)
 from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.experiments.lighthouse.metrics import SWITCH
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
@@ -28,18 +42,35 @@ class TwoStageTrainer(Trainer):
     """torchtitan's trainer with the stage switch."""
 
     def __init__(self, job_config: JobConfig):
-        super().__init__(job_config)
+        self.interruption = interruption.Interruption()
+        self.exit_code = 0
         self.stage = None
+        super().__init__(job_config)
         training = job_config.training
+        if training.loss_chunk_size:
+            (model,) = self.model_parts
+            self.loss_fn.attach(model)
         dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+        lighthouse = job_config.lighthouse
+        self.context = context_of(
+            self.parallel_dims.get_optional_mesh("cp"), lighthouse.context_parallel
+        )
+        sdpa_backend = lighthouse.sdpa_backend
+        if self.context is not None and lighthouse.context_parallel == "ring":
+            # cuDNN can fail a stride assertion in the backward pass of a ring (pytorch #176915).
+            sdpa_backend = "flash"
         for part in self.model_parts:
-            backend.use_fused_attention(
-                part, dtype, training.seq_len, job_config.lighthouse.sdpa_backend
-            )
+            if self.context is not None:
+                use_context_parallel(
+                    part,
+                    self.context,
+                    job_config.parallelism.context_parallel_rotate_method,
+                    utils.device_type,
+                )
+            backend.use_fused_attention(part, dtype, training.seq_len, sdpa_backend)
             backend.save_selections(part)
             if utils.device_type == "cpu":
                 cpu.sum_gradients_on_gloo(part)
-        lighthouse = job_config.lighthouse
         dense_flops = self.metrics_processor.num_flops_per_token
         self._flops_per_token = {2: dense_flops}
         if lighthouse.stage1_steps != 0:
@@ -54,14 +85,44 @@ class TwoStageTrainer(Trainer):
             self.checkpointer, switch_step=lighthouse.stage1_steps if has_switch else None
         )
 
+    def post_dataloading_process(self, input_dict, labels):
+        # A dictionary of tokens alone comes from our data loader.
+        inputs, labels, to_tell = shard_batch(input_dict["input"], labels, self.context)
+        self._last_inputs = inputs
+        return inputs, labels, {}, to_tell
+
+    def train_step(self, data_iterator) -> None:
+        super().train_step(data_iterator)
+        freq = self.job_config.lighthouse.telemetry_freq
+        if freq and self.stage == 1 and self.step % freq == 0:
+            (model,) = self.model_parts
+            with self.metrics_processor.stopped_clock():
+                with self.train_context(), self.maybe_enable_amp:
+                    figures = telemetry.measure_layers(model, self._last_inputs)
+                self.metrics_processor.logger.log(figures, self.step)
+
     def should_continue_training(self) -> bool:
         # Between two steps: after everything of the last, before the data of the next.
         if not super().should_continue_training():
+            return False
+        if self.interruption.is_on_any_rank(self.device):
+            self._stop()
             return False
         stage = self.job_config.lighthouse.stage_of(self.step + 1)
         if stage != self.stage:
             self._enter_stage(stage)
         return True
+
+    def _stop(self) -> None:
+        # No stage yet: no step of this process that could be lost.
+        is_saved = self.stage is None or self.checkpointer.save_now(self.step)
+        self.exit_code = interruption.EXIT_CODE if is_saved else 1
+        kept = "nothing is lost" if is_saved else "without checkpoints its steps are lost"
+        logger.warning(f"Asked to stop: the run ends after step {self.step}; {kept}")
+
+    def close(self) -> None:
+        self.interruption.close()
+        super().close()
 
     def _enter_stage(self, stage: int) -> None:
         is_handover = stage == 2 and 0 < self.step == self.job_config.lighthouse.stage1_steps
@@ -74,6 +135,7 @@ class TwoStageTrainer(Trainer):
                     lighthouse.attention_config(),
                     lighthouse.full_attn_layers,
                     self.model_args.n_layers,
+                    self.context,
                 )
             else:
                 backend.use_dense(part)
@@ -102,7 +164,7 @@ class TwoStageTrainer(Trainer):
             f"optimizer state unchanged (SHA-256 {after['parameters'][:12]}, "
             f"{after['optimizer'][:12]}), recorded in {path}"
         )
-        self.metrics_processor.logger.log({"lighthouse/switch": 1}, self.step)
+        self.metrics_processor.logger.log({SWITCH: 1}, self.step)
         if self.job_config.validation.enable:
             self.validator.validate(self.model_parts, self.step)
         self.metrics_processor.restart_clock()
@@ -120,7 +182,10 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("MASTER_PORT", "0")
     try:
         config = checks.load_config(sys.argv[1:] if args is None else args)
-        checks.check_config(config, world_size=int(os.environ["WORLD_SIZE"]))
+        # One process that plays rank 0 of NGPU has torchtitan's fake backend.
+        is_alone = config.comm.mode == "fake_backend"
+        world_size = int(os.environ.get("NGPU", 1) if is_alone else os.environ["WORLD_SIZE"])
+        checks.check_config(config, world_size)
     except ValueError as error:
         if os.environ["LOCAL_RANK"] == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -136,6 +201,8 @@ def main(args: list[str] | None = None) -> None:
         if trainer is not None:
             trainer.close()
     torch.distributed.destroy_process_group()
+    if trainer.exit_code:
+        raise SystemExit(trainer.exit_code)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ next; this one starts its held-out text from the beginning each time.
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.experiments.lighthouse.context_parallel import context_of, shard_batch
 from torchtitan.experiments.lighthouse.data import build_validation_dataloader
 from torchtitan.tools import utils
 
@@ -36,6 +38,9 @@ class HeldOutValidator(BaseValidator):
     ):
         super().__init__(job_config)
         self.parallel_dims = parallel_dims
+        self.context_parallel = context_of(
+            parallel_dims.get_optional_mesh("cp"), job_config.lighthouse.context_parallel
+        )
         self.loss_fn = loss_fn
         self.context = validation_context
         self.maybe_enable_amp = maybe_enable_amp
@@ -56,18 +61,26 @@ class HeldOutValidator(BaseValidator):
         for _ in range(self.job_config.validation.steps):
             inputs, labels = next(batches)
             inputs, labels = (x.to(utils.device_type) for x in (inputs["input"], labels))
+            inputs, labels, to_tell = shard_batch(inputs, labels, self.context_parallel)
             with self.context(), self.maybe_enable_amp:
-                loss_sum += self.loss_fn(model(inputs), labels)
+                loss = self.loss_fn(model(inputs, **to_tell), labels)
+            # Under tensor parallelism the vocabulary is sharded, and the loss knows of it.
+            loss_sum += loss.full_tensor() if isinstance(loss, DTensor) else loss
             num_tokens += (labels != IGNORE_INDEX).sum()
-        self.metrics_processor.ntokens_since_last_log = int(num_tokens)
+        # Tokens of whole sequences: what is logged divides by the ranks that share one.
+        self.metrics_processor.ntokens_since_last_log = int(num_tokens) * self.parallel_dims.cp
         mesh = self.parallel_dims.get_optional_mesh("loss")
         loss = dist_utils.dist_sum(loss_sum, mesh) / dist_utils.dist_sum(num_tokens, mesh)
         self.metrics_processor.log_validation(loss=loss, step=step)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # Without a backward pass FSDP would leave the last modules gathered.
-                module.reshard()
+        reshard(model)
         model.train()
+
+
+def reshard(model: nn.Module) -> None:
+    """Shard again what FSDP leaves gathered after a forward pass without a backward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def build_validator(**kwargs) -> HeldOutValidator:

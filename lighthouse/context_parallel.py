@@ -1,0 +1,203 @@
+"""Context parallelism: one sequence over W ranks, and the same function as on one.
+
+The sequence is cut into chunks. A rank holds, one after another,
+
+    ulysses   chunk r of W
+    ring      chunks r and 2W-1-r of 2W, its head and its tail, so that causal attention costs
+              every rank the same
+
+Strata align with chunks: with `topk / W` of its own, a rank scores, selects, pools and gathers its
+shard as though that were a whole sequence, and selects what one device would. S / W entries of the
+sub-sequence are on each rank, in the layout of the tokens. Three things concern other ranks:
+
+- The entries that are always selected are the first of the whole sequence: those of rank 0.
+- Attention over the sub-sequence. `UlyssesAttention` exchanges: from all heads of a part of the
+  sequence to a part of the heads over all of it, stock attention, and back. Under `ring` the inner
+  attention is torch's ring attention (`ring.py` on the CPU).
+- Scatter-back shifts outputs across the edges of chunks: the last entry of each level above the
+  finest goes to the owner of the next chunk, L-1 rows a head (`exchange_edges`).
+
+One collective does both, an all-to-all whose backward pass is itself.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from lighthouse.config import LighthouseConfig
+from lighthouse.selection import Selection
+
+CHUNKS_PER_RANK = {"ulysses": 1, "ring": 2}
+"""Chunks of the sequence on a rank, by scheme."""
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """This rank's place among the ranks that share a sequence."""
+
+    group_name: str
+    rank: int
+    degree: int
+    """Ranks of the group, W."""
+
+    scheme: str
+    """`ulysses` or `ring`."""
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, scheme: str) -> "ContextParallel":
+        """This process's place in `group`."""
+        return cls(group.group_name, dist.get_rank(group), dist.get_world_size(group), scheme)
+
+    @property
+    def chunks_per_rank(self) -> int:
+        return CHUNKS_PER_RANK[self.scheme]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the whole sequence."""
+        return self.degree * self.chunks_per_rank
+
+    def chunks_of(self, rank: int) -> list[int]:
+        """Chunks that `rank` holds, in order."""
+        return [rank, self.num_chunks - 1 - rank][: self.chunks_per_rank]
+
+    def owner(self, chunk: int) -> tuple[int, int]:
+        """The rank that holds `chunk`, and the place among the chunks of that rank."""
+        if chunk < self.degree:
+            return chunk, 0
+        return self.num_chunks - 1 - chunk, 1
+
+    def shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part of `x`, which is whole along `dim`."""
+        chunks = x.chunk(self.num_chunks, dim)
+        return torch.cat([chunks[i] for i in self.chunks_of(self.rank)], dim)
+
+    def shard_config(self, config: LighthouseConfig, shard_len: int) -> LighthouseConfig:
+        """The configuration under which this rank's shard of `shard_len` tokens is a sequence.
+
+        Raises:
+            ValueError: the whole sequence is not legal under `config`, strata and chunks do not
+                align, or the scorer looks beyond a shard.
+        """
+        if config.scorer != "norm":
+            raise ValueError(
+                "scorer must be norm under context parallelism, where each rank scores its own "
+                f"tokens, got {config.scorer!r}; set it to norm, or attend on one rank"
+            )
+        config.check_seq_len(shard_len * self.degree, self.num_chunks)
+        return replace(config, topk=config.topk // self.degree)
+
+
+def exchange_edges(
+    sub_out: torch.Tensor, selection: Selection, context: ContextParallel
+) -> torch.Tensor:
+    """What scatter-back brings into each chunk from the one before.
+
+    Args:
+        sub_out: this rank's part of the output of the sub-sequence, [B, H, S/W, D].
+
+    Returns:
+        [B, H, chunks of this rank, L-1, D]: the output of the last entry of levels 1 .. L-1 in
+        the chunk before; zeros for one that is not in the sub-sequence, and for the first chunk.
+    """
+    edges = _last_outputs(sub_out, selection, context)
+    num_chunks = context.num_chunks
+    # In a circle, so that every rank sends something that has a gradient, and all ranks meet again
+    # in the backward pass. What the last chunk sends to the first is zero.
+    send = edges.new_zeros((context.degree, context.chunks_per_rank, *edges[0].shape))
+    for place, chunk in enumerate(context.chunks_of(context.rank)):
+        send[context.owner((chunk + 1) % num_chunks)] = edges[place]
+    received = all_to_all(send, context.group_name)
+    # The chunk before is at one rank; the others have sent zeros.
+    before = [
+        received[context.owner((chunk - 1) % num_chunks)[0], place]
+        for place, chunk in enumerate(context.chunks_of(context.rank))
+    ]
+    return torch.stack(before, 2)
+
+
+def _last_outputs(
+    sub_out: torch.Tensor, selection: Selection, context: ContextParallel
+) -> torch.Tensor:
+    """Outputs of the last entries of each chunk here and level above the finest, zero where absent
+    and for the last chunk of all: [chunks, B, H, L-1, D]."""
+    config, seq_len = selection.config, selection.seq_len
+    slots = []
+    for place, chunk in enumerate(context.chunks_of(context.rank)):
+        for level in range(1, config.num_levels):
+            chunk_len = config.level_len(level, seq_len) // context.chunks_per_rank
+            last = config.level_offset(level, seq_len) + (place + 1) * chunk_len - 1
+            is_end = chunk == context.num_chunks - 1
+            slot = selection.slot[..., last]
+            slots.append(torch.full_like(slot, -1) if is_end else slot)
+    slots = torch.stack(slots, -1).long()  # [B, Hkv, chunks * (L-1)]
+    slots = slots.repeat_interleave(sub_out.shape[1] // slots.shape[1], 1)[..., None]
+    rows = sub_out.gather(2, slots.clamp(min=0).expand(-1, -1, -1, sub_out.shape[3]))
+    rows = rows.masked_fill(slots < 0, 0)
+    return rows.unflatten(2, (context.chunks_per_rank, -1)).movedim(2, 0)
+
+
+class UlyssesAttention(nn.Module):
+    """Causal attention over a sequence that lies in contiguous shards on the ranks of a group.
+
+    Args:
+        inner: causal attention over whole sequences, called as `inner(q, k, v, enable_gqa=...)`.
+        context: of the scheme `ulysses`; its degree divides Hkv.
+    """
+
+    def __init__(self, inner: nn.Module, context: ContextParallel):
+        super().__init__()
+        self.inner = inner
+        self.context = context
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
+    ) -> torch.Tensor:
+        """q: [B, H, n, D]; k, v: [B, Hkv, n, D], of the n tokens here. Returns [B, H, n, D]."""
+        degree, group_name = self.context.degree, self.context.group_name
+        # One message to each rank, with its heads of q, of k and of v.
+        by_rank = [x.unflatten(1, (degree, -1)).movedim(1, 0) for x in (q, k, v)]
+        received = all_to_all(torch.cat([x.flatten(1) for x in by_rank], 1), group_name)
+        parts = received.split([x[0].numel() for x in by_rank], 1)
+        whole = [
+            part.view(x.shape).movedim(0, 2).flatten(2, 3)  # [B, heads / W, W * n, D]
+            for part, x in zip(parts, by_rank, strict=True)
+        ]
+        out = self.inner(*whole, enable_gqa=enable_gqa)
+        by_rank = out.unflatten(2, (degree, -1)).movedim(2, 0)
+        return all_to_all(by_rank, group_name).movedim(0, 1).flatten(1, 2)  # [B, H, n, D]
+
+
+def all_to_all(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    """Send `x[r]` to rank r and receive as many: [W, ...], any strides, to contiguous [W, ...]."""
+    return _all_to_all(x, group_name)
+
+
+@torch.library.custom_op("lighthouse::all_to_all", mutates_args=())
+def _all_to_all(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    group = _resolve_process_group(group_name)
+    dist.all_to_all_single(received, x.contiguous(), group=group)
+    return received
+
+
+@_all_to_all.register_fake
+def _(x, group_name):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _all_to_all_setup(ctx, inputs, output):
+    ctx.group_name = inputs[1]
+
+
+def _all_to_all_autograd(ctx, dreceived):
+    return _all_to_all(dreceived, ctx.group_name), None
+
+
+_all_to_all.register_autograd(_all_to_all_autograd, setup_context=_all_to_all_setup)
+
+all_to_all_op = torch.ops.lighthouse.all_to_all.default
+"""The op, for activation checkpointing to save its outputs."""

@@ -1,0 +1,111 @@
+"""Ring attention on the CPU, by torch's own ring: the scheme `ring` where there is no GPU.
+
+torch's context parallelism turns attention on a GPU into a ring: each rank keeps its queries,
+keys and values go round, and the partial results are merged by their log-sum-exp. On the CPU it
+has the ring, but does not dispatch to it (torch 2.13). `RingAttention` calls that ring with the
+CPU's fused kernel in the place of the GPU's; layout, rotation and merging are the same code. That
+code is private: it is in torch 2.11 to 2.13, which are the versions this library is for.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
+
+from lighthouse.context_parallel import ContextParallel
+
+_SEQ_DIM = 2
+
+
+class RingAttention(nn.Module):
+    """Causal attention over a sequence that lies in head and tail chunks on the ranks of a group.
+
+    The merged sums are fp32 (torch's choice), also for fp64 inputs.
+
+    Args:
+        context: of the scheme `ring`.
+    """
+
+    def __init__(self, context: ContextParallel):
+        super().__init__()
+        self.context = context
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
+    ) -> torch.Tensor:
+        """q: [B, H, n, D]; k, v: [B, Hkv, n, D], of the n tokens here. Returns [B, H, n, D]."""
+        # The kernel wants as many heads of k and v as of q.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        out, _ = _ring(q, k, v, self.context.group_name)
+        return out
+
+
+@torch.library.custom_op("lighthouse::ring_attention_cpu", mutates_args=())
+def _ring(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group_name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch_ring._templated_ring_attention(
+        _resolve_process_group(group_name),
+        _SEQ_DIM,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        query=q,
+        key=k,
+        value=v,
+        is_causal=True,
+    )
+    return out.contiguous(), lse.contiguous()
+
+
+@_ring.register_fake
+def _(q, k, v, group_name):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
+    )
+
+
+@torch.library.custom_op("lighthouse::ring_attention_cpu_backward", mutates_args=())
+def _ring_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = torch_ring._templated_ring_attention_backward(
+        _resolve_process_group(group_name),
+        _SEQ_DIM,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        grad_out=dout.contiguous(),
+        grad_out_name="grad_out",
+        query=q,
+        key=k,
+        value=v,
+        out=out,
+        logsumexp=lse,
+        is_causal=True,
+        dropout_p=0.0,
+    )
+    # Two of them are parts of one buffer, which an op must not return.
+    dq, dk, dv = (grad.clone(memory_format=torch.contiguous_format) for grad in grads)
+    return dq, dk, dv
+
+
+@_ring_backward.register_fake
+def _(dout, q, k, v, out, lse, group_name):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _ring_setup(ctx, inputs, output):
+    *qkv, group_name = inputs
+    ctx.save_for_backward(*qkv, *output)
+    ctx.group_name = group_name
+    ctx.mark_non_differentiable(output[1])
+
+
+def _ring_autograd(ctx, dout, dlse):
+    return *_ring_backward(dout, *ctx.saved_tensors, ctx.group_name), None
+
+
+_ring.register_autograd(_ring_autograd, setup_context=_ring_setup)

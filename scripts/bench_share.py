@@ -1,0 +1,76 @@
+"""One rank's share of a run on many: tokens per second and peak memory, on one device.
+
+    scripts/bench_share.py train_configs/1m_context.toml --ranks 32 --training.loss_chunk_size 0
+
+Trains a few steps as rank 0 of the given number of ranks, with its part of the parameters, of the
+sequence and of the heads; what the other ranks would send is left out (torchtitan's fake backend
+hands a rank its own data back). Memory and computation are therefore those of the real run, its
+communication and its losses are not. Prints the stage that the configuration begins with; the last
+line of the output is one JSON object. Further arguments override the configuration.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
+
+WARM_UP = 2
+"""Steps that are not counted: kernels compile, memory is first taken."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=5)
+    options, overrides = parser.parse_known_args()
+    title = f"{options.config.stem}, a share of 1/{options.ranks}, {' '.join(overrides)}"
+    lines = train(options, overrides)[WARM_UP:]
+    if not lines:
+        print(f"{title}: does not fit into the memory of this device")
+        return
+    result = {
+        "config": str(options.config),
+        "ranks": options.ranks,
+        "overrides": overrides,
+        "stage": lines[-1]["stage"],
+        "tokens_per_second": statistics.median(line[TOKENS_PER_SECOND] for line in lines),
+        "memory_gib": max(line["memory/max_active(GiB)"] for line in lines),
+    }
+    print(
+        f"{title}: {result['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {result['memory_gib']:.1f} GiB"
+    )
+    print(json.dumps(result))
+
+
+def train(options: argparse.Namespace, overrides: list[str]) -> list[dict]:
+    """The metrics of each step, from a run in a folder of its own; none if memory is short."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
+            "--job.config_file", str(options.config), "--job.dump_folder", folder,
+            "--comm.mode", "fake_backend", "--training.dataset", "python_stdlib",
+            "--training.steps", str(options.steps), "--lighthouse.stage1_steps", "-1",
+            "--checkpoint.no_enable", "--validation.no_enable", "--metrics.log_freq", "1",
+            *overrides,
+        ]  # fmt: skip
+        environment = {**os.environ, "NGPU": str(options.ranks)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if "OutOfMemoryError" in done.stderr:
+            return []
+        if done.returncode:
+            raise SystemExit(done.stdout[-4000:] + done.stderr[-4000:])
+        return read_metrics(Path(folder), LOSS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Pass key retrieval: does a model find one digit hidden in a long context?
+
+    scripts/eval_passkey.py outputs/debug/checkpoint/step-40
+    scripts/eval_passkey.py --make-data 20000 passkey.jsonl --lengths 256 512
+
+A document of n tokens, its end included, so that it fills a window of training.seq_len n:
+
+    [BOS] filler, needle, filler, question, digit, [EOS]
+
+    filler      random words of five letters and digits: "x7Qp0 4mZrB ..."
+    needle      "\\nThe pass key is 7. Keep it in mind.\\n"
+    question    "\\nWhat is the pass key? The pass key is "
+
+The needle stands behind the given part of the filler, its depth. The model reads all up to the
+question, by dense attention; its answer is the likeliest of the ten digits. Ten keys a cell of
+length and depth, each digit once and each in a filler of its own: chance is 0.1. Every document
+follows from --seed, its length, depth and digit. The head sees the last position alone.
+
+--make-data writes documents of the same form to train on, as JSON lines for training.dataset =
+"jsonl": lengths, depths and digits drawn at random, none of the evaluated ones among them. The
+model must be trained with the tokenizer named by --tokenizer, by default that of bytes.
+
+Writes passkey.png and passkey.json into --output; the last line printed is the same JSON.
+"""
+
+import argparse
+import json
+import random
+import string
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.generate import next_token_logits
+from torchtitan.experiments.lighthouse.trained import TrainedModel, add_arguments, open_trained
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LENGTHS = [4096, 8192, 16384, 32768, 65536, 98304]
+"""Evaluated by default, in tokens, as far as the model was trained."""
+
+LONGEST_ON_CPU = 8192
+"""Of the default lengths on a CPU, where the longer ones take hours."""
+
+DEPTHS = [0, 15, 30, 50, 70, 85, 100]
+"""In percent of the filler (paper)."""
+
+CHANCE = 0.1
+NEEDLE = "\nThe pass key is {}. Keep it in mind.\n"
+QUESTION = "\nWhat is the pass key? The pass key is "
+WORD_LENGTH = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    on_gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="checkpoint or exported folder")
+    add("--make-data", nargs=2, metavar=("N", "FILE"), help="write N documents and stop")
+    add("--lengths", type=int, nargs="+", help="tokens of a document")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if on_gpu else "cpu")
+    add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
+    add("--output", type=Path, default=Path("outputs/eval_passkey"))
+    add_arguments(parser)
+    options = parser.parse_args()
+    if (options.model is None) == (options.make_data is None):
+        parser.error("name MODEL or --make-data N FILE, one of them")
+    try:
+        if options.make_data is not None:
+            make_data(options)
+            return
+        result = evaluate(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "passkey.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(result, options.output / "passkey.png")
+    print(table(result))
+    print(f"  {options.output / 'passkey.png'}")
+    print(json.dumps(result))
+
+
+@dataclass(frozen=True)
+class Document:
+    prompt: list[int]
+    """Tokens up to the digit that is asked for."""
+
+    digit: int
+
+
+class DocumentMaker:
+    """Makes documents with the tokens of `tokenizer`.
+
+    Raises:
+        ValueError: the tokenizer does not give each digit a token of its own.
+    """
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer):
+        self.tokenizer = tokenizer
+        self._needles = [self._encode(NEEDLE.format(digit)) for digit in range(10)]
+        questions = [self._encode(QUESTION + str(digit)) for digit in range(10)]
+        # A space may belong to the token of the digit: what all have in common is the question.
+        num_common = next(
+            (i for i, tokens in enumerate(zip(*questions, strict=False)) if len({*tokens}) > 1), 0
+        )
+        self._question = questions[0][:num_common]
+        self.digit_ids = [question[num_common] for question in questions]
+        """The token of each digit, 0 to 9."""
+        if len({*self.digit_ids}) < 10 or {*map(len, questions)} != {num_common + 1}:
+            raise ValueError(
+                "--tokenizer must have a token for each digit, for one is asked for, got "
+                f"{tokenizer.tokenizer_path!r} without; use a model with another tokenizer"
+            )
+        self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+    def make(self, length: int, depth: float, digit: int, key: str) -> Document:
+        """The document that `key` draws the filler of.
+
+        Args:
+            length: tokens of the whole, with the digit and the end.
+            depth: part of the filler that stands before the needle, 0 to 1.
+        """
+        needle = self._needles[digit]
+        # The digit and the end are not in the prompt.
+        num_filler = length - 2 - len(self._start) - len(needle) - len(self._question)
+        if num_filler < 0:
+            raise ValueError(
+                f"--lengths must be at least {length - num_filler}, the tokens of the needle and "
+                f"the question, got {length}; use longer ones"
+            )
+        filler = self._filler(num_filler, random.Random(key))
+        before = round(depth * num_filler)
+        prompt = [*self._start, *filler[:before], *needle, *filler[before:], *self._question]
+        return Document(prompt, digit)
+
+    def text(self, document: Document) -> str:
+        """The document with its answer, as it is trained on: the loader adds start and end."""
+        tokens = [*document.prompt[len(self._start) :], self.digit_ids[document.digit]]
+        return self.tokenizer.decode(tokens)
+
+    def _filler(self, num_tokens: int, dice: random.Random) -> list[int]:
+        tokens = []
+        while len(tokens) < num_tokens:
+            letters = dice.choices(string.ascii_letters + string.digits, k=WORD_LENGTH * 64)
+            words = ("".join(letters[i::64]) for i in range(64))
+            tokens += self._encode("".join(f"{word} " for word in words))
+        return tokens[:num_tokens]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def make_data(options: argparse.Namespace) -> None:
+    """Write documents to train on. Raises ValueError for what cannot be."""
+    num_documents, file = options.make_data
+    if not num_documents.isdigit() or not options.lengths:
+        raise ValueError(
+            "--make-data must be followed by a number and a file, and go with --lengths, got "
+            f"{num_documents!r} and lengths {options.lengths}; give both"
+        )
+    maker = DocumentMaker(HuggingFaceTokenizer(options.tokenizer or BYTE_TOKENIZER_PATH))
+    dice = random.Random(f"train {options.seed}")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with Path(file).open("w") as lines:
+        for i in range(int(num_documents)):
+            length, depth, digit = dice.choice(options.lengths), dice.random(), dice.randrange(10)
+            document = maker.make(length, depth, digit, f"train {options.seed} {i}")
+            lines.write(json.dumps({"text": maker.text(document)}) + "\n")
+    print(f"{num_documents} documents in {file}")
+
+
+def evaluate(options: argparse.Namespace) -> dict:
+    """Everything that is measured. Raises ValueError for what the options ask for in vain."""
+    trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
+    maker = DocumentMaker(trained.tokenizer())
+    lengths = sorted({*(options.lengths or default_lengths(trained, options.device))})
+    maker.make(lengths[0], 0, 0, "")
+    model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype], lengths[-1])
+    answers = {}
+    for length in lengths:
+        try:
+            answers[length] = [
+                [answer(model, maker, length, depth, digit, options.seed) for digit in range(10)]
+                for depth in DEPTHS
+            ]
+        except torch.OutOfMemoryError:
+            break
+        print(f"{length:,} tokens: {sum(accuracies(answers[length])) / len(DEPTHS):.2f}")
+    if not answers:
+        raise ValueError(
+            f"--lengths must fit into the memory of {options.device}, got {lengths[0]}, which does "
+            "not; use shorter ones"
+        )
+    accuracy = [accuracies(cells) for cells in answers.values()]
+    return {
+        "model": str(trained.folder),
+        "device": options.device,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "depths": DEPTHS,
+        "lengths": list(answers),
+        "out_of_memory": [length for length in lengths if length not in answers],
+        "accuracy": accuracy,
+        "answers": list(answers.values()),
+        "mean": sum(map(sum, accuracy)) / (len(accuracy) * len(DEPTHS)),
+        "chance": CHANCE,
+    }
+
+
+def default_lengths(trained: TrainedModel, device: str) -> list[int]:
+    """The lengths of `LENGTHS` that are not too long; the model's own if all are."""
+    longest = trained.args.max_seq_len
+    if torch.device(device).type == "cpu":
+        longest = min(longest, LONGEST_ON_CPU)
+    return [length for length in LENGTHS if length <= longest] or [longest]
+
+
+@torch.inference_mode()
+def answer(model, maker: DocumentMaker, length: int, depth: int, digit: int, seed: int) -> int:
+    """The digit that the model names for a document whose key is `digit`."""
+    prompt = maker.make(length, depth / 100, digit, f"{seed} {length} {depth} {digit}").prompt
+    logits = next_token_logits(model, torch.tensor([prompt], device=model.freqs_cis.device))
+    return int(logits[0, maker.digit_ids].argmax())
+
+
+def accuracies(cells: list[list[int]]) -> list[float]:
+    """For each depth the part of right answers, where the i-th is the one to digit i."""
+    return [sum(a == digit for digit, a in enumerate(cell)) / len(cell) for cell in cells]
+
+
+def table(result: dict) -> str:
+    lines = [
+        f"Pass key retrieval, {result['model']}, {result['dtype']} on {result['device']}",
+        "",
+        f"{'length':>10}" + "".join(f"{f'{depth} %':>8}" for depth in result["depths"]),
+    ]
+    for length, row in zip(result["lengths"], result["accuracy"], strict=True):
+        lines.append(f"{length:>10,}" + "".join(f"{value:>8.1f}" for value in row))
+    for length in result["out_of_memory"]:
+        lines.append(f"{length:>10,}  out of memory")
+    lines += ["", f"mean {result['mean']:.3f}, chance {result['chance']:.1f}"]
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Lengths to the right, depths downwards."""
+    lengths, depths = result["lengths"], result["depths"]
+    figure, axes = plt.subplots(figsize=(2.5 + len(lengths), 4.5), layout="constrained")
+    columns = list(zip(*result["accuracy"], strict=True))
+    image = axes.imshow(columns, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for y, row in enumerate(columns):
+        for x, value in enumerate(row):
+            axes.text(x, y, f"{value:.1f}", ha="center", va="center")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
+    axes.set(xlabel="context (tokens)", ylabel="depth of the key")
+    axes.set_title(f"mean {result['mean']:.2f}, chance {result['chance']:.1f}")
+    figure.colorbar(image, label="right answers")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Write a checkpoint as a folder that transformers loads as a Llama, and check that it does.
+
+    scripts/export_hf.py outputs/debug/checkpoint/step-40 exported
+    scripts/export_hf.py outputs/debug/checkpoint/step-40 exported --dtype bfloat16 --no-verify
+
+The checkpoint may be of either stage; what is written is the dense model. The check loads the
+folder with transformers and compares its logits on real text with ours; a difference that rounding
+does not explain ends the script with exit code 1.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from torchtitan.experiments.lighthouse.export import TOLERANCE, check_export, export
+from torchtitan.experiments.lighthouse.trained import add_arguments, open_trained
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="the folder .../checkpoint/step-N")
+    add("out", metavar="OUT", help="a new folder")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    add("--no-verify", action="store_true", help="do not compare with transformers")
+    add_arguments(parser)
+    options = parser.parse_args()
+    out = Path(options.out)
+    try:
+        trained = open_trained(
+            options.checkpoint, options.flavor, options.max_seq_len, options.tokenizer
+        )
+        export(trained, out, options.dtype)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{trained.flavor}, {trained.args.max_seq_len:,} tokens, {options.dtype}, in {out}:")
+    for path in sorted(out.iterdir()):
+        print(f"  {path.name:<34} {path.stat().st_size:>15,} bytes")
+    if options.no_verify:
+        print("Not compared with transformers.")
+    elif importlib.util.find_spec("transformers") is None:
+        print('Not compared with transformers: not installed; pip install -e ".[export]"')
+    else:
+        verify(trained, out)
+
+
+def verify(trained, out: Path) -> None:
+    """Print how both models differ; exit code 1 if they do."""
+    from transformers.utils import logging
+
+    # A model trained on fewer tokens than RoPE scales by is said to be wrong; it is not.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    result = check_export(trained, out)
+    print(
+        f"Largest difference of logits over {result.num_tokens:,} tokens, in fp32: "
+        f"{result.logit_difference:.1e} (limit {TOLERANCE:.0e}, largest logit "
+        f"{result.logit_magnitude:.1f}); tokenizers {'agree' if result.same_tokens else 'differ'}."
+    )
+    if not result.is_equal:
+        print(f"error: {out} is not the model of the checkpoint; do not use it", file=sys.stderr)
+        raise SystemExit(1)
+    print("transformers computes the same.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Tokenize a corpus once, for training on it with `training.dataset = "prepared"`.
+
+    scripts/prepare_data.py --dataset c4_local --dataset-path FOLDER --out OUT --workers 16
+    scripts/prepare_data.py --out OUT --verify
+
+Stopped or killed at any moment, the same command goes on from the last whole shard. `--verify`
+compares every shard with its checksum. `torchtitan/experiments/lighthouse/prepared.py` says what is
+written.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.prepare import (
+    SHARD_SIZE,
+    SOURCES,
+    prepare,
+    source_files,
+    verify,
+)
+from torchtitan.experiments.lighthouse.prepared import Manifest
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dataset", help=f"what to prepare: {', '.join(SOURCES)}")
+    add("--dataset-path", help="its folder or file")
+    add("--out", required=True, help="folder for the shards")
+    add("--tokenizer", default=BYTE_TOKENIZER_PATH, help="folder of tokenizer.json")
+    add("--split", choices=["train", "validation", "both"], default="both")
+    add("--shard-size", type=int, default=SHARD_SIZE, help="tokens of a shard")
+    add("--workers", type=int, default=1, help="processes that tokenize")
+    add("--verify", action="store_true", help="check what is in --out, and prepare nothing")
+    options = parser.parse_args(args)
+    try:
+        for manifest in run(options):
+            documents = sum(shard.documents for shard in manifest.shards)
+            print(
+                f"{manifest.split}: {manifest.tokens:,} tokens of {documents:,} documents in "
+                f"{len(manifest.shards)} shards" + ", as they were written" * options.verify
+            )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped: start the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run(options: argparse.Namespace) -> Iterator[Manifest]:
+    """Yields the manifest of each split."""
+    if options.verify:
+        yield from verify(options.out)
+        return
+    splits = ["train", "validation"] if options.split == "both" else [options.split]
+    for split in splits:
+        # Hours before the second split begins.
+        source_files(options.dataset, options.dataset_path, split)
+    for split in splits:
+        yield prepare(
+            options.dataset,
+            options.dataset_path,
+            options.out,
+            options.tokenizer,
+            split=split,
+            shard_size=options.shard_size,
+            workers=options.workers,
+        )
+
+
+if __name__ == "__main__":
+    main()

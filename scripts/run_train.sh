@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train on this machine: scripts/run_train.sh CONFIG [overrides ...], for example
+#     scripts/run_train.sh train_configs/debug.toml --training.steps 100
+# Starts a process for each GPU, or one on the CPU where there is none; NPROC=n starts n.
+set -euo pipefail
+if [[ $# == 0 || $1 == -* ]]; then
+    echo "usage: scripts/run_train.sh CONFIG [overrides ...]" >&2
+    exit 2
+fi
+if [[ ! -f $1 ]]; then
+    echo "error: CONFIG must be a TOML file, got '$1', which is none; correct the path" >&2
+    exit 2
+fi
+config=$(realpath "$1")
+shift
+cd "$(dirname "$0")/.."
+python=python3
+if [[ -x .venv/bin/python ]]; then
+    python=.venv/bin/python
+fi
+num_gpus='import torch; print(max(1, torch.cuda.device_count()))'
+num_processes=${NPROC:-$("$python" -c "$num_gpus")}
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$num_processes" \
+    -m torchtitan.experiments.lighthouse.train --job.config_file "$config" "$@"

@@ -1,0 +1,239 @@
+"""scripts/ablate.py: which cells a grid has, what is started for them, and what comes of it.
+
+A script stands in for the trainer: it keeps the arguments it is started with, ends as it is told.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "train_configs" / "debug.toml"
+GRID = '{scorer = ["norm", "none"], topk = [128, 200], stage1_share = [0.25, 0.5]}'
+
+TRAINER = """
+import json, os, pathlib, sys, time
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(arguments["--job.dump_folder"])
+with (folder / "starts.jsonl").open("a") as file:
+    file.write(json.dumps([arguments, os.environ["WANDB_RUN_NAME"]]) + "\\n")
+print("the trainer speaks")
+stage1_steps = int(arguments["--lighthouse.stage1_steps"])
+if (folder / "fail").exists():
+    raise SystemExit("the trainer fails")
+if (folder / "wait").exists():
+    (folder / "waiting").touch()
+    time.sleep(60)
+with (folder / "metrics.jsonl").open("w") as file:
+    for step in range(1, 61):
+        stage = 1 if step <= stage1_steps else 2
+        line = {"step": step, "stage": stage, "loss_metrics/global_avg_loss": 3.0,
+                "throughput(tps)": 300.0 / stage, "n_tokens_seen": step * 10}
+        file.write(json.dumps(line) + "\\n")
+    line = {"step": 60, "stage": 2, "validation_metrics/loss": 2 + stage1_steps / 60}
+    file.write(json.dumps(line) + "\\n")
+"""
+
+
+@pytest.fixture
+def ablate(monkeypatch, tmp_path):
+    """Calls the script in this process; returns its exit code."""
+    spec = importlib.util.spec_from_file_location("ablate", ROOT / "scripts" / "ablate.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    monkeypatch.setitem(sys.modules, "ablate", module)
+    spec.loader.exec_module(module)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    monkeypatch.setattr(module, "TRAINER", [str(tmp_path / "trainer.py")])
+
+    def call(*args, out=tmp_path / "grid", grid=GRID):
+        command = ["ablate.py", CONFIG, "--out", out, "--nproc", "1", "--grid", grid, *args]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
+        with pytest.raises(SystemExit) as exit:
+            module.main()
+        return exit.value.code
+
+    call.module = module
+    return call
+
+
+def starts(cell: Path) -> list:
+    return [json.loads(line) for line in (cell / "starts.jsonl").read_text().splitlines()]
+
+
+def test_the_list_has_every_cell_and_says_why_one_is_illegal(ablate, tmp_path, capsys):
+    assert ablate() == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert total == "8 cells, 2 legal, 6 illegal"
+    assert lines[0] == (
+        "norm-p4-L3-k128-15+45  --lighthouse.scorer norm --lighthouse.topk 128 "
+        "--lighthouse.stage1_steps 15  new"
+    )
+    names = [line.split()[0] for line in lines]
+    assert names == [
+        f"{scorer}-p4-L3-k{topk}-{stages}"
+        for scorer in ("norm", "none")
+        for topk in (128, 200)
+        for stages in ("15+45", "30+30")
+    ]
+    assert lines[1].endswith("  new")
+    assert all("illegal: lighthouse.topk must be" in line for line in lines[2:4])
+    assert lines[2].endswith("got 200; nearest: 256")
+    assert all("illegal: lighthouse.scorer must be one of norm" in line for line in lines[4:6])
+    assert not (tmp_path / "grid").exists()
+
+
+def test_the_grid_of_the_paper_on_its_configuration(ablate, tmp_path):
+    module = ablate.module
+    config = ROOT / "train_configs" / "c4_530m_98k.toml"
+    cells = module.cells_of(config, [], module.PAPER_GRID, tmp_path, 8)
+    assert len(cells) == len({cell.folder for cell in cells}) == 3 * 3 * 3 * 5 * 3
+    assert sum(cell.reason is None for cell in cells) == 198
+    assert {cell.fields["stage1_steps"] for cell in cells} == {10_000, 11_000, 12_000}
+    # 24,576 entries in the coarsest level of p2 L3: everything fits, as does the paper's best.
+    fitting = [c for c in cells if (c.fields["pooling_factor"], c.fields["num_levels"]) == (2, 3)]
+    assert len(fitting) == 45 and not any(cell.reason for cell in fitting)
+    # 1,536 in p4 L4: twelve strata and no more.
+    cells = [c for c in cells if (c.fields["pooling_factor"], c.fields["num_levels"]) == (4, 4)]
+    assert {cell.fields["topk"] for cell in cells if not cell.reason} == {1536}
+    assert all("nearest: topk 1536" in cell.reason for cell in cells if cell.reason)
+
+
+def test_run_and_collect(ablate, tmp_path, capsys):
+    overrides = ["--optimizer.lr", "1e-3"]
+    assert ablate("--run", "--collect", *overrides) == 0
+    first, second = (tmp_path / "grid" / f"norm-p4-L3-k128-{x}" for x in ("15+45", "30+30"))
+    assert starts(first) == [
+        [
+            {
+                "--job.config_file": str(CONFIG),
+                "--job.dump_folder": str(first),
+                "--optimizer.lr": "1e-3",
+                "--lighthouse.scorer": "norm",
+                "--lighthouse.topk": "128",
+                "--lighthouse.stage1_steps": "15",
+            },
+            first.name,
+        ]
+    ]
+    assert {path.name for path in (tmp_path / "grid").iterdir()} == {
+        *[first.name, second.name, "table.md", "table.csv", "table.json", "fields.png"]
+    }
+    rows = json.loads((tmp_path / "grid" / "table.json").read_text())
+    # By the held-out loss.
+    assert [row["cell"] for row in rows] == [first.name, second.name]
+    assert rows[0]["final_held_out_loss"] == 2.25 and rows[0]["stage1_steps"] == 15
+    assert rows[0]["stage_1_tokens_per_second"] == 300 and rows[0]["stage_1_speed_up"] == 2
+    with (tmp_path / "grid" / "table.csv").open() as file:
+        assert [row["final_held_out_loss"] for row in csv.DictReader(file)] == ["2.25", "2.5"]
+    table = (tmp_path / "grid" / "table.md").read_text().splitlines()
+    assert table[2].startswith("| norm | 4 | 3 | 128 | 4 | 15 | finished | 2.2500 | 3.0000 |")
+    assert (tmp_path / "grid" / "fields.png").read_bytes().startswith(b"\x89PNG")
+
+    # A finished cell is not started again; one of another configuration is not touched.
+    capsys.readouterr()
+    assert ablate("--run", "--list", *overrides) == 0
+    assert capsys.readouterr().out.count("finished") == 4
+    assert ablate("--run", "--optimizer.lr", "2e-3") == 2
+    assert "name another --out" in capsys.readouterr().err
+    assert len(starts(first)) == len(starts(second)) == 1
+
+
+def test_a_cell_that_fails_does_not_end_the_others(ablate, tmp_path, capsys):
+    first, second = (tmp_path / "grid" / f"norm-p4-L3-k128-{x}" for x in ("15+45", "30+30"))
+    first.mkdir(parents=True)
+    (first / "fail").touch()
+    assert ablate("--run", "--collect") == 1
+    assert f"1 of 2 cells failed: {first}" in capsys.readouterr().out
+    error = (first / "error.txt").read_text()
+    assert "the trainer fails" in error and "exit code 1" in error
+    assert (second / "finished").exists()
+    rows = json.loads((tmp_path / "grid" / "table.json").read_text())
+    assert [(row["state"], row["final_held_out_loss"]) for row in rows] == [
+        ("finished", 2.5),
+        ("failed", None),
+    ]
+    # It is tried again, and its error is gone.
+    (first / "fail").unlink()
+    assert ablate("--run") == 0
+    assert not (first / "error.txt").exists() and len(starts(first)) == 2
+    assert len(starts(second)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_the_run_and_the_grid(ablate, tmp_path, capsys, number):
+    first, second = (tmp_path / "grid" / f"norm-p4-L3-k128-{x}" for x in ("15+45", "30+30"))
+    first.mkdir(parents=True)
+    (first / "wait").touch()
+
+    def send() -> None:
+        while not (first / "waiting").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    former = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert ablate("--run") == 75
+    sender.join()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == former
+    assert "stopped" in capsys.readouterr().out
+    assert not (first / "error.txt").exists() and not (second / "starts.jsonl").exists()
+    (first / "wait").unlink()
+    assert ablate("--run") == 0
+    assert len(starts(first)) == 2 and len(starts(second)) == 1
+
+
+def test_several_processes_are_started_by_torchrun(ablate, tmp_path, monkeypatch):
+    commands = []
+
+    class Process:
+        def __init__(self, command, **options):
+            commands.append(command)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(ablate.module.subprocess, "Popen", Process)
+    assert ablate("--run", "--nproc", "2") == 0
+    assert commands[0][1:6] == ["-m", "torch.distributed.run", "--standalone", *commands[0][4:6]]
+    assert commands[0][4:6] == ["--nproc-per-node", "2"] and len(commands) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "grid", "message"),
+    [
+        ([], "nothing.toml", "--grid must be a TOML file"),
+        ([], "{topk = }", "--grid must be an inline table"),
+        ([], "{top = [1]}", "--grid: top is not a field; use scorer"),
+        ([], "{topk = 128}", "--grid: topk must be a list"),
+        ([], "{stage1_share = [0.5, 2]}", "--grid: stage1_share must be above 0"),
+        (["--lighthouse.topk=256"], GRID, "--lighthouse.topk=256 must not be given"),
+        (["--lighthouse.stage1_steps", "3"], GRID, "--lighthouse.stage1_steps must not be given"),
+        (["--job.dump-folder", "x"], GRID, "--job.dump-folder must not be given"),
+        (["--training.step", "3"], GRID, "did you mean --training.steps"),
+        (["--run"], "{topk = [100]}", "--grid must have a legal cell"),
+        (["--collect"], GRID, "--out must hold cells"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_call_ends_with_one_line(ablate, tmp_path, capsys, args, grid, message):
+    assert ablate(*args, grid=grid) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "grid").exists()
+
+
+def test_a_grid_from_a_file(ablate, tmp_path, capsys):
+    (tmp_path / "grid.toml").write_text("pooling_factor = [2, 3]\ndilation = [2]\ntopk = [128]\n")
+    assert ablate(grid=tmp_path / "grid.toml") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("norm-p2-L3-k128-d2-40+20 ") and "nearest: 2" in out

@@ -1,0 +1,132 @@
+"""scripts/eval_loss.py: losses are those of the model, by position and under both attentions."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import random_model, save
+from runs import data_cache, write_corpus
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse import FLAVORS
+from torchtitan.experiments.lighthouse.backend import use_lighthouse
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data import PackedTextDataset
+from torchtitan.experiments.lighthouse.export import export
+from torchtitan.experiments.lighthouse.trained import open_trained
+
+from lighthouse import LighthouseConfig
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SEQ_LEN = 272
+FIELDS = ["num_levels=2", "pooling_factor=2", "topk=128", "full_attn_layers=0,-1"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    model = random_model(FLAVORS["debugmodel"], 2 * SEQ_LEN)
+    return save(model, tmp_path_factory.mktemp("run"), "debugmodel")
+
+
+@pytest.fixture
+def script(corpus, tmp_path, monkeypatch, capsys):
+    """Runs the script on `corpus` and returns its JSON and what it printed."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import eval_loss
+
+    def main(*args) -> tuple[dict, str]:
+        options = ["--dataset", "text", "--dataset-path", str(corpus), "--output", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["eval_loss.py", *map(str, args), *options])
+        with data_cache(corpus):
+            eval_loss.main()
+        printed = capsys.readouterr().out
+        return json.loads(printed.splitlines()[-1]), printed
+
+    return main
+
+
+def expected_losses(corpus: Path, model) -> torch.Tensor:
+    """Of every token of the first two held-out windows, by the model's own forward."""
+    tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
+    with data_cache(corpus):
+        dataset = PackedTextDataset("text", str(corpus), tokenizer, SEQ_LEN, split="validation")
+        windows = iter(dataset)
+        pairs = [next(windows) for _ in range(2)]
+    return torch.stack(
+        [F.cross_entropy(model(x["input"][None])[0], y, reduction="none") for x, y in pairs]
+    ).double()
+
+
+def test_losses_by_position_under_both_attentions(corpus, checkpoint, script, tmp_path):
+    lengths = ["--seq-len", SEQ_LEN, "--windows", 2]
+    result, printed = script(checkpoint, *lengths, "--lighthouse", *FIELDS)
+    model = random_model(FLAVORS["debugmodel"], SEQ_LEN)
+    losses = {"dense": expected_losses(corpus, model)}
+    use_lighthouse(model, LighthouseConfig(num_levels=2, pooling_factor=2, topk=128), [0, -1], 4)
+    losses["Lighthouse"] = expected_losses(corpus, model)
+    assert not torch.allclose(*losses.values(), atol=1e-3)
+
+    assert [entry["attention"] for entry in result["results"]] == ["dense", "Lighthouse"]
+    for entry in result["results"]:
+        expected = losses[entry["attention"]]
+        assert entry["windows"] == 2
+        assert entry["loss"] == pytest.approx(expected.mean().item(), abs=1e-5)
+        means = expected.mean(1)
+        assert entry["standard_error"] == pytest.approx((means[0] - means[1]).abs().item() / 2)
+        edges = [(b["from"], b["to"]) for b in entry["by_position"]]
+        assert edges == [(0, 64), (64, 128), (128, 256), (256, SEQ_LEN)]
+        for (start, end), bucket in zip(edges, entry["by_position"], strict=True):
+            part = expected[:, start:end].mean().item()
+            assert bucket["loss"] == pytest.approx(part, abs=1e-5)
+        assert f"{entry['loss']:.4f}" in printed
+    fields = result["results"][1]["fields"]
+    assert (fields["topk"], fields["full_attn_layers"]) == (128, [0, -1])
+    assert json.loads((tmp_path / "eval_loss.json").read_text()) == result
+    assert (tmp_path / "eval_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_exported_folder_has_the_same_loss(checkpoint, script, tmp_path):
+    export(open_trained(checkpoint), tmp_path / "out", "float32")
+    result, _ = script(checkpoint, tmp_path / "out", "--seq-len", 128)
+    first, second = (entry["loss"] for entry in result["results"])
+    assert first == second
+    # The text ends before there are as many windows as asked for.
+    assert 2 < result["results"][0]["windows"] < 16
+
+
+def test_the_logits_of_a_chunk_at_a_time_are_all_there_is(checkpoint, script, monkeypatch):
+    import eval_loss
+
+    whole, _ = script(checkpoint, "--seq-len", 128)
+    monkeypatch.setattr(eval_loss, "CHUNK_SIZE", 48)
+    chunked, _ = script(checkpoint, "--seq-len", 128)
+    assert chunked["results"][0]["loss"] == pytest.approx(whole["results"][0]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--lighthouse", "top=1"], ("--lighthouse", "topk", "'top=1'")),
+        (["--lighthouse", "topk=x"], ("--lighthouse topk", "'x'")),
+        (["--lighthouse", "topk=100"], ("topk must be", "128")),
+        (["--lighthouse", "full_attn_layers=4"], ("full_attn_layers", "-4 to 3")),
+        (["--lighthouse", *FIELDS, "--seq-len", "200"], ("seq_len 256",)),
+        (["--seq-len", "5000"], ("less than the tokens", "5000")),
+        (["--windows", "0"], ("--windows must be at least 1",)),
+        (["--flavor", "8B"], ("--flavor", "use debugmodel")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(args, words, checkpoint, script, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script(checkpoint, *args)
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line

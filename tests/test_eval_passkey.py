@@ -1,0 +1,212 @@
+"""scripts/eval_passkey.py: the documents are what they claim, and right answers are counted."""
+
+import json
+import re
+import string
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import random_model, save
+from runs import data_cache
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse import FLAVORS
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID
+from torchtitan.experiments.lighthouse.data import PackedTextDataset
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+MAX_SEQ_LEN = 300
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import eval_passkey
+
+    return eval_passkey
+
+
+@pytest.fixture
+def maker(script):
+    return script.DocumentMaker(HuggingFaceTokenizer(BYTE_TOKENIZER_PATH))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    model = random_model(FLAVORS["quickstart"], MAX_SEQ_LEN)
+    return save(model, tmp_path_factory.mktemp("run"), "quickstart")
+
+
+@pytest.fixture
+def run(script, checkpoint, tmp_path, monkeypatch, capsys):
+    """Runs the script on the checkpoint and returns its JSON."""
+
+    def main(*args) -> dict:
+        options = [checkpoint, "--output", tmp_path, *args]
+        monkeypatch.setattr(sys, "argv", ["eval_passkey.py", *map(str, options)])
+        script.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return main
+
+
+@pytest.mark.parametrize("depth", [0, 0.15, 0.5, 1])
+@pytest.mark.parametrize("length", [100, 1000])
+def test_a_document_is_what_it_claims(maker, length, depth):
+    document = maker.make(length, depth, 7, "key")
+    assert len(document.prompt) == length - 2
+    text = bytes(document.prompt).decode()
+    filler, asked = text.split("\nWhat is the pass key? The pass key is ")
+    assert asked == ""
+    before, after = filler.split("\nThe pass key is 7. Keep it in mind.\n")
+    assert abs(len(before) - depth * len(before + after)) <= 1
+    assert {*before, *after} <= {*string.ascii_letters, *string.digits, " "}
+    assert maker.text(document) == text + "7"
+    if length == 1000:
+        # Letters and digits are drawn alike, and no word often.
+        num_digits = len(re.findall(r"\d", before + after))
+        assert 0.08 < num_digits / (length - 79) < 0.2
+        assert len({*(before + after).split()}) > 140
+
+
+def test_documents_follow_from_their_key_alone(maker):
+    first = maker.make(400, 0.3, 4, "0 400 30 4")
+    maker.make(400, 0.3, 5, "another")
+    assert maker.make(400, 0.3, 4, "0 400 30 4") == first
+    assert maker.make(400, 0.3, 4, "1 400 30 4").prompt != first.prompt
+
+
+def test_a_document_too_short_for_its_parts(maker):
+    shortest = len("\nThe pass key is 7. Keep it in mind.\n")
+    shortest += len("\nWhat is the pass key? The pass key is ") + 2
+    assert len(maker.make(shortest, 0.5, 7, "key").prompt) == shortest - 2
+    with pytest.raises(ValueError, match=rf"^--lengths must be at least {shortest}, .*; use long"):
+        maker.make(shortest - 1, 0.5, 7, "key")
+
+
+def test_a_space_may_belong_to_the_digit(script, tmp_path):
+    words = ["What", "is", "the", "pass", "key", "The", "Keep", "it", "in", "mind", "?", "."]
+    vocab = ["<unk>", *words, *(f"▁{i}" for i in range(10)), *(f"▁{word}" for word in words)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    maker = script.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)))
+    assert maker.digit_ids == [vocab.index(f"▁{i}") for i in range(10)]
+    assert maker.make(40, 0.5, 0, "key").prompt[-1] == vocab.index("▁is")
+
+
+def test_a_tokenizer_without_digits(script, tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"^--tokenizer must have a token for each digit"):
+        script.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)))
+
+
+def test_right_answers_are_counted(script, run, monkeypatch):
+    def finds_it_near_the_start(model, tokens):
+        text = bytes(tokens[0].tolist()).decode()
+        needle = re.search(r"is (\d)\. Keep", text)
+        found = needle[1] if needle.start() < 0.4 * len(text) else "3"
+        logits = torch.zeros(1, 320)
+        logits[0, ord(found)] = 1
+        # Not a digit: not asked for.
+        logits[0, ord("x")] = 2
+        return logits
+
+    monkeypatch.setattr(script, "next_token_logits", finds_it_near_the_start)
+    result = run("--lengths", 400, 300, 400)
+    assert result["lengths"] == [300, 400] and result["out_of_memory"] == []
+    # Where it always says 3, it is right for one key of ten.
+    assert result["accuracy"] == [[1, 1, 1, 0.1, 0.1, 0.1, 0.1]] * 2
+    assert result["answers"][0][0] == list(range(10)) and result["answers"][0][6] == [3] * 10
+    assert result["mean"] == pytest.approx((3 + 0.4) / 7) and result["chance"] == 0.1
+
+
+def test_the_model_answers_by_its_last_position(run, checkpoint, maker, tmp_path):
+    result = run("--lengths", 120, "--seed", 5)
+    model = random_model(FLAVORS["quickstart"], MAX_SEQ_LEN)
+    for depth, answers in zip(result["depths"], result["answers"][0], strict=True):
+        for digit in (0, 9):
+            prompt = maker.make(120, depth / 100, digit, f"5 120 {depth} {digit}").prompt
+            logits = model(torch.tensor([prompt]))[0, -1]
+            assert answers[digit] == logits[48:58].argmax()
+    assert json.loads((tmp_path / "passkey.json").read_text()) == result
+    assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lengths_that_do_not_fit_are_named(script, run, monkeypatch, capsys):
+    def fails(model, tokens):
+        if tokens.shape[1] > 100:
+            raise torch.OutOfMemoryError
+        return torch.zeros(1, 320)
+
+    monkeypatch.setattr(script, "next_token_logits", fails)
+    result = run("--lengths", 100, 200, 300)
+    assert (result["lengths"], result["out_of_memory"]) == ([100], [200, 300])
+    with pytest.raises(SystemExit) as exit:
+        run("--lengths", 200)
+    assert exit.value.code == 2
+    assert "error: --lengths must fit into the memory of cpu, got 200" in capsys.readouterr().err
+
+
+def test_lengths_go_as_far_as_the_model_and_the_cpu(script):
+    def lengths(max_seq_len, device):
+        trained = type("Trained", (), {"args": type("Args", (), {"max_seq_len": max_seq_len})})
+        return script.default_lengths(trained, device)
+
+    assert lengths(98304, "cuda") == [4096, 8192, 16384, 32768, 65536, 98304]
+    assert lengths(20000, "cuda") == [4096, 8192, 16384]
+    assert lengths(98304, "cpu") == [4096, 8192]
+    assert lengths(1000, "cpu") == [1000]
+
+
+def test_data_to_train_on(script, maker, tmp_path, monkeypatch):
+    def make(path: Path) -> list[str]:
+        args = ["--make-data", 40, path, "--lengths", 128, "--seed", 3]
+        monkeypatch.setattr(sys, "argv", ["eval_passkey.py", *map(str, args)])
+        script.main()
+        return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+    texts = make(tmp_path / "passkey.jsonl")
+    assert make(tmp_path / "again.jsonl") == texts
+    (tmp_path / "again.jsonl").unlink()
+    assert len({*texts}) == 40
+    for text in texts:
+        assert len(text) == 127
+        assert re.search(r"pass key is (\d)\. Keep", text)[1] == text[-1]
+    assert {text[-1] for text in texts} == {*string.digits}
+    depths = [text.index("\nThe pass") for text in texts]
+    assert min(depths) < 10 and max(depths) > 37
+
+    # Each fills a window: the answer is the last but one label.
+    with data_cache(tmp_path / "data"):
+        dataset = PackedTextDataset(
+            "jsonl",
+            str(tmp_path / "passkey.jsonl"),
+            HuggingFaceTokenizer(BYTE_TOKENIZER_PATH),
+            seq_len=128,
+            infinite=False,
+        )
+        windows = list(dataset)
+    assert len(windows) > 30
+    for inputs, labels in windows:
+        tokens = bytes(x if x != EOS_ID else 0 for x in inputs["input"].tolist()).decode()
+        assert tokens.endswith("\0") and tokens.count("\0") == 1
+        assert chr(labels[-3]) == tokens[-2] and labels[-2] == EOS_ID
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--lengths", "20"], ("--lengths must be at least", "got 20")),
+        (["--flavor", "8B"], ("--flavor", "use quickstart")),
+    ],
+)
+def test_a_mistake_is_one_line(args, words, run, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(*args)
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line

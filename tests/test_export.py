@@ -1,0 +1,204 @@
+"""Exported folders: transformers computes the same, and what does not is noticed."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import GQA, random_model, save
+from runs import command_line, train, write_corpus
+from safetensors.torch import load_file
+from test_byte_tokenizer import TEXTS
+from torchtitan.experiments.lighthouse import FLAVORS
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID, EOS_TOKEN
+from torchtitan.experiments.lighthouse.export import check_export, export
+from torchtitan.experiments.lighthouse.trained import open_trained
+from torchtitan.models.llama3.model.model import precompute_freqs_cis
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "export_hf.py"
+SEQ_LEN = 512
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gqa_flavor():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FLAVORS, "gqa", GQA)
+        yield
+
+
+@pytest.fixture(scope="module", params=["debugmodel", "gqa"])
+def trained(request, tmp_path_factory):
+    """What a run of seven steps leaves behind, stage 1 and 2."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train(command_line(folder, write_corpus(folder / "text"), model__flavor=request.param))
+    return open_trained(folder / "checkpoint" / "step-7")
+
+
+@pytest.fixture(scope="module", params=["debugmodel", "gqa"])
+def random(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = random_model(FLAVORS[request.param], SEQ_LEN)
+    return open_trained(save(model, folder, request.param))
+
+
+def test_transformers_computes_the_same_after_training(trained, tmp_path):
+    export(trained, tmp_path / "out", "float32")
+    result = check_export(trained, tmp_path / "out")
+    assert result.num_tokens == 768
+    assert result.logit_difference < 1e-4 < result.logit_magnitude
+    assert result.is_equal
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_computes_the_same_with_random_weights(random, tmp_path, dtype):
+    export(random, tmp_path, dtype)
+    result = check_export(random, tmp_path)
+    assert result.logit_difference < 1e-4
+    assert result.is_equal
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {getattr(torch, dtype)}
+    assert sum(w.numel() for w in weights.values()) == sum(
+        p.numel() for p in random.load().parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": None},
+        {"rope_theta": 10000.5e3},
+        {"rms_norm_eps": 1e-2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_function_is_noticed(random, tmp_path, change):
+    export(random, tmp_path, "float32")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    assert not check_export(random, tmp_path).is_equal
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0, 1.0])
+def test_rope_is_the_same_far_beyond_what_is_scaled(factor, random, tmp_path):
+    args = random.args
+    scaling = dataclasses.replace(args.rope_scaling_args, scaling_factor=factor)
+    args = dataclasses.replace(args, rope_scaling_args=scaling, max_seq_len=1 << 17)
+    export(dataclasses.replace(random, args=args), tmp_path, "float32")
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path))
+    positions = torch.arange(args.max_seq_len)[None]
+    cos, sin = theirs(torch.zeros(1), positions)
+    head_dim = args.dim // args.n_heads
+    ours = precompute_freqs_cis(head_dim, args.max_seq_len, args.rope_theta, scaling)
+    # The angles are the same fp32 numbers, but for the interpolated ones, which may differ in
+    # their last bit: at most 2**-23 of the largest of them.
+    largest = ours.shape[0] * args.rope_theta ** (-2 / head_dim)
+    tolerance = max(1e-6, largest * 2**-23)
+    half = cos[0, :, : head_dim // 2], sin[0, :, : head_dim // 2]
+    for got, expected in zip(half, (ours.real, ours.imag), strict=True):
+        assert (got - expected).abs().max() < tolerance
+
+
+def test_large_models_come_in_several_files(random, tmp_path):
+    export(random, tmp_path, "float32", max_file_size="300KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2 and {*index["weight_map"].values()} == {file.name for file in files}
+    assert check_export(random, tmp_path).is_equal
+    for name, parameter in open_trained(tmp_path).load().named_parameters():
+        assert torch.equal(parameter, random.load().get_parameter(name)), name
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_the_tokenizer_makes_the_same_tokens(random, tmp_path, text):
+    export(random, tmp_path, "float32")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(text + EOS_TOKEN).input_ids
+    assert ids == [*text.encode(), EOS_ID]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.eos_token_id == EOS_ID
+
+
+def test_files_of_the_tokenizer_are_copied_or_completed(random, tmp_path):
+    export(random, tmp_path / "out", "float32")
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    for name in names:
+        copied = (tmp_path / "out" / name).read_bytes()
+        assert copied == Path(BYTE_TOKENIZER_PATH, name).read_bytes()
+
+    # Nothing but the tokenizer itself, as torchtitan takes it, too.
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / names[0]).write_bytes(Path(BYTE_TOKENIZER_PATH, names[0]).read_bytes())
+    without = dataclasses.replace(random, tokenizer_path=str(bare))
+    export(without, tmp_path / "out2", "float32")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out2")("é").input_ids == [0xC3, 0xA9]
+    config = json.loads((tmp_path / "out2" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, None)
+
+
+def test_transformers_generates_with_its_settings(random, tmp_path):
+    export(random, tmp_path, "float32")
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (None, EOS_ID)
+    assert model.generation_config.eos_token_id == EOS_ID
+    assert model.config.max_position_embeddings == SEQ_LEN
+    prompt = torch.tensor([[*b"def f"]])
+    tokens = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    assert tokens.shape[1] <= 10 and torch.equal(tokens[:, :5], prompt)
+
+
+def test_a_folder_that_holds_something_is_left_alone(random, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^OUT must be a new or an empty folder, got") as error:
+        export(random, tmp_path, "float32")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_script(tmp_path):
+    checkpoint = save(random_model(FLAVORS["debugmodel"], SEQ_LEN), tmp_path, "debugmodel")
+    command = [sys.executable, str(SCRIPT), str(checkpoint), str(tmp_path / "out")]
+    done = subprocess.run([*command, "--dtype", "bfloat16"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "debugmodel, 512 tokens, bfloat16" in done.stdout
+    assert done.stdout.endswith("tokenizers agree.\ntransformers computes the same.\n")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script's `main` in this process, with a command line."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import export_hf
+
+    def main(*args):
+        monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, args)])
+        export_hf.main()
+
+    return main
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(random, script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script(random.folder, tmp_path / "out", "--flavor", "quickstart")
+    assert exit.value.code == 2 and not (tmp_path / "out").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --flavor must be that of ")
+    assert line.endswith(f"; use {random.flavor}")
+
+
+def test_a_difference_is_exit_code_1(random, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torchtitan.experiments.lighthouse.export.TOLERANCE", 0.0)
+    with pytest.raises(SystemExit) as exit:
+        script(random.folder, tmp_path / "out")
+    assert exit.value.code == 1
+    assert "is not the model of the checkpoint" in capsys.readouterr().err
+
+
+def test_without_the_comparison(random, script, tmp_path, monkeypatch, capsys):
+    script(random.folder, tmp_path / "out", "--no-verify")
+    assert capsys.readouterr().out.endswith("Not compared with transformers.\n")

@@ -1,0 +1,101 @@
+"""Generation: with the cache it is what it would be without, and no quadratic tensor is made."""
+
+import pytest
+import torch
+from models import GQA, random_model, save
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchtitan.experiments.lighthouse import FLAVORS
+from torchtitan.experiments.lighthouse.backend import use_fused_attention
+from torchtitan.experiments.lighthouse.generate import (
+    generate,
+    hidden_states,
+    key_value_cache,
+    load_dense_model,
+    next_token_logits,
+)
+
+MAX_SEQ_LEN = 96
+PROMPT = list(b"def read_lines(path):\n")
+
+
+@pytest.fixture(params=["debugmodel", "gqa"])
+def model(request):
+    return random_model({**FLAVORS, "gqa": GQA}[request.param], MAX_SEQ_LEN)
+
+
+def test_cached_generation_is_uncached_argmax(model):
+    tokens = list(PROMPT)
+    for _ in range(40):
+        tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+    assert generate(model, PROMPT, 40, temperature=0) == tokens[len(PROMPT) :]
+    # A model that repeats itself would pass with a wrong cache.
+    assert len({*tokens[len(PROMPT) :]}) > 5
+
+
+def test_prefill_is_the_forward_of_the_model(model):
+    tokens = torch.randint(0, 320, (2, MAX_SEQ_LEN))
+    expected = model(tokens)
+    assert torch.equal(model.output(hidden_states(model, tokens)), expected)
+    torch.testing.assert_close(next_token_logits(model, tokens), expected[:, -1])
+
+
+def test_logits_of_every_cached_step(model):
+    tokens = torch.randint(0, 320, (2, MAX_SEQ_LEN))
+    expected = model.double()(tokens)
+    with key_value_cache(model, MAX_SEQ_LEN):
+        next_token_logits(model, tokens[:, :50])
+        for i in range(50, MAX_SEQ_LEN):
+            logits = next_token_logits(model, tokens[:, i : i + 1], start=i)
+            # RoPE computes in fp32, whatever the dtype.
+            torch.testing.assert_close(logits, expected[:, i], atol=1e-4, rtol=1e-5)
+
+
+def test_the_cache_leaves_nothing_behind(model):
+    before = [type(m) for m in model.modules()], list(model.state_dict())
+    first = generate(model, PROMPT, 8, temperature=0)
+    assert ([type(m) for m in model.modules()], list(model.state_dict())) == before
+    assert generate(model, PROMPT, 8, temperature=0) == first
+
+
+def test_samples_follow_from_the_seed(model):
+    samples = [generate(model, PROMPT, 12, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
+
+
+def test_a_cold_sample_is_the_likeliest_one(model):
+    assert generate(model, PROMPT, 12, temperature=1e-4) == generate(model, PROMPT, 12, 0)
+
+
+@pytest.mark.parametrize("prompt, num_tokens", [([], 4), (PROMPT, MAX_SEQ_LEN)])
+def test_a_prompt_that_does_not_fit(model, prompt, num_tokens):
+    with pytest.raises(ValueError, match=f"^prompt and num_tokens must be .* {MAX_SEQ_LEN} tokens"):
+        generate(model, prompt, num_tokens, temperature=0)
+
+
+def test_a_checkpoint_is_loaded(tmp_path):
+    model = random_model(FLAVORS["quickstart"], MAX_SEQ_LEN)
+    loaded = load_dense_model("quickstart", save(model, tmp_path, None), MAX_SEQ_LEN)
+    assert generate(loaded, PROMPT, 8, 0) == generate(model, PROMPT, 8, 0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps how many numbers the largest tensor has that any operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.size = max([self.size, *(x.numel() for x in tensors)])
+        return result
+
+
+def test_nothing_is_quadratic_in_the_prompt():
+    seq_len = 2048
+    model = random_model(FLAVORS["quickstart"], seq_len)
+    use_fused_attention(model, torch.float32, seq_len, "cudnn")
+    with LargestTensor() as largest:
+        generate(model, [i % 256 for i in range(seq_len - 4)], 4, temperature=0)
+    # The hidden width of the SwiGLU, and not the length or the vocabulary for every position.
+    assert largest.size <= seq_len * 384 < seq_len**2

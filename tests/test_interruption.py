@@ -1,0 +1,337 @@
+"""Runs that are asked to stop: they end after the step, saved, and go on to the same last bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import launch
+from runs import (
+    STAGE1_STEPS,
+    STEPS,
+    RecordedTrainer,
+    Run,
+    assert_same_state,
+    command_line,
+    losses_of,
+    train,
+    write_corpus,
+)
+from torchtitan.experiments.lighthouse.checkpoint import checkpoint_steps
+from torchtitan.experiments.lighthouse.interruption import EXIT_CODE, SIGNALS, Interruption
+
+IN_STAGE_1, IN_STAGE_2 = STAGE1_STEPS - 1, STAGE1_STEPS + 2
+
+
+class SignalledTrainer(RecordedTrainer):
+    """Is sent a signal while it trains a step, or, at step 0, before it trains any."""
+
+    at_step: int
+    ranks: tuple[int, ...] = (0,)
+    number = signal.SIGUSR1
+
+    def __init__(self, job_config):
+        super().__init__(job_config)
+        if self.at_step == 0:
+            self.send_signal()
+
+    def post_dataloading_process(self, input_dict, labels):
+        if self.step == self.at_step:
+            self.send_signal()
+        return super().post_dataloading_process(input_dict, labels)
+
+    def send_signal(self):
+        if dist.get_rank() in self.ranks:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, corpus) -> Run:
+    return train(command_line(tmp_path_factory.mktemp("undisturbed"), corpus))
+
+
+def train_until_signal(
+    folder: Path, corpus: Path, at_step: int, overrides: dict[str, Any] | None = None, **attributes
+) -> tuple[Run, int]:
+    """A run that is sent a signal in `at_step`, and its exit code."""
+    trainer_class = type("Signalled", (SignalledTrainer,), {"at_step": at_step, **attributes})
+    exit_codes = []
+    run = train(
+        command_line(folder, corpus, **(overrides or {})),
+        trainer_class,
+        look=lambda trainer: exit_codes.append(trainer.exit_code),
+    )
+    return run, exit_codes[0]
+
+
+def train_to_the_end(folder: Path, corpus: Path, **overrides) -> tuple[Run, int]:
+    exit_codes = []
+    run = train(
+        command_line(folder, corpus, **overrides),
+        look=lambda trainer: exit_codes.append(trainer.exit_code),
+    )
+    return run, exit_codes[0]
+
+
+def saved_at(folder: Path) -> dict[int, int]:
+    """When the metadata of each whole checkpoint was written, in ns."""
+    steps = checkpoint_steps(folder / "checkpoint")
+    assert all(steps.values()), steps
+    return {
+        step: (folder / "checkpoint" / f"step-{step}" / ".metadata").stat().st_mtime_ns
+        for step in steps
+    }
+
+
+def assert_continues(stopped: Run, resumed: Run, expected: Run, step: int) -> None:
+    """The runs were parted after `step`, and are `expected` in all."""
+    assert list(stopped.batches) == list(range(1, step + 1))
+    for what in ("batches", "attention"):
+        assert getattr(stopped, what) | getattr(resumed, what) == getattr(expected, what)
+        assert list(getattr(resumed, what)) == list(range(step + 1, STEPS + 1))
+    assert_same_state(resumed, expected)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("step", [1, IN_STAGE_1, STAGE1_STEPS, IN_STAGE_2])
+def test_a_signal_ends_the_run_after_the_step(undisturbed, corpus, tmp_path, step, number):
+    stopped, exit_code = train_until_signal(tmp_path, corpus, step, number=number)
+    assert exit_code == EXIT_CODE == 75
+    # The interval is longer than the run; the switch is saved in any case.
+    expected = {step, STAGE1_STEPS} if step > STAGE1_STEPS else {step}
+    assert checkpoint_steps(tmp_path / "checkpoint") == dict.fromkeys(sorted(expected), True)
+    # The switch belongs to the step behind it.
+    assert (tmp_path / "handover.json").exists() == (step > STAGE1_STEPS)
+
+    resumed, exit_code = train_to_the_end(tmp_path, corpus)
+    assert exit_code == 0
+    assert_continues(stopped, resumed, undisturbed, step)
+    assert resumed.losses == undisturbed.losses and len(resumed.losses) == STEPS
+    assert (tmp_path / "handover.json").exists()
+
+
+def test_many_signals_are_as_good_as_one(undisturbed, corpus, tmp_path):
+    for step in range(1, STEPS):
+        _, exit_code = train_until_signal(tmp_path, corpus, step)
+        assert exit_code == EXIT_CODE
+    resumed, _ = train_to_the_end(tmp_path, corpus)
+    assert resumed.losses == undisturbed.losses
+    assert_same_state(resumed, undisturbed)
+
+
+def test_a_signal_in_the_last_step_changes_nothing(undisturbed, corpus, tmp_path):
+    run, exit_code = train_until_signal(tmp_path, corpus, STEPS)
+    assert exit_code == 0
+    assert checkpoint_steps(tmp_path / "checkpoint") == {STAGE1_STEPS: True, STEPS: True}
+    assert_same_state(run, undisturbed)
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_a_step_is_saved_once(corpus, tmp_path, async_mode):
+    saves = []
+
+    class Counted(SignalledTrainer):
+        def __init__(self, job_config):
+            super().__init__(job_config)
+            save = self.checkpointer.dcp_save
+            self.checkpointer.dcp_save = lambda states, checkpoint_id, **options: (
+                saves.append(Path(checkpoint_id).name),
+                save(states, checkpoint_id, **options),
+            )[1]
+
+    Counted.at_step = 2
+    options = {"checkpoint__interval": 2, "checkpoint__async_mode": async_mode}
+    train(command_line(tmp_path, corpus, **options), Counted)
+    assert saves == ["step-2"]
+    assert checkpoint_steps(tmp_path / "checkpoint") == {2: True}
+
+
+def test_an_asynchronous_checkpoint_is_whole_when_the_run_ends(undisturbed, corpus, tmp_path):
+    options = {"checkpoint__async_mode": "async"}
+    stopped, exit_code = train_until_signal(tmp_path, corpus, IN_STAGE_1, options)
+    assert exit_code == EXIT_CODE
+    assert checkpoint_steps(tmp_path / "checkpoint") == {IN_STAGE_1: True}
+    resumed, _ = train_to_the_end(tmp_path, corpus, **options)
+    assert_continues(stopped, resumed, undisturbed, IN_STAGE_1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"checkpoint__enable": False}, {"checkpoint__load_only": True}], ids=str
+)
+def test_without_checkpoints_the_steps_are_lost(corpus, tmp_path, options):
+    run, exit_code = train_until_signal(tmp_path, corpus, 2, options)
+    assert exit_code == 1
+    assert list(run.batches) == [1, 2]
+    assert checkpoint_steps(tmp_path / "checkpoint") == {}
+
+
+@pytest.mark.parametrize("step", [IN_STAGE_1, STAGE1_STEPS])
+def test_a_signal_before_the_first_step_of_a_resumed_run(undisturbed, corpus, tmp_path, step):
+    train_until_signal(tmp_path, corpus, step)
+    before = saved_at(tmp_path)
+    run, exit_code = train_until_signal(tmp_path, corpus, 0)
+    assert exit_code == EXIT_CODE
+    assert not run.batches
+    assert saved_at(tmp_path) == before and list(before) == [step]
+    resumed, _ = train_to_the_end(tmp_path, corpus)
+    assert resumed.losses == undisturbed.losses
+    assert_same_state(resumed, undisturbed)
+
+
+def test_a_signal_before_the_first_step_of_all(corpus, tmp_path):
+    run, exit_code = train_until_signal(tmp_path, corpus, 0)
+    assert exit_code == EXIT_CODE
+    assert not run.batches
+    # No folder at all: one without a checkpoint could not be resumed from.
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_the_former_actions_are_restored(corpus, tmp_path):
+    def former(number, frame): ...
+
+    kept = {number: signal.signal(number, former) for number in SIGNALS}
+    try:
+        interruption = Interruption()
+        assert all(signal.getsignal(number) is not former for number in SIGNALS)
+        interruption.close()
+        assert [signal.getsignal(number) for number in SIGNALS] == [former] * len(SIGNALS)
+
+        # By a trainer, too.
+        seen = []
+        train(
+            command_line(tmp_path, corpus, training__steps=1, lighthouse__stage1_steps=1),
+            look=lambda trainer: seen.extend(map(signal.getsignal, SIGNALS)),
+        )
+        assert len(seen) == len(SIGNALS) and former not in seen
+        assert [signal.getsignal(number) for number in SIGNALS] == [former] * len(SIGNALS)
+    finally:
+        for number, action in kept.items():
+            signal.signal(number, action)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_to_all_processes(one_rank, number):
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    # It tells when it runs.
+    script = "import time; print('up', flush=True); time.sleep(1000)"
+    interruption = Interruption()
+    helper = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        helper.stdout.readline()
+        assert not interruption.is_on_any_rank(torch.device("cpu"))
+        for pid in (helper.pid, os.getpid()):
+            os.kill(pid, number)
+        if number == signal.SIGTERM:
+            assert helper.wait(timeout=10) == -signal.SIGTERM
+        else:
+            with pytest.raises(subprocess.TimeoutExpired):
+                helper.wait(timeout=0.5)
+        assert interruption.is_on_any_rank(torch.device("cpu"))
+    finally:
+        # What waits must not reach the former action, which would end this process.
+        interruption.close()
+        helper.kill()
+        helper.communicate()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+
+
+# ---- two ranks
+
+
+def run_on_two_ranks(folder: Path, corpus: Path) -> dict[Any, Any]:
+    """All runs of the test below, in one group of processes."""
+    results = {"undisturbed": train(command_line(folder / "undisturbed", corpus))}
+    for step in (IN_STAGE_1, STAGE1_STEPS):
+        stopped = train_until_signal(folder / str(step), corpus, step, ranks=(1,))
+        results[step] = *stopped, train(command_line(folder / str(step), corpus))
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, corpus) -> tuple[Path, list[dict[Any, Any]]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, launch(run_on_two_ranks, 2, folder / "results", folder, corpus)
+
+
+@pytest.mark.parametrize("step", [IN_STAGE_1, STAGE1_STEPS])
+def test_both_ranks_stop_if_one_gets_the_signal(two_ranks, step):
+    folder, ranks = two_ranks
+    for results in ranks:
+        stopped, exit_code, resumed = results[step]
+        assert exit_code == EXIT_CODE
+        assert_continues(stopped, resumed, results["undisturbed"], step)
+    assert ranks[0][step][-1].losses == ranks[0]["undisturbed"].losses
+    assert len(ranks[0]["undisturbed"].losses) == STEPS
+    steps = checkpoint_steps(folder / str(step) / "checkpoint")
+    assert steps == dict.fromkeys(sorted({step, STAGE1_STEPS, STEPS}), True)
+
+
+# ---- a process
+
+
+def descendants(pid: int) -> list[int]:
+    lines = subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True).splitlines()
+    children = [int(child) for child, parent in map(str.split, lines) if int(parent) == pid]
+    return [*children, *(below for child in children for below in descendants(child))]
+
+
+@pytest.mark.parametrize("to_all", [False, True], ids=["SIGUSR1", "SIGTERM-to-helpers-too"])
+def test_the_exit_code_of_the_process(undisturbed, corpus, tmp_path, to_all):
+    train_until_signal(tmp_path, corpus, 1)
+    launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
+    process = subprocess.Popen(
+        [
+            *[sys.executable, "-m", "torchtitan.experiments.lighthouse.train"],
+            # More steps than it can train before the signal reaches it.
+            *command_line(tmp_path, corpus, training__steps=10_000, metrics__enable_wandb=to_all),
+        ],
+        # One thread, as in the runs of this process.
+        env=env
+        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+        | {"HF_DATASETS_CACHE": str(corpus.parent / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        while process.poll() is None and len(losses_of(tmp_path)) == 1:
+            time.sleep(0.01)
+        if to_all:
+            # W&B's service is one of them.
+            helpers = descendants(process.pid)
+            assert helpers
+            for pid in (*helpers, process.pid):
+                os.kill(pid, signal.SIGTERM)
+        else:
+            process.send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_CODE, output
+    losses = losses_of(tmp_path)
+    last_step = max(losses)
+    assert f"Asked to stop: the run ends after step {last_step}; nothing is lost" in output
+    assert checkpoint_steps(tmp_path / "checkpoint")[last_step]
+    steps = range(1, min(last_step, STEPS) + 1)
+    assert {step: losses[step] for step in steps} == {
+        step: undisturbed.losses[step] for step in steps
+    }

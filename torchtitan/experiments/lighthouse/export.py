@@ -1,0 +1,152 @@
+"""A trained model as a folder that `transformers.LlamaForCausalLM.from_pretrained` loads.
+
+    config.json, generation_config.json     what the model is (`hugging_face.py`)
+    model.safetensors                       or several files of up to 5 GB and their index
+    tokenizer.json, tokenizer_config.json   and what else belongs to the tokenizer
+
+`check_export` loads such a folder with transformers and compares its logits with ours, both in
+fp32 on the weights as they were written, and the tokens of both tokenizers.
+"""
+
+import argparse
+import inspect
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.experiments.lighthouse import hugging_face
+from torchtitan.experiments.lighthouse.trained import TrainedModel
+from torchtitan.models.llama3 import Transformer
+
+TOLERANCE = 1e-4
+"""Largest difference of two logits in fp32 that rounding explains."""
+
+NUM_TOKENS = 1024
+"""Tokens that the logits are compared on."""
+
+MAX_FILE_SIZE = "5GB"
+"""Of a file of weights, in units of 1e9 bytes: what hubs and file systems take without trouble."""
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+def export(
+    trained: TrainedModel, folder: str | Path, dtype: str, max_file_size: str = MAX_FILE_SIZE
+) -> None:
+    """Write `trained` to `folder`.
+
+    Args:
+        folder: a new or empty folder.
+        dtype: of the weights, float32 or bfloat16.
+        max_file_size: of a file of weights.
+
+    Raises:
+        ValueError: `folder` holds something, or a package is missing.
+    """
+    hugging_face.check_installed()
+    # Only here: it comes with `datasets`, and takes a while to import.
+    from huggingface_hub import save_torch_state_dict
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"OUT must be a new or an empty folder, got {str(folder)!r}, which holds something; "
+            "name another one or remove it"
+        )
+    model = trained.load(dtype=TORCH_DTYPE_MAP[dtype])
+    adapter = hugging_face.Llama3Adapter(model.model_args, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(adapter.to_hf(model.state_dict()), folder, max_shard_size=max_file_size)
+    tokenizer = trained.tokenizer()
+    special_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        **hugging_face.to_config(model.model_args),
+        # Left out they would be 1 and 2.
+        **special_ids,
+        "torch_dtype": dtype,
+    }
+    _write(folder / hugging_face.CONFIG, config)
+    known_ids = {name: value for name, value in special_ids.items() if value is not None}
+    _write(folder / "generation_config.json", known_ids)
+    for name in _TOKENIZER_FILES:
+        if (Path(trained.tokenizer_path) / name).is_file():
+            shutil.copyfile(Path(trained.tokenizer_path) / name, folder / name)
+    path = folder / "tokenizer_config.json"
+    tokenizer_config = json.loads(path.read_text()) if path.is_file() else {}
+    if "tokenizer_class" not in tokenizer_config:
+        # transformers would take one that goes by the kind of model, and wants other files.
+        _write(path, {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a folder, as transformers loads it, differs from our model."""
+
+    num_tokens: int
+    logit_difference: float
+    """The largest of all tokens of the vocabulary at all positions, in fp32."""
+
+    logit_magnitude: float
+    """The largest logit of ours, without its sign."""
+
+    same_tokens: bool
+    """Whether both tokenizers make the same of the text."""
+
+    @property
+    def is_equal(self) -> bool:
+        return self.same_tokens and self.logit_difference < TOLERANCE
+
+
+def check_export(trained: TrainedModel, folder: str | Path) -> Comparison:
+    """Compare the model in `folder`, as transformers loads it, with `trained`.
+
+    Both compute in fp32 with the weights rounded as they were written. The text is the source code
+    of a module of Python's standard library.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    text = inspect.getsource(argparse)
+    # Without what a tokenizer adds in front, which is up to the caller in both.
+    tokens = trained.tokenizer().tokenizer.encode(text, add_special_tokens=False).ids
+    their_tokens = AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
+    length = min(NUM_TOKENS, trained.args.max_seq_len, len(tokens))
+    inputs = torch.tensor([tokens[:length]])
+    with torch.inference_mode():
+        theirs = LlamaForCausalLM.from_pretrained(folder).float().eval()
+        # One model in memory at a time.
+        their_logits = theirs(inputs).logits
+        dtype = _dtype_of(folder)
+        del theirs
+        ours = _in_fp32(trained.load(dtype=dtype))
+        our_logits = ours(inputs)
+    return Comparison(
+        num_tokens=length,
+        logit_difference=(our_logits - their_logits).abs().max().item(),
+        logit_magnitude=our_logits.abs().max().item(),
+        same_tokens=tokens == their_tokens,
+    )
+
+
+def _dtype_of(folder: str | Path) -> torch.dtype:
+    config = json.loads((Path(folder) / hugging_face.CONFIG).read_text())
+    return TORCH_DTYPE_MAP[config["torch_dtype"]]
+
+
+def _in_fp32(model: Transformer) -> Transformer:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return model
+
+
+def _write(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,226 @@
+"""Llama 3 in the format of Hugging Face: its configuration and its weights.
+
+    config.json           sizes and RoPE, for `transformers.LlamaConfig`
+    *.safetensors         weights, in one file or several
+
+Both compute the same, but for rounding. What differs: names, and the order of the rows of the
+projections to q and k, since torchtitan rotates neighbouring elements of a head and transformers
+elements half a head apart; `Llama3Adapter` sees to both. And torchtitan scales the frequencies of
+RoPE in every model, as Llama 3.1 does: `rope_scaling` says so.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor, Replicate
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from torchtitan.models.llama3.model.model import FeedForward
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+
+CONFIG = "config.json"
+
+_FIXED = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+"""Fields that must have one value, which is also the one they have where they are left out."""
+
+
+class Llama3Adapter(Llama3StateDictAdapter):
+    """torchtitan's conversion of names and rows, right for sharded weights as well.
+
+    Where the ranks do not divide the heads, DTensor cannot permute the rows of its shards: it
+    raises an error or, with torch 2.13 and one key/value head on two ranks, leaves them in the
+    wrong order. Here each weight is gathered for as long as it is permuted.
+    """
+
+    def _permute(self, w, *args):
+        return _permute_whole(super()._permute, w, *args)
+
+    def _reverse_permute(self, w, *args):
+        return _permute_whole(super()._reverse_permute, w, *args)
+
+
+def _permute_whole(permute: Callable, w: torch.Tensor, *args) -> torch.Tensor:
+    if not isinstance(w, DTensor):
+        return permute(w, *args)
+    whole = permute(w.full_tensor(), *args)
+    replicated = DTensor.from_local(
+        whole, w.device_mesh, [Replicate()] * w.device_mesh.ndim, run_check=False
+    )
+    return replicated.redistribute(placements=w.placements)
+
+
+def to_config(args: TransformerModelArgs) -> dict[str, Any]:
+    """The fields of `config.json` that say what the model computes.
+
+    `max_position_embeddings` is `args.max_seq_len`.
+    """
+    with torch.device("meta"):
+        feed_forward = FeedForward(
+            args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier
+        )
+    scaling = args.rope_scaling_args
+    return {
+        **_FIXED,
+        "hidden_size": args.dim,
+        "intermediate_size": feed_forward.w1.out_features,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads or args.n_heads,
+        "head_dim": args.dim // args.n_heads,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.max_seq_len,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": float(args.rope_theta),
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": float(scaling.scaling_factor),
+            "low_freq_factor": float(scaling.low_freq_factor),
+            "high_freq_factor": float(scaling.high_freq_factor),
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        },
+    }
+
+
+def from_config(folder: str | Path) -> TransformerModelArgs:
+    """The model that the `config.json` in `folder` describes.
+
+    Raises:
+        ValueError: there is none, or one of a model that torchtitan's Llama 3 cannot be.
+    """
+    config = read_config(folder)
+    rope = config["rope_scaling"]
+    scaling = RoPEScalingArgs(
+        scaling_factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_max_position_embeddings=rope["original_max_position_embeddings"],
+    )
+    dim, hidden_dim = config["hidden_size"], config["intermediate_size"]
+    return TransformerModelArgs(
+        dim=dim,
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config["num_key_value_heads"],
+        vocab_size=config["vocab_size"],
+        # Rounded up to a multiple of itself, the width is what it is.
+        multiple_of=hidden_dim,
+        ffn_dim_multiplier=hidden_dim / int(2 * 4 * dim / 3),
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=config["rope_theta"],
+        rope_scaling_args=scaling,
+        max_seq_len=config["max_position_embeddings"],
+    )
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The fields of `to_config`, read from the `config.json` in `folder`.
+
+    Both spellings of RoPE are known, that of transformers 4 and that of 5. Without scaling, the
+    factor is 1.
+
+    Raises:
+        ValueError: there is none, or one of a model that torchtitan's Llama 3 cannot be.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} must be the configuration of a model ({error}); name a folder in the format "
+            "of Hugging Face"
+        ) from None
+    for name, value in _FIXED.items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"{path}: {name} must be {value!r} for Llama 3, got {config[name]!r}; use another "
+                "model"
+            )
+    known = to_config(TransformerModelArgs())
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    n_heads = config.get("num_attention_heads")
+    # transformers' own defaults, for the fields that older files leave out.
+    defaults = {
+        **_FIXED,
+        "num_key_value_heads": n_heads,
+        "head_dim": (config.get("hidden_size") or 0) // (n_heads or 1),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+    }
+    result = {}
+    for name in known:
+        if name == "rope_scaling":
+            continue
+        value = config.get(name)
+        result[name] = defaults.get(name) if value is None else value
+        if result[name] is None:
+            raise ValueError(f"{path}: {name} must be there, got none; complete the file")
+    if result["head_dim"] * result["num_attention_heads"] != result["hidden_size"]:
+        raise ValueError(
+            f"{path}: head_dim must be hidden_size/num_attention_heads, got {result['head_dim']}; "
+            "use another model"
+        )
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(
+            f"{path}: rope_type must be llama3 or default, got {rope_type!r}; use another model"
+        )
+    unscaled = {**known["rope_scaling"], "factor": 1.0}
+    given = {name: rope[name] for name in unscaled if name in rope} if rope_type == "llama3" else {}
+    result["rope_scaling"] = {**unscaled, **given, "rope_type": "llama3"}
+    return result
+
+
+def check_flavor(folder: str | Path, args: TransformerModelArgs, flavor: str) -> None:
+    """Check that training of the flavor `args` can start from the model in `folder`.
+
+    Raises:
+        ValueError: the model is another one, or cannot be read.
+    """
+    check_installed()
+    got, expected = read_config(folder), to_config(args)
+    if got["rope_scaling"]["factor"] == expected["rope_scaling"]["factor"] == 1:
+        # With a factor of 1 the others have no effect.
+        got["rope_scaling"] = expected["rope_scaling"]
+    # A model may be trained on longer sequences than before.
+    got["max_position_embeddings"] = expected["max_position_embeddings"]
+    for name in expected:
+        if got[name] != expected[name]:
+            raise ValueError(
+                f"checkpoint.initial_load_path must hold a model of flavor {flavor}, with "
+                f"{name} {expected[name]}, got {str(folder)!r} with {got[name]}; choose the "
+                "flavor of that model, or add one to FLAVORS"
+            )
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(
+            f"checkpoint.initial_load_path must hold weights as *.safetensors, got {str(folder)!r} "
+            "without; convert or download them"
+        )
+
+
+def check_installed() -> None:
+    """Raise ValueError unless files of weights can be read and written."""
+    if importlib.util.find_spec("safetensors") is None:
+        raise ValueError(
+            "the format of Hugging Face needs the package safetensors, which is not installed; "
+            "pip install safetensors"
+        )
+
+
+def load_weights(model: Transformer, folder: str | Path) -> None:
+    """Copy the weights in `folder` to those of `model`, converted to their dtype."""
+    adapter = Llama3Adapter(model.model_args, None)
+    state_dict = adapter.to_hf(model.state_dict())
+    dcp.load(state_dict, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    model.load_state_dict(adapter.from_hf(state_dict))

@@ -1,0 +1,48 @@
+"""Stopping on a signal: between two steps, with a checkpoint, and with an exit code of its own.
+
+SIGTERM is what a scheduler or torchrun sends before it kills; SIGUSR1 is the one a job can ask its
+scheduler for ahead of time. Either asks the run to end after the step it is in. It saves, and the
+process exits with `EXIT_CODE`: start the same command again and it goes on from there.
+
+A scheduler signals every process of a job, so the trainer's helpers too. SIGUSR1 is blocked, which
+they inherit, and live on. SIGTERM ends them, as those who start them rely on.
+"""
+
+import signal
+
+import torch
+import torch.distributed as dist
+
+EXIT_CODE = 75
+"""Of a run that was saved and can go on: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interruption:
+    """Listens for the signals from its making on, in place of their default actions."""
+
+    def __init__(self):
+        self._is_here = False
+        self._former = {number: signal.signal(number, self._arrive) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+
+    def _arrive(self, number, frame) -> None:
+        self._is_here = True
+
+    def is_on_any_rank(self, device: torch.device) -> bool:
+        """Whether a signal has come to any rank; every rank must ask, and all get one answer."""
+        # A blocked signal waits, unless a thread that does not block it has taken it.
+        is_here = self._is_here or signal.SIGUSR1 in signal.sigpending()
+        if dist.get_world_size() == 1:
+            return is_here
+        arrived = torch.tensor(is_here, dtype=torch.int32, device=device)
+        dist.all_reduce(arrived, dist.ReduceOp.MAX)
+        return bool(arrived)
+
+    def close(self) -> None:
+        """Give the signals their former actions back."""
+        # One that waits arrives here, and not at the former action.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+        for number, action in self._former.items():
+            signal.signal(number, action)

@@ -1,0 +1,594 @@
+"""Prepares a corpus: tokenizes it once and writes the shards that `prepared.py` reads.
+
+    for rows in the files of the corpus, in order:       # this process; `_Rows`
+        tokens = encode(text of each document)           # worker processes; with BOS and EOS
+        shard += tokens of a document                    # in the order of the rows
+        when the shard has shard_size tokens:
+            rename it from its partial name, and enter it in the partial manifest
+
+The manifest gets its final name last. Everything that is written follows from the sources, the
+tokenizer and `shard_size`, not from the number of workers; an entry says where in the sources its
+successor begins, so a preparation that was killed goes on from the last shard that is whole, and
+ends with the same bytes as one that was not.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse.corpora import (
+    DATASETS,
+    SECTIONS,
+    TEXT_COLUMN,
+    corpus_root,
+    find_files,
+    is_held_out,
+    json_text,
+)
+from torchtitan.experiments.lighthouse.prepared import (
+    FORMAT,
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    TOKENIZER_FILES,
+    Manifest,
+    Shard,
+    has_size,
+    read_manifest,
+    tokenizer_digest,
+)
+from tqdm import tqdm
+
+SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("hub", "prepared")]
+"""Datasets that can be prepared: those whose files are here."""
+
+SHARD_SIZE = 100_000_000
+"""Tokens: 200 MB of a small vocabulary, 400 MB of a large one."""
+
+# Some hundred documents: what is sent to a worker costs little beside tokenizing it.
+_CHUNK_BYTES = 2**20
+_CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Consecutive rows of a source: lines, texts of a table, or the one row that a text file is."""
+
+    path: Path
+    file: int
+    """Place of the source in the list."""
+
+    first: int
+    """Number of the first row in its file, from 0."""
+
+    rows: list[bytes | str | None]
+    read: int
+    """Bytes of the file, as it is stored, that are read so far; an estimate for tables."""
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How rows become tokens."""
+
+    reader: str
+    split: str
+    all_rows: bool
+    tokenizer_path: str
+    dtype: str
+
+
+def prepare(
+    dataset: str,
+    dataset_path: str | None,
+    out: str | Path,
+    tokenizer_path: str,
+    *,
+    split: str = "train",
+    shard_size: int = SHARD_SIZE,
+    workers: int = 1,
+) -> Manifest:
+    """Prepares a split of a corpus into `out`, goes on with one that was begun, or finds it done.
+
+    It shows its progress on a terminal, and prints a line for each shard elsewhere.
+
+    Args:
+        dataset: one of `SOURCES`.
+        dataset_path: its folder or file, where it needs one.
+        tokenizer_path: folder of the tokenizer.
+        split: "train" or "validation".
+        shard_size: tokens after which a shard ends with the document it is in.
+        workers: processes that tokenize; 1: this one.
+
+    Raises:
+        ValueError: in one line, for arguments that cannot be, files that cannot be read or hold no
+            text (with file and line), a split without text, an `out` of other data, and one that
+            cannot be written.
+    """
+    files = source_files(dataset, dataset_path, split)
+    _check_arguments(dataset, dataset_path, out, shard_size, workers)
+    max_id, vocab_size = _vocabulary(tokenizer_path)
+    root = corpus_root(dataset, dataset_path)
+    folder = Path(out).expanduser() / split
+    manifest = Manifest(
+        format=FORMAT,
+        dataset=dataset,
+        split=split,
+        tokenizer_sha256=tokenizer_digest(tokenizer_path),
+        vocab_size=vocab_size,
+        dtype="<u2" if max_id < 2**16 else "<u4",
+        shard_size=shard_size,
+        sources={_name(file, root): _size(file) for file in files},
+        shards=[],
+    )
+    manifest, is_whole = _take_up(out, manifest)
+    with _writing(out):
+        if is_whole:
+            (folder / PARTIAL_MANIFEST).unlink(missing_ok=True)
+            return manifest
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(manifest, folder / PARTIAL_MANIFEST)
+        (folder / MANIFEST).unlink(missing_ok=True)
+    corpus = DATASETS[dataset]
+    encoding = _Encoding(
+        corpus.reader, split, not corpus.held_out_by_content, tokenizer_path, manifest.dtype
+    )
+    for whole in _write_shards(out, manifest, files, encoding, workers):
+        manifest = dataclasses.replace(manifest, shards=[*manifest.shards, whole])
+        if whole.tokens >= shard_size:
+            with _writing(out):
+                _save(manifest, folder / PARTIAL_MANIFEST)
+    if not manifest.shards:
+        raise ValueError(
+            f"--dataset-path must hold text, got none for the {split} split in the {len(files)} "
+            f"files of {str(root)!r}: add documents, or leave this split out with --split"
+        )
+    # A shard that is shorter than the others is the last: it is entered with the end.
+    with _writing(out):
+        _save(manifest, folder / MANIFEST)
+        (folder / PARTIAL_MANIFEST).unlink()
+    return manifest
+
+
+def source_files(dataset: str, dataset_path: str | None, split: str) -> list[Path]:
+    """Lists the files of a split, in the order in which they are read.
+
+    Raises:
+        ValueError: for a dataset that cannot be prepared, a path that is missing, superfluous or
+            does not exist, and one without files of the split.
+    """
+    if dataset not in SOURCES:
+        raise ValueError(
+            f"--dataset must be one of {', '.join(SOURCES)}, whose files are here, got "
+            f"{dataset!r}: choose one of these"
+        )
+    needs_path = DATASETS[dataset].needs_path
+    if needs_path != bool(dataset_path):
+        rule, remedy = ("be set", "name its folder") if needs_path else ("not be set", "remove it")
+        raise ValueError(
+            f"--dataset-path must {rule} for {dataset!r}, got {dataset_path!r}: {remedy}"
+        )
+    root = corpus_root(dataset, dataset_path)
+    if not root.exists():
+        raise ValueError(f"--dataset-path must exist, got {str(root)!r}: correct the path")
+    files = find_files(dataset, dataset_path, split)
+    if not files:
+        patterns = " or ".join(DATASETS[dataset].split_patterns(split))
+        raise ValueError(
+            f"--dataset-path must hold {patterns} files for the {split} split of {dataset!r}, got "
+            f"{str(root)!r} without any: add them, or leave this split out with --split"
+        )
+    return files
+
+
+def verify(out: str | Path) -> list[Manifest]:
+    """Compares every shard of the prepared splits in `out` with its checksum.
+
+    Raises:
+        ValueError: in one line, for the first shard that differs, and where there is no split.
+    """
+    folders = [Path(out).expanduser() / split for split in SECTIONS]
+    manifests = [read_manifest(out, folder.name, "--out") for folder in folders if folder.is_dir()]
+    if not manifests:
+        raise ValueError(f"--out must hold prepared data, got {str(out)!r}: correct the path")
+    for manifest in manifests:
+        total = manifest.tokens * manifest.itemsize
+        with _progress(f"verify {manifest.split}", total) as bar:
+            for shard in manifest.shards:
+                file = Path(out).expanduser() / manifest.split / shard.file
+                if _file_sha256(file, bar) != shard.sha256:
+                    raise ValueError(
+                        f"--out must hold the shards as they were written, got {str(file)!r} with "
+                        "another checksum or none: remove the file and start the same "
+                        "preparation again, which makes it anew"
+                    )
+    return manifests
+
+
+# ---- what is there
+
+
+def _check_arguments(
+    dataset: str, dataset_path: str | None, out: str | Path, shard_size: int, workers: int
+) -> None:
+    for name, value in (("--shard-size", shard_size), ("--workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}: use 1 or more")
+    root = corpus_root(dataset, dataset_path).resolve()
+    if Path(out).expanduser().resolve().is_relative_to(root):
+        raise ValueError(
+            f"--out must lie outside of the corpus, got {str(out)!r} within {str(root)!r}: its "
+            "files could be taken for documents; name another folder"
+        )
+
+
+def _name(file: Path, root: Path) -> str:
+    return file.name if file == root else file.relative_to(root).as_posix()
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise _unreadable(f" in {str(file)!r}", error) from error
+
+
+def _unreadable(where: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"--dataset-path must hold readable files, got an error{where}: {reason}: replace or "
+        "remove the file and start the same command again"
+    )
+
+
+def _vocabulary(tokenizer_path: str) -> tuple[int, int]:
+    """Returns the largest id and the number of tokens."""
+    try:
+        # torchtitan's tokenizer would take other files, too; a run asks for this one.
+        Path(tokenizer_path, TOKENIZER_FILES[0]).stat()
+        tokenizer = _tokenizer(tokenizer_path)
+    # The library of the tokenizers raises no narrower one.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--tokenizer must be a folder with a readable tokenizer.json, got {tokenizer_path!r}: "
+            f"{reason}: correct the path, or leave it out for the byte tokenizer"
+        ) from error
+    return max(tokenizer.get_vocab().values()), tokenizer.get_vocab_size()
+
+
+@functools.cache
+def _tokenizer(path: str) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(path)
+
+
+def _take_up(out: str | Path, manifest: Manifest) -> tuple[Manifest, bool]:
+    """Returns the manifest with the shards that are there and stay, and whether those are all."""
+    folder = Path(out).expanduser() / manifest.split
+    names = [name for name in (MANIFEST, PARTIAL_MANIFEST) if (folder / name).exists()]
+    if not names:
+        return manifest, False
+    found = read_manifest(out, manifest.split, "--out", names[0])
+    flags = {
+        "dataset": "--dataset",
+        "tokenizer_sha256": "--tokenizer",
+        "shard_size": "--shard-size",
+    }
+    for name, flag in flags.items():
+        if getattr(found, name) != getattr(manifest, name):
+            raise ValueError(
+                f"--out must be a new folder or one begun with this {flag}, got {str(folder)!r}, "
+                f"begun with {getattr(found, name)!r} and not {getattr(manifest, name)!r}: name "
+                "another folder, or the former value"
+            )
+
+    sources = [list(m.sources.items()) for m in (found, manifest)]
+
+    def is_unchanged(shard: Shard) -> bool:
+        file, row = shard.next
+        count = file + (row > 0)
+        return sources[0][:count] == sources[1][:count]
+
+    is_ended = names[0] == MANIFEST
+    kept = list(itertools.takewhile(is_unchanged, found.shards))
+    if (sources[0] != sources[1]) if is_ended else (found.shards and not kept):
+        raise ValueError(
+            f"--out must be a new folder or one of the same files, got {str(folder)!r}, made of "
+            f"{len(found.sources)} files whose names and sizes are not those of the "
+            f"{len(manifest.sources)} here: name another folder, or the former --dataset-path"
+        )
+    kept = list(itertools.takewhile(lambda shard: has_size(folder, shard, found.itemsize), kept))
+    is_whole = is_ended and len(kept) == len(found.shards)
+    return dataclasses.replace(manifest, shards=kept), is_whole
+
+
+# ---- from files to tokens
+
+
+def _read_rows(files: list[Path], reader: str, start: list[int]) -> Iterator[_Rows]:
+    """Yields the rows of the files from `start` on: a file and a row in it.
+
+    Raises:
+        ValueError: for a file that cannot be read to its end.
+    """
+    read = {"documents": _read_document, "lines": _read_lines, "parquet": _read_table}[reader]
+    for file in range(start[0], len(files)):
+        skipped = start[1] if file == start[0] else 0
+        row = 0
+        try:
+            for rows, num_bytes in read(files[file]):
+                begin = max(0, skipped - row)
+                if begin < len(rows):
+                    yield _Rows(files[file], file, row + begin, rows[begin:], num_bytes)
+                row += len(rows)
+        except (OSError, EOFError, zlib.error) as error:
+            raise _unreadable(_where(reader, files[file], row + 1), error) from error
+
+
+def _read_document(path: Path) -> Iterator[tuple[list[bytes], int]]:
+    content = path.read_bytes()
+    yield [content], len(content)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[list[bytes], int]]:
+    with contextlib.ExitStack() as stack:
+        stored = lines = stack.enter_context(open(path, "rb"))
+        if path.suffix == ".gz":
+            lines = stack.enter_context(gzip.open(stored))
+        rows, size = [], 0
+        try:
+            for line in lines:
+                rows.append(line)
+                size += len(line)
+                if size >= _CHUNK_BYTES:
+                    yield rows, stored.tell()
+                    rows, size = [], 0
+        except (OSError, EOFError, zlib.error):
+            # The rows before the one that breaks off are counted.
+            yield rows, stored.tell()
+            raise
+        yield rows, stored.tell()
+
+
+def _read_table(path: Path) -> Iterator[tuple[list[str | None], int]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    size, done = path.stat().st_size, 0
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        if TEXT_COLUMN in names:
+            for batch in table.iter_batches(_CHUNK_ROWS, columns=[TEXT_COLUMN]):
+                done += len(batch)
+                yield batch.column(0).to_pylist(), size * done // table.metadata.num_rows
+            return
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from error
+    raise ValueError(
+        f"--dataset-path must hold tables with a column {TEXT_COLUMN!r}, got {str(path)!r} with "
+        f"{', '.join(names)}: rename its column"
+    )
+
+
+def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
+    """Returns the tokens of the documents among the rows, and how many of them each row has."""
+    tokenizer = _tokenizer(encoding.tokenizer_path)
+    tokens, counts = [], []
+    for number, row in enumerate(rows.rows, rows.first + 1):
+        text, ids = _text(row, encoding.reader, rows.path, number), []
+        if text and (encoding.all_rows or is_held_out(text) == (encoding.split == "validation")):
+            ids = tokenizer.encode(text, add_bos=True, add_eos=True)
+        tokens += ids
+        counts.append(len(ids))
+    return np.array(tokens, dtype=encoding.dtype), counts
+
+
+def _where(reader: str, path: Path, number: int) -> str:
+    """Says which row is meant; rows count from 1 there."""
+    return f" in {str(path)!r}" + {"documents": "", "lines": f" line {number}"}.get(
+        reader, f" row {number}"
+    )
+
+
+def _text(row: bytes | str | None, reader: str, path: Path, number: int) -> str | None:
+    where = _where(reader, path, number)
+    if reader == "parquet":
+        if row is not None and not isinstance(row, str):
+            raise ValueError(
+                f"--dataset-path must hold tables with text, got {row!r}{where}: convert the column"
+            )
+        return row
+    try:
+        text = row.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--dataset-path must hold UTF-8 text, got byte 0x{row[error.start]:02x} at "
+            f"{error.start}{where}: convert or remove the file"
+        ) from error
+    if reader == "lines":
+        return json_text(text, "--dataset-path", where)
+    # As a file that is read as text has them.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _encoded(
+    chunks: Iterable[_Rows], encoding: _Encoding, workers: int
+) -> Iterator[tuple[_Rows, np.ndarray, list[int]]]:
+    """Yields the rows in order, with their tokens."""
+    if workers == 1:
+        for rows in chunks:
+            yield rows, *_encode(rows, encoding)
+        return
+    with ProcessPoolExecutor(workers, initializer=_live_as_long_as_the_parent) as pool:
+        pending = deque()
+        try:
+            for rows in chunks:
+                pending.append((rows, pool.submit(_encode, rows, encoding)))
+                # Enough ahead that no worker waits, and no more than fits in memory.
+                if len(pending) > 2 * workers:
+                    rows, result = pending.popleft()
+                    yield rows, *result.result()
+            for rows, result in pending:
+                yield rows, *result.result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"--workers must be as many as there is memory for, got {workers}, of which one "
+                "was killed: start the same command again with fewer"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _live_as_long_as_the_parent() -> None:
+    """Keeps a worker from outliving this process, however that ends, and from ending before it."""
+
+    def end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+    # An interrupt is for the parent, which then ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---- from tokens to files
+
+
+def _write_shards(
+    out: str | Path, manifest: Manifest, files: list[Path], encoding: _Encoding, workers: int
+) -> Iterator[Shard]:
+    """Writes the shards that follow those of the manifest, and yields each once it is whole."""
+    folder = Path(out).expanduser() / manifest.split
+    start = manifest.shards[-1].next if manifest.shards else [0, 0]
+    numbers = itertools.count(len(manifest.shards))
+    # Bytes in the files before each, and in all.
+    before = [0, *itertools.accumulate(manifest.sources.values())]
+    read, shard = before[start[0]], None
+
+    def finish(following: list[int]) -> Shard:
+        with _writing(out):
+            whole = shard.finish(following)
+        if bar.disable:
+            print(
+                f"{manifest.split}/{whole.file}: {whole.tokens:,} tokens of {whole.documents:,} "
+                f"documents, {read / before[-1]:.0%} of the files",
+                flush=True,
+            )
+        return whole
+
+    with _progress(manifest.split, before[-1], read) as bar:
+        try:
+            chunks = _read_rows(files, encoding.reader, start)
+            for rows, tokens, counts in _encoded(chunks, encoding, workers):
+                read = before[rows.file] + rows.read
+                bar.update(read - bar.n)
+                ends = np.cumsum(counts)
+                for row, (count, end) in enumerate(zip(counts, ends, strict=True), rows.first + 1):
+                    if not count:
+                        continue
+                    with _writing(out):
+                        shard = shard or _PartialShard(folder / f"{next(numbers):05d}.bin")
+                        shard.add(tokens[end - count : end])
+                    if shard.tokens >= manifest.shard_size:
+                        yield finish([rows.file, row])
+                        shard = None
+            if shard:
+                yield finish([len(files), 0])
+        finally:
+            if shard:
+                shard.close()
+
+
+class _PartialShard:
+    """A shard that is being written, under a partial name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_suffix(".partial")
+        self._file = self._partial.open("wb")
+        self._sha = hashlib.sha256()
+        self.tokens = self._documents = self._max_id = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Adds a document."""
+        self._file.write(tokens)
+        self._sha.update(tokens)
+        self.tokens += len(tokens)
+        self._documents += 1
+        self._max_id = max(self._max_id, int(tokens.max()))
+
+    def finish(self, following: list[int]) -> Shard:
+        """Gives the shard its name, once its bytes are on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self._path)
+        return Shard(
+            file=self._path.name,
+            documents=self._documents,
+            tokens=self.tokens,
+            max_id=self._max_id,
+            sha256=self._sha.hexdigest(),
+            next=following,
+        )
+
+    def close(self) -> None:
+        # What could not be written is told of already.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _save(manifest: Manifest, path: Path) -> None:
+    """Writes a manifest, whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _writing(out: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"--out must be a folder that can be written and has room, got {str(out)!r}: {error}: "
+            "make room and start the same command again, which goes on from the last whole shard"
+        ) from error
+
+
+def _file_sha256(path: Path, bar: tqdm) -> str | None:
+    """Returns the SHA-256 of a file, or None where it cannot be read."""
+    sha = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                sha.update(chunk)
+                bar.update(len(chunk))
+    except OSError:
+        return None
+    return sha.hexdigest()
+
+
+def _progress(name: str, total: int, done: int = 0) -> tqdm:
+    """Returns a bar of bytes, shown on a terminal alone."""
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
+    return tqdm(desc=name, total=total, initial=done, disable=None, **options)

@@ -1,0 +1,195 @@
+"""What the metrics of a run say: losses, the cost of the switch, speed, and how two runs compare.
+
+`read_run` takes a dump folder, `figures` computes what the reports of `scripts/` show. Losses are
+in nats per token, rates in tokens per second and device. What a run did not measure is None: the
+switch and the crossing need validation.
+"""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchtitan.experiments.lighthouse.metrics import (
+    FILE_NAME,
+    LOSS,
+    SWITCH,
+    TOKENS_PER_SECOND,
+    TOKENS_SEEN,
+    VALIDATION_LOSS,
+    read_metrics,
+)
+
+WINDOW = 10
+"""Lines of the metrics over which training losses are averaged."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The metrics of a run. Arrays have an element for each line with a training loss."""
+
+    steps: np.ndarray
+    stages: np.ndarray
+    losses: np.ndarray
+    rates: np.ndarray
+    """Tokens per second and device."""
+
+    tokens: np.ndarray
+    """Tokens that all ranks have seen so far."""
+
+    held_out: dict[tuple[int, int], float]
+    """Held-out loss by step and stage; the step of the switch has one for each stage."""
+
+    switch_step: int | None
+    """Last step of stage 1; None for a run that has not switched."""
+
+    def rate(self, stage: int) -> float | None:
+        """Median tokens per second and device in a stage."""
+        rates = self.rates[self.stages == stage]
+        return statistics.median(rates.tolist()) if len(rates) else None
+
+    def tokens_trained(self) -> np.ndarray:
+        """Tokens between each line and the one before."""
+        # A run that starts from the checkpoint of another counts from its first line on.
+        before = 0 if self.steps[0] == 1 else self.tokens[0]
+        return np.diff(self.tokens, prepend=before)
+
+    def device_seconds(self) -> float:
+        """Seconds in training steps, of all devices together; no validation, no checkpoints."""
+        return float(sum(self.tokens_trained() / self.rates))
+
+    def mean_rate(self) -> float | None:
+        """Tokens per second and device in the training steps of the whole run."""
+        seconds = self.device_seconds()
+        return float(self.tokens_trained().sum()) / seconds if seconds else None
+
+    def final_loss(self) -> float:
+        """Training loss at the end, the mean of `WINDOW` lines."""
+        return float(self.losses[-WINDOW:].mean())
+
+    def final_held_out(self) -> float | None:
+        """The last held-out loss."""
+        return self.held_out[max(self.held_out)] if self.held_out else None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What the switch did to the held-out loss of the same weights."""
+
+    step: int
+    lighthouse: float
+    """Attended as in stage 1."""
+
+    dense: float
+    """Attended as in stage 2."""
+
+    recovery_step: int | None
+    """First step validated in stage 2 with the loss of stage 1 or less; None if there is none."""
+
+    @property
+    def spike(self) -> float:
+        return self.dense - self.lighthouse
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run in a dump folder, finished or not.
+
+    Raises:
+        ValueError: the folder has no metrics, or none of a training step.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"a run must be a folder with {FILE_NAME}, got {str(folder)!r}; correct the path"
+        )
+    lines = read_metrics(folder, LOSS)
+    if not lines:
+        raise ValueError(f"a run must have trained a step, got {str(folder)!r}; leave it out")
+    columns = {
+        name: np.array([line[metric] for line in lines])
+        for name, metric in {
+            "steps": "step",
+            "stages": "stage",
+            "losses": LOSS,
+            "rates": TOKENS_PER_SECOND,
+            "tokens": TOKENS_SEEN,
+        }.items()
+    }
+    held_out = {
+        (line["step"], line["stage"]): line[VALIDATION_LOSS]
+        for line in read_metrics(folder, VALIDATION_LOSS)
+    }
+    switches = read_metrics(folder, SWITCH)
+    return Run(**columns, held_out=held_out, switch_step=switches[-1]["step"] if switches else None)
+
+
+def switch_of(run: Run) -> Switch | None:
+    """The cost of the switch; None without one, or without validation on both its sides."""
+    step = run.switch_step
+    if (step, 1) not in run.held_out or (step, 2) not in run.held_out:
+        return None
+    level = run.held_out[step, 1]
+    recovered = [
+        later for (later, stage), loss in run.held_out.items() if stage == 2 and loss <= level
+    ]
+    return Switch(step, level, run.held_out[step, 2], min(recovered, default=None))
+
+
+def crossing_step(run: Run, dense: Run) -> int | None:
+    """The step from which on the held-out loss is at or below that of the dense run, to the end.
+
+    Compared after equally many tokens, between two validations of the dense run on the straight
+    line; steps of stage 1, and those beyond the end of the dense run, do not count.
+    """
+    if not dense.held_out:
+        return None
+    dense_tokens = [np.interp(step, dense.steps, dense.tokens) for step, _ in dense.held_out]
+    dense_losses = list(dense.held_out.values())
+    crossing = None
+    for (step, stage), loss in run.held_out.items():
+        tokens = np.interp(step, run.steps, run.tokens)
+        if stage == 1 or not dense_tokens[0] <= tokens <= dense_tokens[-1]:
+            continue
+        if loss > np.interp(tokens, dense_tokens, dense_losses):
+            crossing = None
+        elif crossing is None:
+            crossing = step
+    return crossing
+
+
+def figures(run: Run, dense: Run | None = None) -> dict[str, Any]:
+    """The figures of a run, and against a dense one; None for what is not there.
+
+    The speed-up of stage 1 is that over the dense run if there is one, else over stage 2; the
+    whole run has one over a dense run alone.
+    """
+    switch = switch_of(run)
+    rates = {stage: run.rate(stage) for stage in (1, 2)}
+    dense_rate = rates[2] if dense is None else dense.rate(2)
+    mean_rates = (run.mean_rate(), dense and dense.mean_rate())
+    return {
+        "steps": int(run.steps[-1]),
+        "tokens_seen": int(run.tokens[-1]),
+        "final_held_out_loss": run.final_held_out(),
+        "final_training_loss": run.final_loss(),
+        "switch_step": run.switch_step,
+        "held_out_before_switch": switch and switch.lighthouse,
+        "held_out_after_switch": switch and switch.dense,
+        "spike_nats": switch and switch.spike,
+        "recovery_step": switch and switch.recovery_step,
+        "crossing_step": crossing_step(run, dense) if dense else None,
+        "stage_1_tokens_per_second": rates[1],
+        "stage_2_tokens_per_second": rates[2],
+        "stage_1_speed_up": rates[1] / dense_rate if rates[1] and dense_rate else None,
+        "whole_run_speed_up": mean_rates[0] / mean_rates[1] if all(mean_rates) else None,
+        "device_hours": run.device_seconds() / 3600,
+    }
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Mean of the last `WINDOW` values at every place."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(0, end - WINDOW)
+    return (sums[end] - sums[start]) / (end - start)

@@ -1,0 +1,239 @@
+"""The sizes of a run: what its configuration and its number of processes come to.
+
+Everything `plan.py` and `memory.py` count follows from these. Nothing is measured and no process
+group is made: the model is torchtitan's own, on the meta device.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.experiments.lighthouse import FLAVORS
+from torchtitan.experiments.lighthouse.backend import dense_layers
+from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+
+from lighthouse import LighthouseConfig
+from lighthouse.context_parallel import CHUNKS_PER_RANK
+from lighthouse.costs import Shape
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A run of `config` on `world_size` processes, legal by `checks.check_config`.
+
+    Raises:
+        ValueError: what a plan does not cover: tensor parallelism, CPU offloading, converted
+            models, and activation checkpointing by a memory budget.
+    """
+
+    config: JobConfig
+    world_size: int
+    device_type: str = "cuda"
+    """`cuda` or `cpu`."""
+
+    def __post_init__(self):
+        config = self.config
+        for name, value, covered in (
+            ("parallelism.tensor_parallel_degree", config.parallelism.tensor_parallel_degree, 1),
+            ("training.enable_cpu_offload", config.training.enable_cpu_offload, False),
+            ("model.converters", config.model.converters, []),
+        ):
+            if value != covered:
+                raise ValueError(
+                    f"{name} must be {covered!r} for a plan, which does not count what it does, "
+                    f"got {value!r}; set it to {covered!r}"
+                )
+        options = config.activation_checkpoint
+        if options.mode == "memory_budget":
+            raise ValueError(
+                "activation_checkpoint.mode must be none, selective or full for a plan, got "
+                "'memory_budget', with which the compiler decides; choose one of them"
+            )
+        if options.selective_ac_option != "op" and not options.selective_ac_option.isdigit():
+            raise ValueError(
+                "activation_checkpoint.selective_ac_option must be 'op' or every how many layers, "
+                f"got {options.selective_ac_option!r}; write 'op' or '2'"
+            )
+
+    # The model.
+
+    @cached_property
+    def model_args(self) -> TransformerModelArgs:
+        """Those of the flavor, at this sequence length."""
+        flavor = FLAVORS[self.config.model.flavor]
+        return replace(flavor, max_seq_len=self.seq_len)
+
+    @cached_property
+    def model(self) -> Transformer:
+        """Without memory: on the meta device."""
+        with torch.device("meta"):
+            return Transformer(self.model_args)
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        """Parameters of the embedding, of one layer, of the head with the last norm, and of all."""
+        model = self.model
+        parts = {
+            "embedding": [model.tok_embeddings],
+            "layer": [model.layers["0"]],
+            "head": [model.norm, model.output],
+            "total": [model],
+        }
+        return {
+            name: sum(p.numel() for module in modules for p in module.parameters())
+            for name, modules in parts.items()
+        }
+
+    @property
+    def n_heads(self) -> int:
+        return self.model_args.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.model_args.n_kv_heads or self.model_args.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_args.dim // self.model_args.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the SwiGLU."""
+        return self.model.layers["0"].feed_forward.w1.out_features
+
+    # Attention.
+
+    @property
+    def attention(self) -> LighthouseConfig:
+        return self.config.lighthouse.attention_config()
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages with at least one step."""
+        return [stage for stage in (1, 2) if self.stage_steps(stage)]
+
+    def stage_steps(self, stage: int) -> int:
+        """Steps of stage 1 or 2."""
+        steps, stage1 = self.config.training.steps, self.config.lighthouse.stage1_steps
+        stage1 = steps if stage1 == -1 else stage1
+        return stage1 if stage == 1 else steps - stage1
+
+    @property
+    def dense_layers(self) -> set[int]:
+        """Layers that stay dense in stage 1."""
+        return dense_layers(self.config.lighthouse.full_attn_layers, self.model_args.n_layers)
+
+    def is_lighthouse(self, stage: int, layer: int) -> bool:
+        """Whether `layer` has Lighthouse Attention in `stage`."""
+        return stage == 1 and layer not in self.dense_layers
+
+    def attended_len(self, is_lighthouse: bool) -> int:
+        """Length of what a layer attends over, all ranks together: S or N."""
+        return self.attention.sub_seq_len(self.seq_len) if is_lighthouse else self.seq_len
+
+    def attention_shape(self, seq_len: int) -> Shape:
+        """Shape of q, k, v over `seq_len` tokens or entries, of all ranks that share a sequence."""
+        kv_heads = self.n_kv_heads
+        if self.scheme == "ring" and self.device_type == "cpu":
+            # The kernel there wants as many heads of k and v as of q.
+            kv_heads = self.n_heads
+        return Shape(self.batch, self.n_heads, kv_heads, seq_len, self.head_dim, self.compute_bytes)
+
+    # Tokens and ranks.
+
+    @property
+    def seq_len(self) -> int:
+        return self.config.training.seq_len
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a micro-batch."""
+        return self.config.training.local_batch_size
+
+    @property
+    def degree(self) -> int:
+        """Ranks that share a sequence, W."""
+        return self.config.parallelism.context_parallel_degree
+
+    @property
+    def scheme(self) -> str | None:
+        """`ulysses`, `ring`, or None where no sequence is shared."""
+        return self.config.lighthouse.context_parallel if self.degree > 1 else None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that a sequence is cut into."""
+        return self.degree * CHUNKS_PER_RANK[self.scheme] if self.scheme else 1
+
+    @property
+    def replicas(self) -> int:
+        """Ranks, or groups of ranks, that hold the same parameters."""
+        return self.config.parallelism.data_parallel_replicate_degree
+
+    @property
+    def shards(self) -> int:
+        """Ranks that the parameters are sharded over."""
+        return self.world_size // self.replicas
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, one after another."""
+        per_micro_batch = self.batch * self.world_size // self.degree
+        global_batch = self.config.training.global_batch_size
+        return 1 if global_batch < 0 else global_batch // per_micro_batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.micro_batches * self.world_size // self.degree * self.seq_len
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of a micro-batch on one rank."""
+        return self.batch * self.seq_len // self.degree
+
+    # Numbers in memory, in bytes an element.
+
+    @property
+    def param_bytes(self) -> int:
+        """Of a parameter, its gradient and each of its moments."""
+        return TORCH_DTYPE_MAP[self.config.training.dtype].itemsize
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of what matrix products read and write."""
+        return TORCH_DTYPE_MAP[self.config.training.mixed_precision_param].itemsize
+
+    @property
+    def reduce_bytes(self) -> int:
+        """Of a gradient while ranks sum it."""
+        return TORCH_DTYPE_MAP[self.config.training.mixed_precision_reduce].itemsize
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether autocast, not FSDP, brings the compute dtype: parameters and residuals keep
+        theirs."""
+        return self.shards == 1 and self.compute_bytes < self.param_bytes
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of what goes from layer to layer."""
+        return self.param_bytes if self.is_autocast else self.compute_bytes
+
+    # How it is computed.
+
+    def is_compiled(self, component: str) -> bool:
+        """Whether `model` (its layers) or `loss` is compiled."""
+        return self.config.compile.enable and component in self.config.compile.components
+
+    def checkpointing(self, layer: int) -> str:
+        """What activation checkpointing does with `layer`: `none`, `op` (selective, by operation)
+        or `full`."""
+        options = self.config.activation_checkpoint
+        if options.mode != "selective":
+            return options.mode
+        if options.selective_ac_option == "op":
+            return "op"
+        every = int(options.selective_ac_option)
+        return "none" if every and (layer + 1) % every else "full"

@@ -1,0 +1,219 @@
+"""A trained model: a checkpoint of a run, of either stage, or a folder in Hugging Face's format.
+
+    trained = open_trained("outputs/debug/checkpoint/step-40")
+    model = trained.load(device="cuda", dtype=torch.bfloat16)      # dense, ready for inference
+
+A run keeps its configuration in its dump folder, and what must be known of a checkpoint stands
+there: flavor, sequence length, tokenizer. Where it is gone, the flavor follows from the shapes of
+the parameters, and the others are to be named.
+"""
+
+import argparse
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse import FLAVORS, hugging_face
+from torchtitan.experiments.lighthouse.backend import use_fused_attention
+from torchtitan.experiments.lighthouse.checkpoint import checkpoint_steps
+from torchtitan.experiments.lighthouse.job_config import SAVED_CONFIG, Lighthouse
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Where a model lies, and what it is."""
+
+    folder: Path
+    args: TransformerModelArgs
+    """With `max_seq_len`, the length it was trained with."""
+
+    tokenizer_path: str
+    lighthouse: Lighthouse
+    """The fields of stage 1, or their defaults where they are not known."""
+
+    flavor: str | None = None
+    """None for a folder in Hugging Face's format."""
+
+    def tokenizer(self) -> HuggingFaceTokenizer:
+        return HuggingFaceTokenizer(self.tokenizer_path)
+
+    def load(
+        self,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_seq_len: int | None = None,
+    ) -> Transformer:
+        """The model; see `load_model`. `max_seq_len` is by default that of training."""
+        is_hf = self.flavor is None
+        max_seq_len = max_seq_len or self.args.max_seq_len
+        return load_model(self.args, self.folder, max_seq_len, device, dtype, is_hf)
+
+
+def load_model(
+    args: TransformerModelArgs,
+    folder: str | Path,
+    max_seq_len: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    is_hf: bool = False,
+) -> Transformer:
+    """The model in `folder` with dense attention by fused kernels, for inference alone.
+
+    Args:
+        args: what the model is.
+        max_seq_len: the longest sequence it will see, in tokens.
+        dtype: of parameters and activations; RoPE stays in fp32.
+        is_hf: whether the folder is in Hugging Face's format, and no checkpoint.
+    """
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(args, max_seq_len=max_seq_len))
+    model.to_empty(device="cpu")
+    with warnings.catch_warnings():
+        # It is a single process indeed.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        if is_hf:
+            hugging_face.load_weights(model, folder)
+        else:
+            state_dict = model.state_dict()
+            dcp.load(state_dict, checkpoint_id=folder, no_dist=True)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    # Complex numbers, which `model.to(dtype)` would make real.
+    model.freqs_cis = model._precompute_freqs_cis().to(device)
+    use_fused_attention(model, dtype, max_seq_len, prefer="cudnn")
+    return model.eval().requires_grad_(False)
+
+
+def open_trained(
+    folder: str | Path,
+    flavor: str | None = None,
+    max_seq_len: int | None = None,
+    tokenizer_path: str | None = None,
+) -> TrainedModel:
+    """Find out what lies in `folder`; loads nothing.
+
+    Args:
+        folder: `.../checkpoint/step-N` of a run, or a folder in Hugging Face's format.
+        flavor: `model.flavor` of the run.
+        max_seq_len: `training.seq_len` of the run, in tokens.
+        tokenizer_path: a folder with a `tokenizer.json`, `model.hf_assets_path` of the run.
+
+    Raises:
+        ValueError: no model, one of another flavor, or one of which something must be named.
+    """
+    folder = Path(folder)
+    if (folder / ".metadata").is_file():
+        settings = _saved_config(folder)
+        model = settings.get("model", {})
+        flavor = _flavor_of(folder, flavor or model.get("flavor"))
+        args = FLAVORS[flavor]
+        max_seq_len = max_seq_len or settings.get("training", {}).get("seq_len")
+        tokenizer_path = tokenizer_path or model.get("hf_assets_path")
+    elif (folder / hugging_face.CONFIG).is_file():
+        settings = {}
+        if flavor is not None:
+            raise ValueError(
+                f"--flavor must not be given for {str(folder)!r}, whose {hugging_face.CONFIG} says "
+                f"what it is, got {flavor!r}; remove it"
+            )
+        hugging_face.check_installed()
+        args = hugging_face.from_config(folder)
+        max_seq_len = max_seq_len or args.max_seq_len
+        tokenizer_path = tokenizer_path or str(folder)
+    else:
+        steps = [f"step-{step}" for step, whole in checkpoint_steps(folder).items() if whole]
+        remedy = f"name {' or '.join(steps)} in it" if steps else "correct the path"
+        raise ValueError(
+            "a model must be a whole checkpoint, .../checkpoint/step-N, or a folder in the format "
+            f"of Hugging Face, got {str(folder)!r}, which is neither; {remedy}"
+        )
+    for name, value, field in (
+        ("--max-seq-len", max_seq_len, "training.seq_len"),
+        ("--tokenizer", tokenizer_path, "model.hf_assets_path"),
+    ):
+        if value is None:
+            raise ValueError(
+                f"{name} must be given for {str(folder)!r}, whose run kept no {SAVED_CONFIG}, got "
+                f"none; add {name} with {field} of the run"
+            )
+    if not (Path(tokenizer_path) / "tokenizer.json").is_file():
+        raise ValueError(
+            f"--tokenizer must be a folder that holds tokenizer.json, got {tokenizer_path!r}; name "
+            "the one the model was trained with"
+        )
+    saved, known = settings.get("lighthouse", {}), dataclasses.fields(Lighthouse)
+    return TrainedModel(
+        folder=folder,
+        args=dataclasses.replace(args, max_seq_len=max_seq_len),
+        tokenizer_path=tokenizer_path,
+        lighthouse=Lighthouse(**{f.name: saved[f.name] for f in known if f.name in saved}),
+        flavor=flavor,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `open_trained` for a command line."""
+    add = parser.add_argument
+    add("--flavor", help="model.flavor of the run, where it does not follow from the checkpoint")
+    add("--max-seq-len", type=int, help=f"training.seq_len, where the run kept no {SAVED_CONFIG}")
+    add("--tokenizer", help=f"model.hf_assets_path, where the run kept no {SAVED_CONFIG}")
+
+
+def _saved_config(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run that wrote `checkpoint`; empty if it kept none."""
+    path = checkpoint.absolute().parents[1] / SAVED_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be the configuration of the run ({error}); repair it or move it away"
+        ) from None
+
+
+def _flavor_of(checkpoint: Path, flavor: str | None) -> str:
+    """`flavor`, or the only one there is, with the parameters of the checkpoint."""
+    if flavor is not None and flavor not in FLAVORS:
+        raise ValueError(
+            f"--flavor must be one of {', '.join(FLAVORS)}, got {flavor!r}; choose the one of the "
+            "run"
+        )
+    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    differences = {name: _difference(metadata, args) for name, args in FLAVORS.items()}
+    fitting = [name for name, difference in differences.items() if difference is None]
+    remedy = f"use {' or '.join(fitting)}" if fitting else "add its flavor to FLAVORS"
+    if flavor is None and len(fitting) != 1:
+        raise ValueError(
+            f"--flavor must be given for {str(checkpoint)!r}, whose parameters are those of "
+            f"{' and '.join(fitting) or 'no flavor'}, got none; {remedy}"
+        )
+    if flavor is not None and flavor not in fitting:
+        raise ValueError(
+            f"--flavor must be that of {str(checkpoint)!r}, got {flavor!r}, whose "
+            f"{differences[flavor]}; {remedy}"
+        )
+    return flavor or fitting[0]
+
+
+def _difference(metadata: dict[str, Any], args: TransformerModelArgs) -> str | None:
+    """Where a checkpoint with `metadata` first differs from the model of `args`, in words."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(args).named_parameters()}
+    for name, shape in shapes.items():
+        if name not in metadata:
+            return f"{name} is not in the checkpoint"
+        if metadata[name].size != shape:
+            return f"{name} is {list(shape)} and in the checkpoint {list(metadata[name].size)}"
+    layers = {name for name in metadata if name.startswith("layers.")}
+    if layers - shapes.keys():
+        return f"layers are {args.n_layers}, fewer than in the checkpoint"
+    return None
