@@ -3,10 +3,11 @@
     scripts/ablate.py train_configs/c4_530m_98k.toml --out outputs/grid --list
     scripts/ablate.py train_configs/c4_530m_98k.toml --out outputs/grid --run --collect --nproc 8
 
-A grid gives values to fields of [lighthouse], and to `stage1_share`, stage 1 as a part of
-`training.steps`; without one it is the paper's. It is a TOML file or an inline table:
+A grid gives values to fields of [lighthouse], to `stage1_share`, stage 1 as a part of
+`training.steps` (0: dense throughout), and to `seed`, debug.seed; without one it is the paper's. It
+is a TOML file or an inline table:
 
-    --grid '{scorer = ["norm", "gla"], topk = [1536, 3072], stage1_share = [0.625]}'
+    --grid '{scorer = ["norm", "gla"], stage1_share = [0.5, 0.75], seed = [0, 1]}'
 
 Each combination is a cell: the configuration with overrides, in a folder of its own.
 
@@ -16,7 +17,8 @@ Each combination is a cell: the configuration with overrides, in a folder of its
            from its newest checkpoint. If one fails, the others are trained all the same; its folder
            holds error.txt, and the exit code is 1. A signal (SIGTERM, SIGUSR1) ends the cell with a
            checkpoint, and the exit code is 75.
---collect  writes table.md, table.csv, table.json and fields.png of all cells in the folder.
+--collect  writes table.md, table.csv, table.json and fields.png of all cells in the folder. Cells
+           that differ in their seeds alone are a row of a second table: mean and range.
 
 Further arguments override the configuration in every cell: `--training.steps 4000`.
 """
@@ -57,8 +59,8 @@ PAPER_GRID = {
 }
 """Scorers, sizes and stages of the paper (arXiv 2605.06554)."""
 
-FIELDS = ["scorer", "pooling_factor", "num_levels", "topk", "dilation", "stage1_steps"]
-"""Fields of [lighthouse] that a cell is told apart by."""
+FIELDS = ["scorer", "pooling_factor", "num_levels", "topk", "dilation", "stage1_steps", "seed"]
+"""What a cell is told apart by: fields of [lighthouse], and debug.seed."""
 
 COLUMNS = {
     "final_held_out_loss": ("held-out loss", ".4f"),
@@ -145,17 +147,17 @@ def read_grid(text: str) -> dict[str, list]:
     except (OSError, tomli.TOMLDecodeError) as error:
         what = "an inline table" if is_inline else "a TOML file"
         raise ValueError(f"--grid must be {what}, got {text!r} ({error}); correct it") from None
-    known = [*FIELDS[:-1], "stage1_share"]
+    known = [*(name for name in FIELDS if name != "stage1_steps"), "stage1_share"]
     for name, values in grid.items():
         if name not in known:
             raise ValueError(f"--grid: {name} is not a field; use {', '.join(known)}")
         if not isinstance(values, list) or not values:
             raise ValueError(f"--grid: {name} must be a list of values, got {values!r}; write one")
     for share in grid.get("stage1_share", []):
-        if not isinstance(share, int | float) or not 0 < share <= 1:
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(
-                f"--grid: stage1_share must be above 0 and at most 1, got {share!r}; for a dense "
-                "run set lighthouse.stage1_steps = 0 outside the grid"
+                f"--grid: stage1_share must be from 0 to 1, got {share!r}; give stage 1 as a part "
+                "of training.steps"
             )
     return grid
 
@@ -169,7 +171,7 @@ def cells_of(
         ValueError: the configuration cannot be read, or an override is what a cell sets.
     """
     of_cells = {"job.config_file", "job.dump_folder"}
-    of_cells |= {f"lighthouse.{name}".replace("_share", "_steps") for name in grid}
+    of_cells |= {flag_of(name.replace("_share", "_steps")) for name in grid}
     for argument in overrides:
         flag = argument.split("=")[0].replace("-", "_").removeprefix("__")
         if argument.startswith("--") and flag in of_cells:
@@ -182,29 +184,40 @@ def cells_of(
             settings["stage1_steps"] = round(settings.pop("stage1_share") * base.training.steps)
         config = copy.deepcopy(base)
         for name, value in settings.items():
-            setattr(config.lighthouse, name, value)
+            setattr(section_of(config, name), name, value)
         reason = None
         try:
             checks.check_config(config, nproc, is_start=False)
         except ValueError as error:
             reason = str(error)
-        fields = {name: getattr(config.lighthouse, name) for name in FIELDS}
+        fields = {name: getattr(section_of(config, name), name) for name in FIELDS}
         flags = [
             argument
             for name, value in settings.items()
-            for argument in (f"--lighthouse.{name}", str(value))
+            for argument in (f"--{flag_of(name)}", str(value))
         ]
-        folder = out / name_of(fields, config.training.steps, "dilation" in grid)
+        folder = out / name_of(fields, config.training.steps, grid)
         cells.append(Cell(folder, fields, flags, reason))
     return cells
 
 
-def name_of(fields: dict[str, Any], steps: int, with_dilation: bool) -> str:
+def flag_of(name: str) -> str:
+    """The field of the configuration that a field of the grid sets."""
+    return f"debug.{name}" if name == "seed" else f"lighthouse.{name}"
+
+
+def section_of(config: Any, name: str) -> Any:
+    """The section of the configuration that holds a field of the grid."""
+    return getattr(config, flag_of(name).split(".")[0])
+
+
+def name_of(fields: dict[str, Any], steps: int, grid: dict[str, list]) -> str:
     """As norm-p4-L3-k1536-10000+6000: scorer, pooling_factor, num_levels, topk and stages."""
     stage1_steps = steps if fields["stage1_steps"] == -1 else fields["stage1_steps"]
     name = "{scorer}-p{pooling_factor}-L{num_levels}-k{topk}".format(**fields)
-    dilation = f"-d{fields['dilation']}" if with_dilation else ""
-    return f"{name}{dilation}-{stage1_steps}+{steps - stage1_steps}"
+    dilation = f"-d{fields['dilation']}" if "dilation" in grid else ""
+    seed = f"-s{fields['seed']}" if "seed" in grid else ""
+    return f"{name}{dilation}-{stage1_steps}+{steps - stage1_steps}{seed}"
 
 
 def list_cells(cells: list[Cell]) -> None:
@@ -355,7 +368,7 @@ def collect(out: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (out / "table.md").write_text(table(rows))
+    (out / "table.md").write_text(table(rows) + table_over_seeds(rows))
     for name in ("table.md", "table.csv", "table.json"):
         print(out / name)
     if finished := [row for row in rows if row["state"] == "finished"]:
@@ -380,6 +393,33 @@ def table(rows: list[dict]) -> str:
         ]
         settings = [str(row[name]) for name in (*FIELDS, "state")]
         lines.append(f"| {' | '.join([*settings, *written])} |")
+    return "\n".join(lines) + "\n"
+
+
+def table_over_seeds(rows: list[dict]) -> str:
+    """Finished cells by all but their seeds: mean and range. Empty if only one seed was used."""
+    if len({row["seed"] for row in rows}) < 2:
+        return ""
+    settings = [name for name in FIELDS if name != "seed"]
+    groups = {}
+    for row in rows:
+        if row["state"] == "finished":
+            groups.setdefault(tuple(row[name] for name in settings), []).append(row)
+    header = [*settings, "seeds", *(label for label, _ in COLUMNS.values())]
+    lines = ["", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for values, group in groups.items():
+        written = []
+        for name, (_, form) in COLUMNS.items():
+            found = [row[name] for row in group if row[name] is not None]
+            if len(found) < len(group):
+                # A cell that did not reach it has no place in a mean.
+                written.append(f"in {len(found)} of {len(group)}" if found else "-")
+                continue
+            mean, low, high = (
+                format(value, form) for value in (statistics.mean(found), min(found), max(found))
+            )
+            written.append(f"{mean} ({low} to {high})")
+        lines.append(f"| {' | '.join([*map(str, values), str(len(group)), *written])} |")
     return "\n".join(lines) + "\n"
 
 

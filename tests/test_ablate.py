@@ -135,7 +135,7 @@ def test_run_and_collect(ablate, tmp_path, capsys):
     with (tmp_path / "grid" / "table.csv").open() as file:
         assert [row["final_held_out_loss"] for row in csv.DictReader(file)] == ["2.25", "2.5"]
     table = (tmp_path / "grid" / "table.md").read_text().splitlines()
-    assert table[2].startswith("| norm | 4 | 3 | 128 | 4 | 15 | finished | 2.2500 | 3.0000 |")
+    assert table[2].startswith("| norm | 4 | 3 | 128 | 4 | 15 | 0 | finished | 2.2500 | 3.0000 |")
     assert (tmp_path / "grid" / "fields.png").read_bytes().startswith(b"\x89PNG")
 
     # A finished cell is not started again; one of another configuration is not touched.
@@ -215,7 +215,7 @@ def test_several_processes_are_started_by_torchrun(ablate, tmp_path, monkeypatch
         ([], "{topk = }", "--grid must be an inline table"),
         ([], "{top = [1]}", "--grid: top is not a field; use scorer"),
         ([], "{topk = 128}", "--grid: topk must be a list"),
-        ([], "{stage1_share = [0.5, 2]}", "--grid: stage1_share must be above 0"),
+        ([], "{stage1_share = [0.5, 2]}", "--grid: stage1_share must be from 0 to 1"),
         (["--lighthouse.topk=256"], GRID, "--lighthouse.topk=256 must not be given"),
         (["--lighthouse.stage1_steps", "3"], GRID, "--lighthouse.stage1_steps must not be given"),
         (["--job.dump-folder", "x"], GRID, "--job.dump-folder must not be given"),
@@ -230,6 +230,33 @@ def test_a_wrong_call_ends_with_one_line(ablate, tmp_path, capsys, args, grid, m
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "grid").exists()
+
+
+def test_seeds_and_dense_runs_are_cells_and_seeds_are_averaged(ablate, tmp_path):
+    grid = "{stage1_share = [0, 0.5], seed = [3, 4, 5]}"
+    assert ablate("--run", grid=grid) == 0
+    names = [
+        f"norm-p4-L3-k128-{stages}-s{seed}" for stages in ("0+60", "30+30") for seed in (3, 4, 5)
+    ]
+    assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == names
+    for name in names:
+        (((arguments, _)),) = starts(tmp_path / "grid" / name)
+        assert arguments["--debug.seed"] == name[-1]
+        assert arguments["--lighthouse.stage1_steps"] == name.split("-")[4].split("+")[0]
+    # Another held-out loss for each seed of the dense run, none for a seed of the other.
+    for seed, loss in ((3, 2.0), (4, 2.5), (5, 3.3)):
+        path = tmp_path / "grid" / f"norm-p4-L3-k128-0+60-s{seed}" / "metrics.jsonl"
+        path.write_text(
+            path.read_text().replace(
+                '"validation_metrics/loss": 2.0', f'"validation_metrics/loss": {loss}'
+            )
+        )
+    (tmp_path / "grid" / names[3] / "finished").unlink()
+    assert ablate("--collect", grid=grid) == 0
+    table = (tmp_path / "grid" / "table.md").read_text()
+    dense, two_stages = table.split("\n\n")[1].splitlines()[2:]
+    assert dense.startswith("| norm | 4 | 3 | 128 | 4 | 0 | 3 | 2.6000 (2.0000 to 3.3000) |")
+    assert two_stages.startswith("| norm | 4 | 3 | 128 | 4 | 30 | 2 | 2.5000 (2.5000 to 2.5000) |")
 
 
 def test_a_grid_from_a_file(ablate, tmp_path, capsys):

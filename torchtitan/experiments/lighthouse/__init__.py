@@ -82,6 +82,16 @@ FLAVORS = {
         multiple_of=128,
         rope_theta=10000,
     ),
+    # Long contexts on a CPU: 10.1M parameters, most of them where they cost no attention.
+    "10M": TransformerModelArgs(
+        dim=256,
+        n_layers=2,
+        n_heads=4,
+        vocab_size=BYTE_VOCAB_SIZE,
+        ffn_dim_multiplier=9,
+        multiple_of=256,
+        rope_theta=500000,
+    ),
     # The paper's model: 530.1M parameters, 262.7M of them for its vocabulary.
     "530M": TransformerModelArgs(vocab_size=128256, **_PAPER_BODY),
     # The same body with the vocabulary of the byte tokenizer: 268.0M parameters.
