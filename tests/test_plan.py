@@ -152,7 +152,7 @@ def test_illegal_values_end_it_with_one_line_and_code_2():
         ("--world-size 30", ("for 30", "a multiple of 8")),
         ("--world-size 0", ("--world-size must be at least 1", "got 0")),
         ("--world-size 32 --lighthouse.topk 4224", ("multiple of 1024", "nearest: topk 4096")),
-        ("--world-size 32 --training.seq_len 1000001", ("training.seq_len", "nearest: 1000000")),
+        ("--world-size 32 --training.seq_len 1000001", ("training.seq_len", "nearest: 999424")),
         ("--world-size 32 --training.seq_len 1000000", ("lighthouse.topk", "or seq_len 999424")),
         ("--world-size 32 --lighthouse.top 4", ("--lighthouse.top is not a field", "topk?")),
         (
