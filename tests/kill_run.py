@@ -1,0 +1,507 @@
+"""Runs of the trainer that are killed with SIGKILL at a named moment, for `test_kill.py`.
+
+    python tests/kill_run.py        # a request as a line of JSON in, an answer as a line out
+
+A request is one start of a run: the command line, the number of ranks, and perhaps a kill. Every
+rank is a process of its own, forked from this one, which has imported everything already and runs
+nothing itself: no process group, no thread. It calls the real entry point with the real command
+line. Hooks in functions of torch, torchtitan and the trainer write down what is trained, and at
+the moment asked for they send SIGKILL to their own process: nothing is flushed, closed or undone.
+
+What a start leaves in the folder of its run, beside the dump folder: `batches-RANK.jsonl`, a line
+for each batch, of all starts so far; `killed-RANK.json`, the moment at which this start died by its
+own hand; `final-RANK.json`, digests of all that it ended with; `log-START-RANK.txt`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import torch
+import torchtitan.train
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.tensor import DTensor
+from torchtitan.experiments.lighthouse import checkpoint, cpu, handover, metrics, train
+
+OUTSIDE = "at any moment, from outside"
+LATE = "after a save that takes longer than the next step"
+
+MOMENTS = (
+    # The start.
+    "at the start",
+    "while the corpus is read",
+    "in the load",
+    "after the load",
+    # A step.
+    OUTSIDE,
+    "in a step",
+    "between optimizer and scheduler",
+    "in a line of metrics",
+    "in the validation",
+    # A save.
+    "the folder is made",
+    "in a shard",
+    "one shard of two is written",
+    "all shards are written",
+    "in the metadata",
+    "before the rename of the metadata",
+    "after the rename of the metadata",
+    LATE,
+    "while the torn folder is cleared",
+    # The purge.
+    "in the purge, a shard is gone",
+    "in the purge, the metadata are gone",
+    # The switch.
+    "before the switch",
+    "within the switch",
+    "before the rename of the handover",
+    "after the handover",
+    "after the switch",
+    # The end.
+    "after the last save",
+)
+
+
+@dataclass
+class Kill:
+    """When to die."""
+
+    moment: str
+    """One of `MOMENTS`."""
+
+    step: int | None = None
+    """Of the step, of the checkpoint saved or purged; None where the moment comes once."""
+
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Who dies; of several, from outside."""
+
+    items: int = 3
+    """In a shard: tensors and other things that are written before."""
+
+    delay: float = 0.0
+    """From outside: seconds from the start."""
+
+    grace: float = 0.0
+    """Seconds for which the other ranks live on without the dead, before they are killed, too."""
+
+
+@dataclass
+class Request:
+    """One start of a run."""
+
+    args: list[str]
+    folder: str
+    start: int
+    """Number of this start, from 0."""
+
+    cache: str
+    """Where `datasets` keeps what it makes of a corpus."""
+
+    world_size: int = 1
+    port: int = 0
+    last_step: int = 0
+    kill: Kill | None = None
+    left_out: str | None = None
+    """A part of the state that is not loaded, which must not pass."""
+
+    timeout: float = 300.0
+
+
+@dataclass
+class Answer:
+    """How the ranks of a start ended."""
+
+    exit_codes: list[int]
+    """Negative: the number of the signal."""
+
+    felled: list[int]
+    """Ranks that were killed because another was gone."""
+
+    seconds: float
+    timed_out: bool = False
+
+
+# ---- this process
+
+
+def serve() -> None:
+    """Answer requests until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        values = json.loads(line)
+        kill = values.pop("kill")
+        request = Request(**values, kill=Kill(**kill) if kill else None)
+        # A fork copies no other thread than its own.
+        assert threading.active_count() == 1, threading.enumerate()
+        print(json.dumps(asdict(run(request))), file=answers, flush=True)
+
+
+def run(request: Request) -> Answer:
+    """Start all ranks, kill who is to be killed from outside and who is left, and see them end."""
+    begin = time.monotonic()
+    pids = {rank: fork(request, rank) for rank in range(request.world_size)}
+    exit_codes, shot, felled, timed_out = {}, [], [], False
+    kill, first_death = request.kill, None
+    grace = kill.grace if kill else 5.0
+    while len(exit_codes) < len(pids):
+        time.sleep(0.005)
+        now = time.monotonic() - begin
+        if kill and kill.moment == OUTSIDE and now >= kill.delay:
+            for rank in kill.ranks:
+                os.kill(pids[rank], signal.SIGKILL)
+                shot.append(rank)
+            kill = None
+        for rank, pid in pids.items():
+            if rank not in exit_codes:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    exit_codes[rank] = os.waitstatus_to_exitcode(status)
+                    if exit_codes[rank] and first_death is None:
+                        first_death = now
+        timed_out = now > request.timeout
+        if timed_out or (first_death is not None and now >= first_death + grace):
+            for rank in pids.keys() - exit_codes.keys() - {*shot, *felled}:
+                os.kill(pids[rank], signal.SIGKILL)
+                felled.append(rank)
+    codes = [exit_codes[rank] for rank in range(request.world_size)]
+    return Answer(codes, sorted(felled), time.monotonic() - begin, timed_out)
+
+
+def fork(request: Request, rank: int) -> int:
+    """A new process that is one rank of a run, by its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    exit_code = 1
+    try:
+        log = Path(request.folder) / f"log-{request.start}-{rank}.txt"
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        exit_code = be_rank(request, rank)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
+# ---- a rank
+
+
+def be_rank(request: Request, rank: int) -> int:
+    """Run the entry point; its exit code."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(request.world_size)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(request.port)}
+    datasets.config.HF_DATASETS_CACHE = Path(request.cache)
+    # A rate to report: measuring it takes longer than a step.
+    cpu.measure_peak_flops = lambda: 1e12
+    torchtitan.train.time = SimpleNamespace(
+        perf_counter=time.perf_counter, sleep=lambda seconds: None
+    )
+    watch = Watch(request, rank)
+    watch.hook()
+    try:
+        train.main(request.args)
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+class Watch:
+    """Writes down what a rank does, and ends it at the moment asked for."""
+
+    def __init__(self, request: Request, rank: int):
+        self.request, self.rank = request, rank
+        self.folder = Path(request.folder)
+        self.kill = request.kill
+        if self.kill and rank not in self.kill.ranks:
+            self.kill = None
+        self.holds = request.kill is not None and request.kill.moment == OUTSIDE
+        self.trained_step = 0
+        self.items = 0
+
+    def is_due(self, moment: str, step: int | None = None) -> bool:
+        assert moment in MOMENTS, moment
+        kill = self.kill
+        return kill is not None and kill.moment == moment and step in (kill.step, None)
+
+    def is_late(self, step: int) -> bool:
+        """Whether a save of this rank waits for the next step, whoever dies."""
+        kill = self.request.kill
+        return kill is not None and (kill.moment, kill.step) == (LATE, step)
+
+    def die(self) -> None:
+        path = self.folder / f"killed-{self.rank}.json"
+        path.write_text(json.dumps({"moment": self.kill.moment, "step": self.kill.step}))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def reach(self, moment: str, step: int | None = None) -> None:
+        if self.is_due(moment, step):
+            self.die()
+
+    def hold(self) -> None:
+        """Wait to be killed from outside, for a kill that comes late must come all the same."""
+        while True:
+            time.sleep(1)
+
+    def write_batch(self, step: int, tokens: torch.Tensor) -> None:
+        line = {"start": self.request.start, "step": step}
+        line["batch"] = hashlib.sha256(tokens.contiguous().numpy()).hexdigest()
+        with (self.folder / f"batches-{self.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def write_final(self, trainer) -> None:
+        (model,) = trainer.model_parts
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        final = {
+            "step": trainer.step,
+            "tokens": trainer.ntokens_seen,
+            "learning_rate": trainer.lr_schedulers.schedulers[0].get_last_lr()[0],
+            "parameters": {name: digest(parameter) for parameter, name in names.items()},
+            "moments": {
+                f"{names[parameter]}.{key}": digest(value)
+                for optimizer in trainer.optimizers.optimizers
+                for parameter, state in optimizer.state.items()
+                for key, value in state.items()
+            },
+            "data": handover.data_positions(trainer),
+        }
+        (self.folder / f"final-{self.rank}.json").write_text(json.dumps(final))
+
+    def hook(self) -> None:
+        """Put the moments where they happen."""
+        train.TwoStageTrainer = watched_trainer(self)
+        self._hook_saves()
+        self._hook_the_purge()
+        self._hook_the_switch()
+        self._hook_the_rest()
+        if self.request.left_out:
+            self._load_too_little()
+
+    def _load_too_little(self) -> None:
+        states_to_load = checkpoint.TwoStageCheckpointManager._states_to_load
+
+        def fewer(*args):
+            states = states_to_load(*args)
+            del states[self.request.left_out]
+            return states
+
+        checkpoint.TwoStageCheckpointManager._states_to_load = fewer
+
+    def _hook_saves(self) -> None:
+        mkdir, rename = filesystem.FileSystem.mkdir, filesystem.FileSystem.rename
+        write_item, write_data = filesystem._write_item, filesystem._FileSystemWriter._write_data
+
+        def watched_mkdir(system, path):
+            mkdir(system, path)
+            self.reach("the folder is made", step_of(path))
+
+        def watched_rename(system, path, new_path):
+            step = step_of(path)
+            self.reach("before the rename of the metadata", step)
+            rename(system, path, new_path)
+            self.reach("after the rename of the metadata", step)
+            self.reach(LATE, step)
+
+        def watched_write_item(transforms, stream, *args):
+            result = write_item(transforms, stream, *args)
+            if self.is_due("in a shard", step_of(stream.name)):
+                self.items += 1
+                if self.items == self.kill.items:
+                    stream.flush()
+                    self.die()
+            return result
+
+        def watched_write_data(writer, *args):
+            step = step_of(writer.path)
+            if self.is_due("one shard of two is written", step):
+                other = Path(writer.path) / f"__{1 - self.rank}_0.distcp"
+                wait_until(lambda: other.exists() and other.stat().st_size > 0)
+                self.die()
+            if self.is_late(step):
+                # Nothing of that step may be in it.
+                wait_until(lambda: self.trained_step > step)
+            result = write_data(writer, *args)
+            self.reach("all shards are written", step)
+            return result
+
+        def watched_dump(value, file):
+            if self.is_due("in the metadata", step_of(file.name)):
+                data = pickle.dumps(value)
+                file.write(data[: len(data) // 2])
+                file.flush()
+                self.die()
+            pickle.dump(value, file)
+
+        filesystem.FileSystem.mkdir, filesystem.FileSystem.rename = watched_mkdir, watched_rename
+        filesystem._write_item = watched_write_item
+        filesystem._FileSystemWriter._write_data = watched_write_data
+        filesystem.pickle = SimpleNamespace(dump=watched_dump, load=pickle.load)
+
+    def _hook_the_purge(self) -> None:
+        rmtree = shutil.rmtree
+
+        def watched_rmtree(path, *args, **options):
+            if self.is_due("while the torn folder is cleared", step_of(path)):
+                next(Path(path).iterdir()).unlink()
+                self.die()
+            # The order of a folder's files depends on the file system.
+            for what, is_first in (("a shard is", False), ("the metadata are", True)):
+                if self.is_due(f"in the purge, {what} gone", step_of(path)):
+                    files = list(Path(path).iterdir())
+                    min(files, key=lambda file: (file.name == ".metadata") != is_first).unlink()
+                    self.die()
+            rmtree(path, *args, **options)
+
+        shutil.rmtree = watched_rmtree
+
+    def _hook_the_switch(self) -> None:
+        replace, write_handover = os.replace, handover.write_handover
+        use_dense = train.backend.use_dense
+
+        def watched_replace(source, target, *args, **options):
+            if Path(os.fspath(target)).name == handover.FILE_NAME:
+                self.reach("before the rename of the handover")
+            replace(source, target, *args, **options)
+
+        def watched_write_handover(*args):
+            path = write_handover(*args)
+            self.reach("after the handover")
+            return path
+
+        def watched_use_dense(part):
+            use_dense(part)
+            self.reach("within the switch")
+
+        os.replace, handover.write_handover = watched_replace, watched_write_handover
+        train.backend.use_dense = watched_use_dense
+
+    def _hook_the_rest(self) -> None:
+        read_data = filesystem.FileSystemReader.read_data
+        finalize = datasets.arrow_writer.ArrowWriter.finalize
+        load = checkpoint.TwoStageCheckpointManager.load
+        log = metrics.StagedLogger.log
+
+        def watched_finalize(*args, **options):
+            self.reach("while the corpus is read")
+            return finalize(*args, **options)
+
+        def watched_read_data(*args):
+            result = read_data(*args)
+            self.reach("in the load")
+            return result
+
+        def watched_load(*args, **options):
+            is_loaded = load(*args, **options)
+            if is_loaded:
+                self.reach("after the load")
+            return is_loaded
+
+        def watched_log(logger, values, step):
+            if metrics.LOSS in values and self.is_due("in a line of metrics", step):
+                logger._file.write(json.dumps({"step": step, "stage": logger.stage, **values})[:60])
+                logger._file.flush()
+                self.die()
+            log(logger, values, step)
+
+        filesystem.FileSystemReader.read_data = watched_read_data
+        datasets.arrow_writer.ArrowWriter.finalize = watched_finalize
+        checkpoint.TwoStageCheckpointManager.load = watched_load
+        metrics.StagedLogger.log = watched_log
+
+
+def watched_trainer(watch: Watch) -> type:
+    """The trainer, with the moments that are its own."""
+
+    class WatchedTrainer(train.TwoStageTrainer):
+        def __init__(self, job_config):
+            watch.reach("at the start")
+            super().__init__(job_config)
+            schedule = self.lr_schedulers.step
+
+            def watched_schedule():
+                watch.reach("between optimizer and scheduler", self.step)
+                schedule()
+
+            self.lr_schedulers.step = watched_schedule
+            if job_config.validation.enable:
+                validate = self.validator.validate
+
+                def watched_validate(model_parts, step):
+                    watch.reach("in the validation", step)
+                    validate(model_parts, step)
+
+                self.validator.validate = watched_validate
+
+        def post_dataloading_process(self, input_dict, labels):
+            tokens = torch.cat([input_dict["input"].flatten(), labels.flatten()])
+            watch.write_batch(self.step, tokens)
+            watch.reach("in a step", self.step)
+            return super().post_dataloading_process(input_dict, labels)
+
+        def train_step(self, data_iterator):
+            super().train_step(data_iterator)
+            watch.trained_step = self.step
+
+        def should_continue_training(self):
+            if watch.holds and self.step == watch.request.last_step - 1:
+                watch.hold()
+            return super().should_continue_training()
+
+        def _enter_stage(self, stage):
+            if stage == 2:
+                watch.reach("before the switch", self.step)
+            super()._enter_stage(stage)
+            if stage == 2:
+                watch.reach("after the switch", self.step)
+
+        def train(self):
+            super().train()
+            watch.reach("after the last save")
+            watch.write_final(self)
+
+    return WatchedTrainer
+
+
+def digest(value: torch.Tensor | float) -> str:
+    tensor = torch.as_tensor(value.to_local() if isinstance(value, DTensor) else value).detach()
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def step_of(path: str | os.PathLike) -> int:
+    """Of the checkpoint that a path names or lies in; -1 where there is none."""
+    match = re.search(r"step-(\d+)(/[^/]*)?$", os.fspath(path))
+    return int(match.group(1)) if match else -1
+
+
+def wait_until(is_so) -> None:
+    deadline = time.monotonic() + 120
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the moment has not come")
+        time.sleep(0.001)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        serve()
+    # Nothing is open, and to take down all that was imported takes seconds.
+    os._exit(0)

@@ -1,0 +1,519 @@
+"""Runs that are killed with SIGKILL and started again end as if nothing had happened, bit for bit.
+
+A run is killed at one moment after the other (`kill_run.py`), each time started again with the
+same command, and left alone at last. Every batch and every loss of every start, and the parameters
+and moments in the end, are those of a run that was never disturbed. Where a kill leaves no whole
+checkpoint, the run must say so, in one line, and go on from step 0 when the folder is moved away.
+
+The sample of every day is small. All kills: `pytest -m slow tests/test_kill.py`, which prints how
+many there were at each moment. Set `KILL_SEED` to repeat or vary those at random moments.
+"""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kill_run import LATE, MOMENTS, OUTSIDE, Answer, Kill, Request
+from runs import command_line, write_corpus
+from torch.distributed.checkpoint import FileSystemReader
+from torchtitan.experiments.lighthouse import metrics
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.checkpoint import checkpoint_steps
+from torchtitan.experiments.lighthouse.prepare import prepare
+
+STEPS, SWITCH, INTERVAL = 12, 5, 2
+FIRST_SAVE, LAST_SAVE = INTERVAL, STEPS
+SIGKILL = -9
+
+OPTIONS = {
+    "training__steps": STEPS,
+    "lighthouse__stage1_steps": SWITCH,
+    "lr_scheduler__total_steps": STEPS,
+    "checkpoint__interval": INTERVAL,
+    "checkpoint__keep_latest_k": 2,
+}
+ASYNC = {"checkpoint__async_mode": "async"}
+
+SEED = int(os.environ.get("KILL_SEED", "20261121"))
+
+# Moments that leave a torn checkpoint.
+TORN = (
+    "the folder is made",
+    "in a shard",
+    "one shard of two is written",
+    "all shards are written",
+    "in the metadata",
+    "before the rename of the metadata",
+)
+WHOLE = ("after the rename of the metadata", LATE)
+PURGED = ("in the purge, a shard is gone", "in the purge, the metadata are gone")
+
+# Moments of the first rank alone; the others come to all ranks.
+OF_RANK_0 = {
+    "in the metadata",
+    "before the rename of the metadata",
+    "after the rename of the metadata",
+    "in a line of metrics",
+    "before the rename of the handover",
+    "while the torn folder is cleared",
+    LATE,
+    *PURGED,
+}
+
+
+@dataclass
+class Chain:
+    """A run that is killed again and again."""
+
+    name: str
+    world_size: int
+    kills: list[Kill]
+    data: str = "text"
+    """A key of `World.data`."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def all_chains(seed: int) -> list[Chain]:
+    """All kills, on one rank and on two."""
+    chains = []
+    for world_size in (1, 2):
+        dice = random.Random(f"{seed}, {world_size}")
+
+        def kill(moment: str, step: int | None = None, world_size=world_size, dice=dice) -> Kill:
+            rank = 0 if moment in OF_RANK_0 else dice.randrange(world_size)
+            # Either both ranks are gone at once, or one goes on alone for a while.
+            grace = dice.choice([0, dice.uniform(0.1, 2)]) if world_size > 1 else 0
+            return Kill(moment, step, [rank], items=dice.randint(1, 40), grace=grace)
+
+        def outside(world_size=world_size, dice=dice) -> Kill:
+            ranks = dice.choice([[0], [1], [0, 1]][: 2 * world_size - 1])
+            return Kill(OUTSIDE, ranks=ranks, delay=dice.random(), grace=dice.random())
+
+        def chain(name: str, kills: Sequence[Kill], *, world_size=world_size, **more) -> None:
+            chains.append(Chain(f"{name}, {world_size}", world_size, list(kills), **more))
+
+        torn = [name for name in TORN if world_size > 1 or name != "one shard of two is written"]
+        chain("first save", [kill(name, FIRST_SAVE) for name in torn])
+        chain(
+            "first save, async",
+            [kill(name, FIRST_SAVE) for name in (torn[1], torn[-1], LATE)],
+            options=ASYNC,
+        )
+        # The save of the switch is that of step 5, the first after it that of step 6.
+        later = [(torn[0], 4), (torn[-2], 4), (torn[-3], 4), (torn[-1], 5), (WHOLE[0], 5)]
+        later += [(name, 6) for name in torn] + [("while the torn folder is cleared", 6)]
+        later += [(WHOLE[0], 6), (torn[-3], 10), ("while the torn folder is cleared", 10)]
+        chain("saves", [kill(*when) for when in later])
+        later = [(torn[1], 4), (LATE, 4), (torn[-1], 5), (LATE, 5), (torn[-2], 6), (LATE, 6)]
+        later += [(WHOLE[0], 8), (torn[-3], 10), (LATE, 10)]
+        chain("saves, async", [kill(*when) for when in later], options=ASYNC)
+        chain("purge", [kill(PURGED[0], 2), kill(PURGED[1], 4), kill(PURGED[0], 6)])
+        chain("purge, async", [kill(PURGED[0], 2), kill(PURGED[1], 4)], options=ASYNC)
+        switch = [(name, SWITCH) for name in MOMENTS if "switch" in name or "handover" in name]
+        chain("switch", [kill(*when) for when in switch])
+        chain("switch, async", [kill(*when) for when in switch[::2]], options=ASYNC)
+        first = ["at the start"] + ["while the corpus is read"] * (world_size == 1)
+        steps = [(name, None) for name in first]
+        steps += [("in a step", 1), ("in a line of metrics", 3), ("after the load", None)]
+        steps += [("between optimizer and scheduler", 3), ("in the load", None), ("in a step", 5)]
+        steps += [("in the validation", 6), ("in a step", 7), ("in a step", 11)]
+        steps += [("between optimizer and scheduler", 12)]
+        validated = {"validation__enable": True, "validation__freq": 2}
+        chain("steps", [kill(*when) for when in steps], options=validated)
+        end = [(name, LAST_SAVE) for name in torn[-3:]]
+        end += [(WHOLE[0], LAST_SAVE), ("after the last save", None)]
+        chain("end", [kill(*when) for when in end])
+        chain("outside", [outside() for _ in range(8)])
+        chain("outside, async", [outside() for _ in range(8)], options=ASYNC)
+        some = [("in a step", 2), ("in a step", 4), (torn[-1], 6), ("in a step", 10)]
+        for data in ("prepared", "worker", "accumulated"):
+            chain(data, [outside(), *(kill(*when) for when in some)], data=data)
+    return chains
+
+
+class Server:
+    """A process of `kill_run.py`."""
+
+    def __init__(self, folder: Path, hash_seed: int):
+        folder.mkdir()
+        self._log = (folder / "server.txt").open("w")
+        launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
+        # On the CPU, with one thread: sums depend on it.
+        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("kill_run.py")],
+            # Nothing may depend on the order of a set: it differs from process to process.
+            env=env | {"PYTHONHASHSEED": str(hash_seed)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def ask(self, request: Request) -> Answer:
+        print(json.dumps(asdict(request)), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        assert line, Path(self._log.name).read_text()
+        return Answer(**json.loads(line))
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+        self._log.close()
+
+
+@dataclass
+class Undisturbed:
+    """What a run that nobody killed has trained."""
+
+    batches: list[dict[int, list[str]]]
+    """By rank, then by step: digests of the token ids."""
+
+    lines: dict[int, dict[str, float]]
+    """Figures by step, of `metrics.jsonl`."""
+
+    final: list[dict[str, Any]]
+    """By rank: digests of parameters and moments, and some numbers."""
+
+    handover: dict[str, Any]
+    seconds: float
+    """From its start to its end."""
+
+
+class World:
+    """Servers, corpora, and the runs that kills must not change."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.corpus = write_corpus(folder / "text")
+        self.data = {
+            "text": {},
+            "worker": {"training__dataloader__num_workers": 1},
+            "accumulated": {"training__global_batch_size": 4},
+            "prepared": {
+                "training__dataset": "prepared",
+                "training__dataset_path": folder / "prepared",
+            },
+        }
+        self.tally = Counter()
+        self.num_refusals = 0
+        self._servers: dict[int, Server] = {}
+        self._undisturbed: dict[tuple[int, str], Undisturbed] = {}
+
+    def server(self, number: int) -> Server:
+        if number not in self._servers:
+            self._servers[number] = Server(self.folder / f"server-{number}", number)
+        return self._servers[number]
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.close()
+
+    def undisturbed(self, world_size: int, data: str) -> Undisturbed:
+        key = world_size, data
+        if key not in self._undisturbed:
+            if data == "prepared" and not (self.folder / "prepared").exists():
+                prepare("text", str(self.corpus), self.folder / "prepared", BYTE_TOKENIZER_PATH)
+            chain = Chain(f"undisturbed, {data}, {world_size}", world_size, [], data)
+            run = KilledRun(self, chain, self.server(1))
+            run.finish()
+            assert all(
+                list(batches) == list(range(1, STEPS + 1))
+                for batches in (run.batches(rank)[0] for rank in range(world_size))
+            )
+            lines = run.lines()
+            assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+            assert lines[-1][metrics.LOSS] < lines[0][metrics.LOSS] - 1
+            self._undisturbed[key] = Undisturbed(
+                batches=[run.batches(rank)[0] for rank in range(world_size)],
+                lines={line["step"]: line for line in lines},
+                final=[run.final(rank) for rank in range(world_size)],
+                handover=run.handover(),
+                seconds=run.seconds,
+            )
+        return self._undisturbed[key]
+
+    def endure(self, chain: Chain, server_number: int, left_out: str | None = None) -> "KilledRun":
+        """Go through the kills of a chain, to the end; the last start may load too little."""
+        expected = self.undisturbed(chain.world_size, chain.data)
+        run = KilledRun(self, chain, self.server(server_number))
+        for kill in chain.kills:
+            if kill.moment == OUTSIDE:
+                kill = replace(kill, delay=kill.delay * expected.seconds)
+            run.kill(kill)
+            self.tally[chain.world_size, kill.moment] += 1
+        run.finish(left_out)
+        self.num_refusals += run.num_refusals
+        run.compare(expected)
+        return run
+
+
+class KilledRun:
+    """One run in a folder of its own, started as often as it takes."""
+
+    def __init__(self, world: World, chain: Chain, server: Server):
+        self.chain, self.server = chain, server
+        self.folder = world.folder / chain.name.replace(", ", "-").replace(" ", "-")
+        self.folder.mkdir()
+        self.dump_folder = self.folder / "dump"
+        self.checkpoints = self.dump_folder / "checkpoint"
+        self.options = {**OPTIONS, **world.data[chain.data], **chain.options}
+        self.corpus = world.corpus
+        self.first_steps = []
+        """The step that each start begins with."""
+        self.num_refusals = 0
+        self.seconds = 0.0
+
+    def kill(self, kill: Kill) -> None:
+        """Start the run, see it die at the moment and only there, and look at what it leaves."""
+        answer = self._start(kill)
+        steps = checkpoint_steps(self.checkpoints)
+        print(f"{self.chain.name}: {kill}: {answer.exit_codes}, {answer.seconds:.1f} s, {steps}")
+        for rank, exit_code in enumerate(answer.exit_codes):
+            is_victim = rank in kill.ranks
+            assert (exit_code == SIGKILL) if is_victim else exit_code, (kill, answer, self._log())
+            assert not is_victim or rank not in answer.felled, (kill, answer, self._log())
+            mark = self.folder / f"killed-{rank}.json"
+            assert mark.exists() == (is_victim and kill.moment != OUTSIDE), (kill, answer)
+            if mark.exists():
+                when = {"moment": kill.moment, "step": kill.step}
+                assert json.loads(mark.read_text()) == when
+            assert not (self.folder / f"final-{rank}.json").exists()
+        path = self.checkpoints / f"step-{kill.step}"
+        if kill.moment in TORN:
+            assert steps[kill.step] is False
+            names = {file.name for file in path.iterdir()}
+            assert names or kill.moment == "the folder is made"
+            is_late = kill.moment in ("in the metadata", "before the rename of the metadata")
+            assert (".metadata.tmp" in names) == is_late
+        if kill.moment in WHOLE:
+            assert steps[kill.step] is True
+        if kill.moment in PURGED:
+            shards = [*path.glob("*.distcp")]
+            is_shard = kill.moment == PURGED[0]
+            assert len(shards) == self.chain.world_size - is_shard
+            assert is_shard or not (path / ".metadata").exists()
+        if kill.moment == "before the rename of the handover":
+            assert not (self.dump_folder / "handover.json").exists()
+        self._move_torn_checkpoints(is_first=kill.moment in TORN and kill.step == FIRST_SAVE)
+
+    def finish(self, left_out: str | None = None) -> None:
+        """Start the run and leave it alone."""
+        answer = self._start(None, left_out)
+        self.seconds = answer.seconds
+        assert answer.exit_codes == [0] * self.chain.world_size, (answer, self._log())
+
+    def compare(self, expected: Undisturbed) -> None:
+        """Everything that all starts have trained is what the undisturbed run has trained."""
+        for rank in range(self.chain.world_size):
+            trained = set()
+            for start, batches in enumerate(self.batches(rank)):
+                steps = list(batches)
+                first = self.first_steps[start]
+                assert steps == list(range(first, first + len(steps))), (start, steps)
+                for step, found in batches.items():
+                    # The last may have been cut short.
+                    wanted = expected.batches[rank][step]
+                    is_last = step == steps[-1] and start + 1 < len(self.first_steps)
+                    wanted = wanted[: len(found)] if is_last else wanted
+                    assert found == wanted, f"the batches of step {step} differ in start {start}"
+                trained.update(steps)
+            assert trained == {*range(1, STEPS + 1)}
+            final = self.final(rank)
+            assert final.keys() == expected.final[rank].keys()
+            for name, value in final.items():
+                assert value == expected.final[rank][name], f"the final {name} differ"
+        lines = self.lines()
+        for line in lines:
+            assert line == expected.lines[line["step"]], f"the metrics of {line['step']} differ"
+        assert {line["step"] for line in lines} == {*expected.lines}
+        assert self.handover() == expected.handover
+        steps = checkpoint_steps(self.checkpoints)
+        assert steps[STEPS] and steps[SWITCH]
+        for step in (STEPS, SWITCH):
+            assert missing_shards(self.checkpoints / f"step-{step}") == set()
+
+    def batches(self, rank: int) -> list[dict[int, list[str]]]:
+        """Digests of the token ids that a rank has trained on, by start and step."""
+        starts = [defaultdict(list) for _ in self.first_steps]
+        path = self.folder / f"batches-{rank}.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            values = json.loads(line)
+            starts[values["start"]][values["step"]].append(values["batch"])
+        return starts
+
+    def lines(self) -> list[dict[str, float]]:
+        """Every whole line of a step in `metrics.jsonl`, also of steps that were trained again."""
+        lines = []
+        num_torn = 0
+        for text in (self.dump_folder / metrics.FILE_NAME).read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                num_torn += 1
+                continue
+            if metrics.LOSS in line:
+                names = ("step", "stage", metrics.LOSS, "grad_norm", "lr", metrics.TOKENS_SEEN)
+                lines.append({name: line[name] for name in names})
+        moments = [kill.moment for kill in self.chain.kills]
+        assert num_torn <= moments.count("in a line of metrics") + moments.count(OUTSIDE)
+        return lines
+
+    def final(self, rank: int) -> dict[str, Any]:
+        return json.loads((self.folder / f"final-{rank}.json").read_text())
+
+    def handover(self) -> dict[str, Any]:
+        return json.loads((self.dump_folder / "handover.json").read_text())
+
+    def _start(self, kill: Kill | None, left_out: str | None = None) -> Answer:
+        for path in (*self.folder.glob("killed-*"), *self.folder.glob("final-*")):
+            path.unlink()
+        whole = [step for step, is_whole in checkpoint_steps(self.checkpoints).items() if is_whole]
+        self.first_steps.append(max(whole, default=0) + 1)
+        is_fresh = any(kill.moment == "while the corpus is read" for kill in self.chain.kills)
+        cache = (self.folder if is_fresh else self.corpus.parent) / "cache"
+        request = Request(
+            args=command_line(self.dump_folder, self.corpus, **self.options),
+            folder=str(self.folder),
+            start=len(self.first_steps) - 1,
+            cache=str(cache),
+            world_size=self.chain.world_size,
+            port=free_port(),
+            last_step=STEPS,
+            kill=kill,
+            left_out=left_out,
+        )
+        answer = self.server.ask(request)
+        assert not answer.timed_out, (kill, answer, self._log())
+        return answer
+
+    def _move_torn_checkpoints(self, is_first: bool) -> None:
+        """Where no checkpoint is whole, the run must refuse to start until they are moved away."""
+        steps = checkpoint_steps(self.checkpoints)
+        is_refused = self.checkpoints.exists() and not any(steps.values())
+        assert is_refused or not is_first, steps
+        if not is_refused:
+            return
+        answer = self._start(None)
+        assert answer.exit_codes == [2] * self.chain.world_size, (answer, self._log())
+        state = ["only torn checkpoints", *map("step-{}".format, steps)]
+        last = self._log().strip().splitlines()[-1]
+        assert last.startswith("error: checkpoint.folder must hold a whole checkpoint"), last
+        assert repr(str(self.checkpoints)) in last, last
+        assert all(part in last for part in (state if steps else ["no checkpoint"])), last
+        assert "move the folder away to start from step 0" in last, last
+        assert "Traceback" not in self._log()
+        self.num_refusals += 1
+        self.checkpoints.rename(self.dump_folder / f"torn-{self.num_refusals}")
+
+    def _log(self, rank: int = 0) -> str:
+        """What the newest start has printed."""
+        return (self.folder / f"log-{len(self.first_steps) - 1}-{rank}.txt").read_text()
+
+
+def missing_shards(path: Path) -> set[str]:
+    """Files that the metadata of a checkpoint name and its folder lacks."""
+    metadata = FileSystemReader(path).read_metadata()
+    return {
+        info.relative_path
+        for info in metadata.storage_data.values()
+        if not (path / info.relative_path).exists()
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def world(request, tmp_path_factory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("kill"))
+    yield world
+    world.close()
+    total = sum(world.tally.values())
+    lines = [f"{total} kills, seed {SEED}; refused for want of a checkpoint: {world.num_refusals}"]
+    for moment in MOMENTS:
+        counts = [world.tally[world_size, moment] for world_size in (1, 2)]
+        if any(counts):
+            lines.append(f"  {counts[0]:3} on 1 rank, {counts[1]:3} on 2   {moment}")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("", *lines, sep="\n")
+
+
+# ---- every day
+
+
+def test_killed_on_one_rank(world):
+    kills = [
+        Kill("in a shard", FIRST_SAVE),
+        Kill("in the purge, a shard is gone", 2),
+        Kill("within the switch", SWITCH),
+        Kill("before the rename of the metadata", SWITCH + 1),
+    ]
+    run = world.endure(Chain("sample, 1", 1, kills), server_number=1)
+    assert run.num_refusals == 1
+
+
+def test_killed_on_two_ranks(world):
+    kills = [
+        Kill(LATE, 4, grace=0.5),
+        Kill(OUTSIDE, ranks=[0, 1], delay=random.Random(SEED).random()),
+    ]
+    world.endure(Chain("sample, 2", 2, kills, options=ASYNC), server_number=1)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "what"),
+    [
+        ("dataloader", "the batches of step 7 differ in start 1"),
+        pytest.param("optimizer", "the final parameters differ", marks=pytest.mark.slow),
+        pytest.param("lr_scheduler", "the final learning_rate differ", marks=pytest.mark.slow),
+        pytest.param("train_state", "start", marks=pytest.mark.slow),
+    ],
+)
+def test_a_broken_resume_does_not_pass(world, left_out, what):
+    chain = Chain(f"broken, {left_out}", 1, [Kill("in a step", 8)])
+    with pytest.raises(AssertionError, match=what):
+        world.endure(chain, server_number=1, left_out=left_out)
+
+
+@pytest.mark.slow
+def test_a_kill_that_does_not_come_does_not_pass(world):
+    chain = Chain("no kill", 1, [Kill("in a step", STEPS + 1)])
+    with pytest.raises(AssertionError, match="exit_codes=\\[0\\]"):
+        world.endure(chain, 1)
+
+
+def test_all_moments_are_in_the_plan():
+    chains = all_chains(SEED)
+    assert len({chain.name for chain in chains}) == len(chains)
+    assert sum(len(chain.kills) for chain in chains) >= 60
+    elsewhere = {1: "one shard of two is written", 2: "while the corpus is read"}
+    for world_size, moment in elsewhere.items():
+        kills = [kill for c in chains if c.world_size == world_size for kill in c.kills]
+        assert {kill.moment for kill in kills} == {*MOMENTS} - {moment}
+        assert {kill.ranks[0] for kill in kills} == {*range(world_size)}
+
+
+# ---- all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", all_chains(SEED), ids=lambda chain: chain.name.replace(" ", "-"))
+def test_all_kills(world, chain):
+    world.endure(chain, server_number=2)
