@@ -1,28 +1,34 @@
 """Which checkpoints are whole, which are kept, and folders that stop a run."""
 
+import logging
 import os
+import pickle
 import queue
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.experiments.lighthouse.checkpoint import (
-    TwoStageCheckpointManager,
+import torch.distributed.checkpoint as dcp
+from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
+from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager
+from torchtitan.experiments.lighthouse.checkpoint_files import (
     check_folder,
+    check_safe,
     checkpoint_steps,
+    fault,
     is_whole,
 )
+from torchtitan.experiments.lighthouse.stop import Stop
 
 
 def make(folder: Path, *steps: int, torn: tuple[int, ...] = ()) -> None:
     """Checkpoints of some steps: a torn one has its data, but not the metadata written last."""
     for step in (*steps, *torn):
         path = folder / f"step-{step}"
-        path.mkdir(parents=True)
-        (path / "__0_0.distcp").write_bytes(b"data")
-        if step not in torn:
-            (path / ".metadata").write_bytes(b"metadata")
+        dcp.save({"weight": torch.arange(9.0), "step": step}, checkpoint_id=path, no_dist=True)
+        if step in torn:
+            (path / ".metadata").unlink()
 
 
 def test_steps_ascend_by_number(tmp_path):
@@ -43,26 +49,82 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path):
     assert checkpoint_steps(tmp_path / "missing") == {}
 
 
-@pytest.mark.parametrize(
-    ("name", "whole"),
-    [
-        (".metadata", True),
-        ("model.safetensors.index.json", True),
-        ("__0_0.distcp", False),
-        ("model-00001-of-00001.safetensors", False),
-        (".metadata.tmp", False),
-    ],
-)
-def test_a_checkpoint_is_whole_with_its_metadata(tmp_path, name, whole):
-    assert not is_whole(tmp_path)
-    (tmp_path / name).write_text("")
-    assert is_whole(tmp_path) is whole
+def test_a_checkpoint_is_whole_if_every_byte_that_its_metadata_name_is_there(tmp_path):
+    make(tmp_path, 1)
+    path = tmp_path / "step-1"
+    assert is_whole(path) and fault(path) is None
+    data = (path / "__0_0.distcp").read_bytes()
+    (path / "__0_0.distcp").write_bytes(data[:-1])
+    assert fault(path) == f"__0_0.distcp ends after {len(data) - 1:,} of {len(data):,} bytes"
+    (path / "__0_0.distcp").write_bytes(data + b"more")
+    assert is_whole(path)
+    (path / "__0_0.distcp").unlink()
+    assert fault(path) == "__0_0.distcp is missing"
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1])
+def test_metadata_that_end_early_are_torn(tmp_path, size):
+    make(tmp_path, 1)
+    metadata = tmp_path / "step-1" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:size])
+    assert fault(tmp_path / "step-1").startswith("its metadata cannot be read (.metadata: ")
+
+
+def test_no_metadata_are_torn(tmp_path):
+    make(tmp_path, torn=(1,))
+    (tmp_path / "step-1" / ".metadata.tmp").write_text("")
+    assert fault(tmp_path / "step-1") == ".metadata, which is written last, is missing"
     assert not is_whole(tmp_path / "missing")
+    (tmp_path / "step-1" / ".metadata").mkdir()
+    assert not is_whole(tmp_path / "step-1")
 
 
-def test_metadata_that_is_a_folder_is_none(tmp_path):
-    (tmp_path / ".metadata").mkdir()
-    assert not is_whole(tmp_path)
+def test_a_model_in_the_format_of_hugging_face_is_whole_with_its_files(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"weight": "model-1.safetensors"}}')
+    assert fault(tmp_path) == "model-1.safetensors is missing"
+    (tmp_path / "model-1.safetensors").write_text("tensors")
+    assert is_whole(tmp_path)
+    index.write_text('{"weight_map": ')
+    assert "cannot be read" in fault(tmp_path)
+
+
+class Caller:
+    """A pickle of it calls a function when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_what_would_run_when_it_is_loaded_is_refused_and_does_not_run(tmp_path):
+    make(tmp_path, 1)
+    check_safe(tmp_path / "step-1")
+    caller, path = Caller(tmp_path / "called"), tmp_path / "step-2"
+    dcp.save({"weight": torch.zeros(1), "value": caller}, checkpoint_id=path, no_dist=True)
+    assert is_whole(path)
+    with pytest.raises(ValueError, match=r"must hold tensors and plain values alone.*value: "):
+        check_safe(path)
+    metadata = dcp.FileSystemReader(tmp_path / "step-1").read_metadata()
+    metadata.planner_data = caller
+    with (tmp_path / "step-1" / ".metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+    assert "names posix.mkdir, which has no place there" in fault(tmp_path / "step-1")
+    assert not (tmp_path / "called").exists()
+    # Loaded as torch does, it runs.
+    dcp.FileSystemReader(tmp_path / "step-1").read_metadata()
+    assert (tmp_path / "called").exists()
+
+
+def test_a_position_of_the_data_that_names_a_function_is_refused(tmp_path):
+    position = pickle.dumps({"documents": 3, "cursor": Caller(tmp_path / "called")})
+    state = {"dataloader": {"dp_rank_0": position}}
+    dcp.save(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    with pytest.raises(ValueError, match=r"dataloader\.dp_rank_0: it names posix\.mkdir"):
+        check_safe(tmp_path / "step-1")
+    assert not (tmp_path / "called").exists()
 
 
 def test_a_folder_with_a_whole_checkpoint_or_none_at_all_is_fine(tmp_path):
@@ -73,7 +135,10 @@ def test_a_folder_with_a_whole_checkpoint_or_none_at_all_is_fine(tmp_path):
 
 @pytest.mark.parametrize(
     ("torn", "state"),
-    [((), "no checkpoint"), ((30, 4), "only torn checkpoints (step-4, step-30)")],
+    [
+        ((), "no checkpoint"),
+        ((30, 4), "only torn checkpoints (step-4: .metadata, which is written last, is missing, "),
+    ],
     ids=["empty", "torn"],
 )
 def test_a_folder_without_a_whole_checkpoint_is_refused(tmp_path, torn, state):
@@ -104,6 +169,13 @@ def manager_of(folder: Path, keep_latest_k: int = 0, switch_step: int | None = N
     TwoStageCheckpointManager.adopt(manager, switch_step)
     assert isinstance(manager, TwoStageCheckpointManager)
     return manager
+
+
+SYNCHRONOUS = {
+    "async_mode": AsyncMode.DISABLED,
+    "save_future": None,
+    "enable_ft_dataloader_checkpoints": False,
+}
 
 
 def purged(manager) -> set[str]:
@@ -159,3 +231,50 @@ def test_load_refuses_a_folder_with_torn_checkpoints_only(tmp_path):
         manager.load()
     manager.enable = False
     assert manager.load() is False
+
+
+def test_the_newest_whole_checkpoint_is_loaded_and_torn_ones_are_named(
+    tmp_path, monkeypatch, caplog
+):
+    make(tmp_path, 5, 10, torn=(20, 3))
+    data = tmp_path / "step-30"
+    make(tmp_path, 30)
+    (data / "__0_0.distcp").write_bytes(b"half")
+    monkeypatch.setattr(logging.getLogger("root"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert manager_of(tmp_path)._find_load_step() == 10
+    said = [line for line in caplog.messages if "torn" in line]
+    assert len(said) == 2
+    for step, line in zip((20, 30), said, strict=True):
+        assert line.startswith(f"{tmp_path}/step-{step} is torn: ")
+        assert f"going on from {tmp_path}/step-10, the newest whole checkpoint" in line
+
+
+def test_a_save_that_fails_stops_the_run_and_names_the_last_good_checkpoint(
+    one_rank, tmp_path, monkeypatch
+):
+    make(tmp_path, 10)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CheckpointManager, "save", fail)
+    manager = manager_of(tmp_path, **SYNCHRONOUS)
+    with pytest.raises(Stop) as stop:
+        manager.save(20)
+    message = str(stop.value)
+    assert message.startswith("the checkpoint of step 20 could not be saved (OSError: [Errno 28]")
+    assert f"the last good checkpoint is {tmp_path}/step-10;" in message and "\n" not in message
+    assert manager.saved_step is None
+
+
+def test_a_folder_that_was_torn_is_made_anew(one_rank, tmp_path, monkeypatch):
+    make(tmp_path, 10)
+    monkeypatch.setattr(CheckpointManager, "save", lambda *args: None)
+    manager = manager_of(tmp_path, **SYNCHRONOUS)
+    manager.record = {"optimizer.name": "AdamW"}
+    manager.save(10)
+    assert [path.name for path in (tmp_path / "step-10").iterdir()] == ["trained_with.json"]
+    # A step that is not due is left alone.
+    manager.save(11)
+    assert not (tmp_path / "step-11").exists()

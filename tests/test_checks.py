@@ -3,17 +3,19 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed.checkpoint as dcp
 from runs import write_corpus
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torchtitan.experiments.lighthouse import FLAVORS
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.checks import check_config, load_config
+from torchtitan.models.llama3 import Transformer
 from torchtitan.tools import utils
 
 # A legal shape for two ranks of context parallelism.
@@ -28,20 +30,33 @@ def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of a small run on one rank."""
+    path = tmp_path_factory.mktemp("checkpoint") / "step-8"
+    state = {
+        "dataloader": {"dp_rank_0": pickle.dumps({"documents": 3}), "world_size": 1},
+        "train_state": {"step": 8, "ntokens_seen": 8},
+    }
+    dcp.save(
+        {**Transformer(FLAVORS["debugmodel"]).state_dict(), **state},
+        checkpoint_id=path,
+        no_dist=True,
+    )
+    return path
+
+
 @pytest.fixture
-def place(tmp_path, corpus) -> SimpleNamespace:
+def place(tmp_path, corpus, checkpoint) -> SimpleNamespace:
     """Paths that the cases name as {dump}, {corpus}, {empty} and so on."""
     empty, dump = tmp_path / "empty", tmp_path / "dump"
     empty.mkdir()
     dump.mkdir()
-    whole = tmp_path / "whole" / "step-8"
-    torn = tmp_path / "torn" / "step-8"
+    whole, torn = dump / "whole" / "step-8", dump / "torn" / "step-8"
     for path in (whole, torn):
-        path.mkdir(parents=True)
-        (path / "__0_0.distcp").write_bytes(b"data")
-    keys = ["dataloader.dp_rank_0", "dataloader.world_size", "optimizer.state"]
-    metadata = Metadata(dict.fromkeys(keys, BytesStorageMetadata()))
-    (whole / ".metadata").write_bytes(pickle.dumps(metadata))
+        shutil.copytree(checkpoint, path)
+    (torn / ".metadata").unlink()
+    (dump / "empty").mkdir()
     big = tmp_path / "big"
     big.mkdir()
     tokenizer = json.loads((Path(BYTE_TOKENIZER_PATH) / "tokenizer.json").read_text())
@@ -211,7 +226,7 @@ COMMAND_LINES = [
         "--lighthouse.stage1_steps 0 --lighthouse.topk 200",
         ("lighthouse.topk", "got 200", "nearest: 256"),
     ),
-    ("--training.seq_len 2047", ("training.seq_len", "= 16", "got 2047", "nearest: 2048")),
+    ("--training.seq_len 2047", ("training.seq_len", "= 16", "got 2047", "topk 128: 2048")),
     (
         "--lighthouse.topk 256",
         ("lighthouse.topk", "strata of at least 128", "got topk 256", "topk 128, or seq_len 4096"),
@@ -219,7 +234,7 @@ COMMAND_LINES = [
     ("--training.seq_len 1024", ("lighthouse.topk", "seq_len 1024", "or seq_len 2048")),
     (
         "--validation.enable --validation.seq_len 2047",
-        ("validation.seq_len", "= 16", "got 2047", "nearest: 2048"),
+        ("validation.seq_len", "= 16", "got 2047", "topk 128: 2048"),
     ),
     ("--validation.enable --validation.seq_len 1024", ("lighthouse.topk", "seq_len 1024")),
     (
@@ -270,27 +285,27 @@ COMMAND_LINES = [
         ("checkpoint.load_step must be -1", "got 8", "use -1"),
     ),
     (
-        "--checkpoint.enable --checkpoint.folder ../whole --checkpoint.load_step 7",
+        "--checkpoint.enable --checkpoint.folder whole --checkpoint.load_step 7",
         ("checkpoint.load_step must be -1", "got 7", "use -1"),
     ),
     (
-        "--checkpoint.enable --checkpoint.folder ../torn",
+        "--checkpoint.enable --checkpoint.folder torn",
         (
             "checkpoint.folder must hold a whole",
-            "only torn checkpoints (step-8)",
+            "only torn checkpoints (step-8: .metadata, which",
             "move the folder",
         ),
     ),
     (
-        "--checkpoint.enable --checkpoint.folder ../empty",
+        "--checkpoint.enable --checkpoint.folder empty",
         ("checkpoint.folder must hold a whole", "with no checkpoint", "move the folder"),
     ),
     (
         # It would be passed over.
-        "--checkpoint.enable --checkpoint.folder ../torn --checkpoint.initial_load_path {whole}",
+        "--checkpoint.enable --checkpoint.folder torn --checkpoint.initial_load_path {whole}",
         (
             "checkpoint.folder must hold a whole",
-            "only torn checkpoints (step-8)",
+            "only torn checkpoints (step-8: .metadata, which",
             "move the folder",
         ),
     ),
@@ -300,7 +315,7 @@ COMMAND_LINES = [
     ),
     (
         "--checkpoint.enable --checkpoint.initial_load_path {torn}",
-        ("checkpoint.initial_load_path must hold a whole", "{torn}", "name an older one"),
+        ("initial_load_path must hold a whole", "{torn}", ".metadata", "name an older one"),
     ),
     # Tokenizer.
     ("--model.hf_assets_path {nowhere}", ("model.hf_assets_path", "{nowhere}", "correct the path")),
@@ -427,7 +442,7 @@ def test_a_number_of_processes_that_fits_passes(place, world_size, args):
         ),
         (
             4,
-            "--checkpoint.enable --checkpoint.folder ../whole " + CP2,
+            "--checkpoint.enable --checkpoint.folder whole " + CP2,
             ("the data-parallel degree", "step-8, 1", "got 2", "start 2 processes", "dataloader"),
         ),
     ],
@@ -448,7 +463,7 @@ def test_a_ring_in_float32_is_refused_on_a_gpu(place, monkeypatch):
 
 def test_a_checkpoint_whose_metadata_is_torn_is_refused(place):
     (place.whole / ".metadata").write_bytes(b"torn")
-    parts = ("{whole}", "must have readable metadata", "move it away")
+    parts = ("initial_load_path must hold a whole", "{whole}", "cannot be read", "an older one")
     assert_refused(place, parts, "--checkpoint.enable --checkpoint.initial_load_path {whole}")
 
 

@@ -23,7 +23,7 @@ from runs import (
     train,
     write_corpus,
 )
-from torchtitan.experiments.lighthouse.checkpoint import checkpoint_steps
+from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
 from torchtitan.experiments.lighthouse.interruption import EXIT_CODE, SIGNALS, Interruption
 
 IN_STAGE_1, IN_STAGE_2 = STAGE1_STEPS - 1, STAGE1_STEPS + 2

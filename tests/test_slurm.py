@@ -19,7 +19,7 @@ import pytest
 import torch
 from runs import write_corpus
 from torchtitan.experiments.lighthouse import metrics
-from torchtitan.experiments.lighthouse.checkpoint import checkpoint_steps
+from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
@@ -391,8 +391,8 @@ def test_an_argument_is_nothing_but_a_value_to_the_trainer(cluster):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "usage: sbatch scripts/slurm/NAME.sbatch CONFIG [overrides ...]"),
-        (["--training.steps", "3"], "usage: sbatch"),
+        ([], "CONFIG must come first, got ''; sbatch scripts/slurm/NAME.sbatch CONFIG [overrides ...]"),
+        (["--training.steps", "3"], "CONFIG must come first"),
         (["missing.toml"], "CONFIG must be a TOML file, got 'missing.toml', which is none"),
         (
             ["train_configs/debug.toml", "--job.dump_folder", "elsewhere"],

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import metrics
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.checkpoint import checkpoint_steps
+from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
 from torchtitan.experiments.lighthouse.data import PackedTextDataset
 
 LIGHTHOUSE, DENSE = "LighthouseAttention", "ScaledDotProductAttentionWrapper"

@@ -1,23 +1,32 @@
-"""Checkpoints of a run in two stages: torchtitan's, with four differences.
+"""Checkpoints of a run in two stages: torchtitan's, with six differences.
 
 - One is saved at the stage switch, whatever the interval, and never purged: the last state
   trained with Lighthouse, from which a dense run can start.
-- Checkpoints count for `keep_latest_k` only if they are whole; torn ones older than the newest
-  whole one are removed with the old ones.
+- Checkpoints count for `keep_latest_k` only if they are whole (`checkpoint_files.py`); torn ones
+  older than the newest whole one are removed with the old ones. The newest whole one is loaded.
 - One can be saved at any step, when the run is asked to stop.
+- Each says what it was trained with (`provenance.py`).
 - A folder without a whole checkpoint stops the run: torchtitan would train from scratch.
+- A save that fails ends the run with one line that names the last good checkpoint.
 """
 
-import pickle
-import re
-import warnings
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.experiments.lighthouse.checkpoint_files import (
+    check_folder,
+    checkpoint_faults,
+    checkpoint_steps,
+)
+from torchtitan.experiments.lighthouse.provenance import write_record
+from torchtitan.experiments.lighthouse.stop import Stop
+from torchtitan.tools.logging import logger
 
 
 class TwoStageCheckpointManager(CheckpointManager):
@@ -32,11 +41,20 @@ class TwoStageCheckpointManager(CheckpointManager):
     wanted_step: int | None = None
     """A step that is saved whatever the interval."""
 
+    record: dict[str, Any] | None = None
+    """What checkpoints of this run are trained with."""
+
     @classmethod
-    def adopt(cls, manager: CheckpointManager, switch_step: int | None) -> None:
+    def adopt(
+        cls,
+        manager: CheckpointManager,
+        switch_step: int | None,
+        record: dict[str, Any] | None = None,
+    ) -> None:
         """Turn the manager that torchtitan's trainer has made into one of this class."""
         manager.__class__ = cls
         manager.switch_step = switch_step
+        manager.record = record
 
     def load(self, step: int = -1) -> bool:
         if self.enable:
@@ -44,9 +62,53 @@ class TwoStageCheckpointManager(CheckpointManager):
         return super().load(step)
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        if self._should_save(curr_step, last_step):
-            self.saved_step = curr_step
-        super().save(curr_step, last_step)
+        if not self._should_save(curr_step, last_step):
+            return
+        with self._loudly(f"the checkpoint of step {curr_step}"):
+            # The save before, if it still goes on, belongs to another folder.
+            self._async_wait()
+            if torch.distributed.get_rank() == 0:
+                self._prepare_folder(Path(self._create_checkpoint_id(curr_step)))
+            super().save(curr_step, last_step)
+        self.saved_step = curr_step
+
+    def _prepare_folder(self, path: Path) -> None:
+        """Make the folder of a checkpoint anew: of one that was torn no file may count as new.
+
+        Rank 0 does so before it takes part in planning, and the others write after that.
+        """
+        if path.exists():
+            shutil.rmtree(path)
+        if self.record is not None:
+            write_record(path, self.record)
+
+    @contextlib.contextmanager
+    def _loudly(self, what: str) -> Iterator[None]:
+        """A failure inside ends the run with one line."""
+        try:
+            yield
+        except (CheckpointException, OSError, RuntimeError) as error:
+            raise Stop(
+                f"{what} could not be saved ({_reason(error)}); {last_good(self.folder)}; see to "
+                "the space and the rights of its folder"
+            ) from error
+
+    def _async_wait(self) -> None:
+        with self._loudly("a checkpoint"):
+            super()._async_wait()
+
+    def _find_load_step(self, folder: str = "") -> int:
+        if folder:
+            return super()._find_load_step(folder)
+        faults = checkpoint_faults(self.folder)
+        newest = max((step for step, fault in faults.items() if fault is None), default=-1)
+        for step, fault in faults.items():
+            if step > newest:
+                logger.warning(
+                    f"{self._create_checkpoint_id(step)} is torn: {fault}; going on from "
+                    f"{self._create_checkpoint_id(newest)}, the newest whole checkpoint"
+                )
+        return newest
 
     def save_now(self, step: int) -> bool:
         """Save `step` unless it is saved, and wait until it is written.
@@ -80,76 +142,17 @@ class TwoStageCheckpointManager(CheckpointManager):
                 self.purge_queue.put(self._create_checkpoint_id(step))
 
 
-def checkpoint_steps(folder: str | Path) -> dict[int, bool]:
-    """Steps of the checkpoints in `folder`, ascending, and whether each is whole.
-
-    Distributed checkpoints write their metadata last: one without it is torn.
-    """
-    steps = {}
-    folder = Path(folder)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and path.is_dir():
-            steps[int(match.group(1))] = is_whole(path)
-    return dict(sorted(steps.items()))
+def last_good(folder: str | Path) -> str:
+    """The newest whole checkpoint in `folder`, as part of a sentence."""
+    whole = [step for step, is_whole in checkpoint_steps(folder).items() if is_whole]
+    if not whole:
+        return "there is no good checkpoint"
+    return f"the last good checkpoint is {Path(folder) / f'step-{whole[-1]}'}"
 
 
-def is_whole(path: str | Path) -> bool:
-    """Whether the checkpoint in the folder `path` was written to its end."""
-    return any(
-        (Path(path) / name).is_file() for name in (".metadata", "model.safetensors.index.json")
-    )
-
-
-def data_parallel_degree(path: str | Path) -> int | None:
-    """Data-parallel ranks whose data position the whole checkpoint `path` holds; None if none.
-
-    Raises:
-        ValueError: its metadata cannot be read.
-    """
-    return sum(key.startswith("dataloader.dp_rank_") for key in _keys(path)) or None
-
-
-def prepared_position(path: str | Path) -> dict[str, Any] | None:
-    """Data position in prepared data, of all ranks, that the checkpoint `path` holds, or None.
-
-    Raises:
-        ValueError: its metadata cannot be read.
-    """
-    prefix = "dataloader."
-    names = [key.removeprefix(prefix) for key in _keys(path) if key.startswith(prefix)]
-    if "windows" not in names:
-        return None
-    state = {"dataloader": dict.fromkeys(names, "")}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, storage_reader=FileSystemReader(path), no_dist=True)
-    return state["dataloader"]
-
-
-def _keys(path: str | Path) -> list[str]:
-    """What a checkpoint holds, by name: nothing where it is none."""
-    if not (Path(path) / ".metadata").is_file():
-        return []
-    try:
-        return list(FileSystemReader(path).read_metadata().state_dict_metadata)
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-        raise ValueError(
-            f"the checkpoint {str(path)!r} must have readable metadata, got {error!r}; move it "
-            "away, and an older one is used"
-        ) from None
-
-
-def check_folder(folder: str | Path) -> None:
-    """Raise ValueError if `folder` exists but holds no whole checkpoint."""
-    if not Path(folder).exists():
-        return
-    steps = checkpoint_steps(folder)
-    if any(steps.values()):
-        return
-    found = ", ".join(f"step-{step}" for step in steps)
-    state = f"only torn checkpoints ({found})" if found else "no checkpoint"
-    raise ValueError(
-        f"checkpoint.folder must hold a whole checkpoint if it exists, got {str(folder)!r} with "
-        f"{state}; move the folder away to start from step 0 or from initial_load_path"
-    )
+def _reason(error: BaseException) -> str:
+    """The error of the first rank that had one, in one line."""
+    if isinstance(error, CheckpointException):
+        rank, (error, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_reason(error)}"
+    return f"{type(error).__name__}: {error}".split("\n")[0]

@@ -6,7 +6,10 @@ Each breach is one `ValueError` of one line: the field, the rule, the value, and
 
 import contextlib
 import difflib
+import importlib.util
 import io
+import math
+import os
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,26 +17,47 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import tomli
-from tokenizers import Tokenizer
-from torchtitan.config import ConfigManager
+from torchtitan.config import ConfigManager, LRScheduler
 from torchtitan.experiments.lighthouse import FLAVORS, MODEL_NAME, hugging_face
-from torchtitan.experiments.lighthouse.checkpoint import (
+from torchtitan.experiments.lighthouse.checkpoint_files import (
     check_folder,
+    check_safe,
     checkpoint_steps,
     data_parallel_degree,
+    fault,
+    holds_training_state,
     is_whole,
     prepared_position,
 )
+from torchtitan.experiments.lighthouse.command_line import check_output_folder, open_tokenizer
 from torchtitan.experiments.lighthouse.data import check_data
 from torchtitan.experiments.lighthouse.job_config import JobConfig
 from torchtitan.experiments.lighthouse.prepared import PreparedDataset, check_prepared
+from torchtitan.experiments.lighthouse.provenance import FIELDS, check_checkpoint
 from torchtitan.tools import utils
 
+from lighthouse.config import nearest_multiple
 from lighthouse.context_parallel import CHUNKS_PER_RANK
 from lighthouse.sdpa import LONGEST_EFFICIENT
 
 TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """What a checkpoint holds beside the model, by torchtitan's names."""
+
+IN_THE_RUN = (
+    "checkpoint.folder",
+    "comm.save_traces_folder",
+    "job.save_config_file",
+    "metrics.save_tb_folder",
+    "profiling.save_memory_snapshot_folder",
+    "profiling.save_traces_folder",
+)
+"""Paths that torchtitan appends to job.dump_folder."""
+
+NOT_OURS = (
+    "fault_tolerance.enable",
+    "memory_estimation.enable",
+)
+"""Switches of torchtitan for programs of its own: here they would be passed over."""
 
 _NO_CUSTOM_CONFIG = (
     "job.custom_config_module must be empty, since the configuration is this package's own, "
@@ -61,6 +85,14 @@ def load_config(args: list[str]) -> JobConfig:
             return manager.parse_args(args)
     except ImportError as error:
         raise ValueError(_NO_CUSTOM_CONFIG.format(error)) from None
+    except Exception as error:
+        # torchtitan's own rule for old tokenizers has no type of its own.
+        if type(error) is not Exception:
+            raise
+        raise ValueError(
+            "model.hf_assets_path must be a folder with tokenizer.json, got the file of an old "
+            "tokenizer.model; name the folder of the new one"
+        ) from None
     except SystemExit:
         # The parser draws a box around what it has to say, and lines inside it.
         words = " ".join(re.sub(r"[^\x20-\x7e]+", " ", message.getvalue()).split())
@@ -82,10 +114,13 @@ def check_config(
         ValueError: the first rule that is broken.
     """
     device_type = device_type or utils.device_type
+    _check_numbers(config)
     _check_model(config)
     _check_training(config, device_type)
-    _check_choice("optimizer.name", config.optimizer.name, ["Adam", "AdamW"])
+    _check_optimizer(config)
     _check_parallelism(config, world_size)
+    _check_computing(config, device_type)
+    _check_surroundings(config, device_type, is_start)
     _check_lighthouse(config)
     _check_context_parallel(config, device_type)
     if is_start or Path(config.model.hf_assets_path).exists():
@@ -119,7 +154,35 @@ def _check_training(config: JobConfig, device_type: str) -> None:
             f"{LONGEST_EFFICIENT} tokens, got 'float32', for which no fused attention is right at "
             "that length; set it to bfloat16"
         )
+    _require(
+        training.max_norm > 0,
+        "training.max_norm",
+        "above 0",
+        training.max_norm,
+        "1.0 is common, inf clips nothing",
+    )
+    _check_at_least("training.gc_freq", training.gc_freq, 1)
     _check_at_least("metrics.log_freq", config.metrics.log_freq, 1)
+    seed = config.debug.seed
+    _require(
+        seed is None or 0 <= seed < 2**64,
+        "debug.seed",
+        "from 0 to 2**64 - 1",
+        seed,
+        "use such a number, or leave it out for a random one",
+    )
+    for section in ["training"] + ["validation"] * validation.enable:
+        loading = getattr(config, section).dataloader
+        if loading.prefetch_factor is not None:
+            name = f"{section}.dataloader.prefetch_factor"
+            _check_at_least(name, loading.prefetch_factor, 1)
+            _require(
+                loading.num_workers > 0,
+                name,
+                "left out without workers",
+                loading.prefetch_factor,
+                f"set {section}.dataloader.num_workers to 1",
+            )
     if validation.enable:
         _check_at_least("validation.steps", validation.steps, 1)
         _check_at_least("validation.freq", validation.freq, 1)
@@ -131,8 +194,231 @@ def _check_training(config: JobConfig, device_type: str) -> None:
             )
 
 
+def _check_optimizer(config: JobConfig) -> None:
+    optimizer, scheduler = config.optimizer, config.lr_scheduler
+    _check_choice("optimizer.name", optimizer.name, ["Adam", "AdamW"])
+    for name, value in (("lr", optimizer.lr), ("eps", optimizer.eps)):
+        example = "1e-3" if name == "lr" else "1e-8"
+        _require(
+            0 < value < math.inf,
+            f"optimizer.{name}",
+            "a finite number above 0",
+            value,
+            f"{example} is common",
+        )
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        _require(
+            0 <= value < 1,
+            f"optimizer.{name}",
+            "at least 0 and less than 1",
+            value,
+            "0.9 and 0.95 are common",
+        )
+    _require(
+        0 <= optimizer.weight_decay < math.inf,
+        "optimizer.weight_decay",
+        "a finite number of at least 0",
+        optimizer.weight_decay,
+        "0.1 is common",
+    )
+    _require(
+        not optimizer.early_step_in_backward,
+        "optimizer.early_step_in_backward",
+        "false",
+        "true",
+        "remove it: gradients would neither be clipped nor accumulated",
+    )
+    _check_at_least("lr_scheduler.warmup_steps", scheduler.warmup_steps, 0)
+    steps = config.training.steps
+    total_steps = steps if scheduler.total_steps is None else scheduler.total_steps
+    _require(
+        # Behind its end the rate would be negative, or the program end.
+        total_steps >= steps,
+        "lr_scheduler.total_steps",
+        f"at least training.steps, {steps}",
+        total_steps,
+        "raise it or leave it out",
+    )
+    _require(
+        # The default is one for long runs; torchtitan says how it shortens it.
+        scheduler.warmup_steps <= max(total_steps, LRScheduler.warmup_steps),
+        "lr_scheduler.warmup_steps",
+        f"at most the {total_steps} steps of the schedule",
+        scheduler.warmup_steps,
+        "lower it, or raise training.steps",
+    )
+    ratio, factor = scheduler.decay_ratio, scheduler.min_lr_factor
+    _require(
+        ratio is None or 0 <= ratio <= 1,
+        "lr_scheduler.decay_ratio",
+        "from 0 to 1",
+        ratio,
+        "give the decay as a part of all steps",
+    )
+    _require(
+        0 <= factor <= 1,
+        "lr_scheduler.min_lr_factor",
+        "from 0 to 1",
+        factor,
+        "give the last learning rate as a part of optimizer.lr",
+    )
+
+
+def _check_computing(config: JobConfig, device_type: str) -> None:
+    """Compilation, activation checkpointing, converters."""
+    compiling, checkpointing = config.compile, config.activation_checkpoint
+    for name in compiling.components:
+        _check_choice("compile.components", name, ["model", "loss"])
+    compiles_model = compiling.enable and "model" in compiling.components
+    if compiling.enable and compiling.backend != "inductor":
+        # Imported here, for it takes a while.
+        from torch._dynamo import list_backends
+
+        _check_choice("compile.backend", compiling.backend, list_backends(None))
+    option = checkpointing.selective_ac_option
+    _require(
+        option == "op" or (option.isdecimal() and int(option) > 0),
+        "activation_checkpoint.selective_ac_option",
+        "'op' or a number of at least 1",
+        option,
+        "use 2 for every second layer",
+    )
+    _require(
+        0 <= checkpointing.memory_budget <= 1,
+        "activation_checkpoint.memory_budget",
+        "from 0 to 1",
+        checkpointing.memory_budget,
+        "0.5 is the default",
+    )
+    _require(
+        checkpointing.mode != "memory_budget" or compiles_model,
+        "activation_checkpoint.mode",
+        "selective, full or none unless the model is compiled",
+        checkpointing.mode,
+        "set compile.enable to true, with 'model' in compile.components",
+    )
+    checks = ["default", "none"]
+    _check_choice(
+        "activation_checkpoint.determinism_check", checkpointing.determinism_check, checks
+    )
+    _require(
+        compiles_model or not config.parallelism.enable_async_tensor_parallel,
+        "parallelism.enable_async_tensor_parallel",
+        "false unless the model is compiled",
+        "true",
+        "set compile.enable to true, with 'model' in compile.components",
+    )
+    for name in config.model.converters:
+        _check_choice("model.converters", name, ["quantize.linear.float8", "quantize.linear.mx"])
+        is_emulated = name.endswith("float8") and config.quantize.linear.float8.emulate
+        _require(
+            device_type != "cpu" or (is_emulated and not compiles_model),
+            "model.converters",
+            "left out on a CPU, which has no such arithmetic",
+            name,
+            "remove it",
+        )
+        _require(
+            importlib.util.find_spec("torchao") is not None,
+            "model.converters",
+            "left out without the package torchao",
+            name,
+            "pip install torchao, or remove it",
+        )
+
+
+def _check_surroundings(config: JobConfig, device_type: str, is_start: bool) -> None:
+    """Where a run writes, what it records beside its metrics, and how its processes talk."""
+    job, comm, profiling = config.job, config.comm, config.profiling
+    _require(
+        job.dump_folder != "",
+        "job.dump_folder",
+        "the name of a folder",
+        job.dump_folder,
+        "name one, or leave it out for ./outputs",
+    )
+    for name in IN_THE_RUN:
+        path = _value_of(config, name)
+        if path is not None:
+            top = os.path.normpath(path).split(os.sep)[0]
+            _require(
+                # Of an absolute path nothing is before the first separator.
+                path != "" and top not in ("", ".", ".."),
+                name,
+                "a path inside job.dump_folder",
+                path,
+                "name one without a leading / or ..",
+            )
+    if is_start:
+        check_output_folder("job.dump_folder", job.dump_folder)
+    if profiling.enable_profiling or profiling.enable_memory_snapshot:
+        _check_at_least("profiling.profile_freq", profiling.profile_freq, 1)
+    if profiling.enable_profiling:
+        _check_at_least("profiling.profiler_active", profiling.profiler_active, 1)
+        _check_at_least("profiling.profiler_warmup", profiling.profiler_warmup, 0)
+        _check_at_least(
+            "profiling.profile_freq",
+            profiling.profile_freq,
+            profiling.profiler_active + profiling.profiler_warmup,
+        )
+    for name in ("enable_profiling", "enable_memory_snapshot"):
+        _require(
+            device_type != "cpu" or not getattr(profiling, name),
+            f"profiling.{name}",
+            "false on a CPU, where torchtitan's profiler ends",
+            "true",
+            "remove it",
+        )
+    checkpoint = config.checkpoint
+    _require(
+        device_type != "cpu" or checkpoint.async_mode != "async_with_pinned_mem",
+        "checkpoint.async_mode",
+        "disabled or async on a CPU, which pins no memory",
+        checkpoint.async_mode,
+        "use async",
+    )
+    for name in ("init_timeout_seconds", "train_timeout_seconds"):
+        _check_at_least(f"comm.{name}", getattr(comm, name), 1)
+    _check_at_least("comm.trace_buf_size", comm.trace_buf_size, 0)
+    _check_choice("comm.mode", comm.mode, ["default", "fake_backend"])
+    if is_start and comm.mode == "fake_backend":
+        _require(
+            os.environ.get("NGPU", "").isdecimal(),
+            "comm.mode",
+            "default unless NGPU is the number of processes to play",
+            comm.mode,
+            "set the variable NGPU",
+        )
+    for name in NOT_OURS:
+        remedy = "scripts/plan.py says what a run needs" if "memory" in name else "remove it"
+        _require(not _value_of(config, name), name, "false, for it has no effect", "true", remedy)
+    module = config.experimental.custom_import
+    if is_start and module:
+        try:
+            is_there = importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError):
+            is_there = False
+        _require(
+            is_there,
+            "experimental.custom_import",
+            "a module that can be imported",
+            module,
+            "correct the name, or set PYTHONPATH",
+        )
+
+
 def _check_parallelism(config: JobConfig, world_size: int) -> None:
     parallelism = config.parallelism
+    for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
+        degree = getattr(parallelism, name)
+        _require(
+            degree == 1,
+            f"parallelism.{name}",
+            "1, since no flavor has experts",
+            degree,
+            "remove it",
+        )
     _check_at_least("parallelism.context_parallel_degree", parallelism.context_parallel_degree, 1)
     if parallelism.pipeline_parallel_degree != 1:
         raise ValueError(
@@ -160,17 +446,36 @@ def _check_parallelism(config: JobConfig, world_size: int) -> None:
     others = replicate * parallelism.context_parallel_degree * tensor_parallel
     shard = parallelism.data_parallel_shard_degree
     if world_size % others or shard not in (-1, world_size // others):
-        fitting = f"-1 or {world_size // others}" if world_size % others == 0 else "-1"
-        processes = f"a multiple of {others}" if others > 1 else f"{shard}"
+        remedies = []
+        if world_size % others == 0:
+            remedies.append(f"set it to -1 or {world_size // others}")
+        if shard >= 1:
+            remedies.append(f"start {shard * others} processes")
+        elif world_size % others:
+            remedies.append(f"start a multiple of {others} processes")
         raise ValueError(
             "parallelism.data_parallel_shard_degree times the other degrees must be the number of "
-            f"processes, got {shard} times {others} for {world_size}; set it to {fitting}, or "
-            f"start {processes} processes"
+            f"processes, got {shard} times {others} for {world_size}; {', or '.join(remedies)}"
         )
+    num_shards = world_size // others * parallelism.context_parallel_degree
+    _require(
+        replicate == 1 or num_shards > 1 or tensor_parallel == 1,
+        "parallelism.data_parallel_replicate_degree",
+        "1 with tensor parallelism unless parameters are sharded, too",
+        replicate,
+        f"set it to 1, or start more than {world_size} processes",
+    )
+    _require(
+        num_shards > 1 or not config.training.enable_cpu_offload,
+        "training.enable_cpu_offload",
+        "false where parameters are not sharded",
+        "true",
+        "remove it, or start more processes",
+    )
     per_step = config.training.local_batch_size * replicate * (world_size // others)
     global_batch = config.training.global_batch_size
     if global_batch != -1 and (global_batch < 1 or global_batch % per_step):
-        nearest = max(1, round(global_batch / per_step)) * per_step
+        nearest = nearest_multiple(global_batch, per_step)
         raise ValueError(
             "training.global_batch_size must be a multiple of local_batch_size times the data "
             f"parallel degree, {per_step}, got {global_batch}; nearest: {nearest}, or -1"
@@ -205,13 +510,26 @@ def _check_lighthouse(config: JobConfig) -> None:
         attention = lighthouse.attention_config()
     except ValueError as error:
         raise ValueError(f"lighthouse.{error}") from None
-    if lighthouse.stage1_steps == 0:
-        return
     degree = config.parallelism.context_parallel_degree
     num_chunks = degree * CHUNKS_PER_RANK[lighthouse.context_parallel] if degree > 1 else 1
+    # torchtitan asks for the factor of two, in training, whatever the scheme and the degrees.
+    divisor = 2 * degree * config.parallelism.tensor_parallel_degree
     for section in ["training"] + ["validation"] * config.validation.enable:
+        seq_len = getattr(config, section).seq_len
+        is_cut = divisor > 2 or (section == "training" and lighthouse.stage1_steps == 0)
+        if is_cut and seq_len % divisor:
+            nearest = None
+            if lighthouse.stage1_steps != 0:
+                nearest = attention.nearest_seq_len(seq_len, num_chunks, divisor)
+            raise ValueError(
+                f"{section}.seq_len must be a multiple of twice the context and tensor parallel "
+                f"degrees, {divisor}, got {seq_len}; nearest: "
+                f"{nearest or nearest_multiple(seq_len, divisor)}"
+            )
+        if lighthouse.stage1_steps == 0:
+            continue
         try:
-            attention.check_seq_len(getattr(config, section).seq_len, num_chunks)
+            attention.check_seq_len(seq_len, num_chunks, divisor)
         except ValueError as error:
             owner = section if str(error).startswith("seq_len") else "lighthouse"
             raise ValueError(f"{owner}.{error}") from None
@@ -220,16 +538,6 @@ def _check_lighthouse(config: JobConfig) -> None:
 def _check_context_parallel(config: JobConfig, device_type: str) -> None:
     parallelism, lighthouse = config.parallelism, config.lighthouse
     degree, scheme = parallelism.context_parallel_degree, lighthouse.context_parallel
-    # torchtitan asks for the factor of two, in training, whatever the scheme and the degrees.
-    divisor = 2 * degree * parallelism.tensor_parallel_degree
-    for section in ["training"] + ["validation"] * (config.validation.enable and divisor > 2):
-        seq_len = getattr(config, section).seq_len
-        if seq_len % divisor:
-            nearest = max(1, round(seq_len / divisor)) * divisor
-            raise ValueError(
-                f"{section}.seq_len must be a multiple of twice the context and tensor parallel "
-                f"degrees, {divisor}, got {seq_len}; nearest: {nearest}"
-            )
     _check_choice("lighthouse.context_parallel", scheme, list(CHUNKS_PER_RANK))
     _check_choice(
         "parallelism.context_parallel_rotate_method",
@@ -302,6 +610,8 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
             "checkpoint.last_save_model_only must be false for a run that ends in stage 1, got "
             "true: the dense stage could not go on without the optimizer; set it to false"
         )
+    for name in checkpoint.accept_changes:
+        _check_choice("checkpoint.accept_changes", name, list(FIELDS))
     for name in checkpoint.exclude_from_loading:
         _check_choice("checkpoint.exclude_from_loading", name, sorted({*TRAINING_STATE, "model"}))
     lost = TRAINING_STATE & set(checkpoint.exclude_from_loading)
@@ -322,13 +632,16 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
     initial = checkpoint.initial_load_path
     if initial is None and checkpoint.initial_load_in_hf:
         initial = config.model.hf_assets_path
+    parallelism = config.parallelism
+    degree = world_size // (
+        parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    )
     if folder.exists():
         steps = checkpoint_steps(folder)
         newest = max(step for step, is_whole in steps.items() if is_whole)
         step = newest if checkpoint.load_step == -1 else checkpoint.load_step
         # Of a seed checkpoint, step 0, the model alone is loaded.
-        if step:
-            _check_data_position(config, folder / f"step-{step}", world_size)
+        _check_load(config, folder / f"step-{step}", degree, step or None, model_only=not step)
         return
     if initial is None:
         return
@@ -341,16 +654,36 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
         flavor = config.model.flavor
         hugging_face.check_flavor(initial, FLAVORS[flavor], flavor)
         return
-    if not is_whole(initial):
+    if torn := fault(initial):
         raise ValueError(
-            f"checkpoint.initial_load_path must hold a whole checkpoint, got {initial!r}, which is "
-            "torn or none; name an older one"
+            f"checkpoint.initial_load_path must hold a whole checkpoint, got {initial!r}: {torn}; "
+            "name an older one"
         )
-    if not checkpoint.initial_load_model_only:
-        _check_data_position(config, Path(initial), world_size)
+    _check_load(config, Path(initial), degree, None, checkpoint.initial_load_model_only)
 
 
-def _check_data_position(config: JobConfig, path: Path, world_size: int) -> None:
+def _check_load(
+    config: JobConfig, path: Path, degree: int, step: int | None, model_only: bool
+) -> None:
+    """The whole checkpoint `path` must be one to go on from, with `degree` data-parallel ranks.
+
+    Args:
+        step: of the checkpoint, where it is the run's own; None for one of another run.
+        model_only: whether the parameters alone are loaded.
+    """
+    check_safe(path)
+    if not model_only and not holds_training_state(path):
+        raise ValueError(
+            f"the checkpoint {str(path)!r} must hold the state of training to go on from it, got "
+            "the model alone; name an older one with checkpoint.load_step, or start another "
+            "job.dump_folder from it with checkpoint.initial_load_path and initial_load_model_only"
+        )
+    check_checkpoint(path, config, degree, step, model_only)
+    if not model_only:
+        _check_data_position(config, path, degree)
+
+
+def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
     """A checkpoint holds the one position of all ranks in prepared data, for any number of them;
     otherwise the data position of each data-parallel rank, for as many ranks alone."""
     if "dataloader" in config.checkpoint.exclude_from_loading:
@@ -368,15 +701,15 @@ def _check_data_position(config: JobConfig, path: Path, world_size: int) -> None
     if position is not None:
         PreparedDataset(training.dataset_path, training.seq_len).load_state_dict(position)
         return
-    parallelism = config.parallelism
-    model_parallel = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
-    degree = world_size // model_parallel
     if saved not in (None, degree):
+        parallelism = config.parallelism
+        model_parallel = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
         raise ValueError(
             f"the data-parallel degree must be that of {path}, {saved}, to go on at its data "
-            f"position, got {degree}: {world_size} processes over context times tensor parallel "
-            f"{model_parallel}; start {saved * model_parallel} processes or change those degrees, "
-            'or begin the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
+            f"position, got {degree}: {degree * model_parallel} processes over context times "
+            f"tensor parallel {model_parallel}; start {saved * model_parallel} processes or change "
+            "those degrees, or begin the data anew with "
+            'checkpoint.exclude_from_loading = ["dataloader"]'
         )
 
 
@@ -387,19 +720,22 @@ def _check_tokenizer(config: JobConfig) -> None:
             f"model.hf_assets_path must be a folder with a tokenizer, got {str(path)!r}, which is "
             "none; correct the path, or leave the field out for the byte tokenizer"
         )
-    tokenizer = path / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise ValueError(
-            f"model.hf_assets_path must hold tokenizer.json, got {str(path)!r} without it; "
-            "download the tokenizer of the model into it"
-        )
-    size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+    found = open_tokenizer("model.hf_assets_path", path)
+    size = found.get_vocab_size()
     vocab_size = FLAVORS[config.model.flavor].vocab_size
     if size > vocab_size:
         raise ValueError(
             f"model.hf_assets_path must hold a tokenizer of at most {vocab_size} tokens for flavor "
             f"{config.model.flavor}, got {size} tokens; choose another flavor or tokenizer"
         )
+    largest = max(found.get_vocab().values(), default=0)
+    _require(
+        largest < vocab_size,
+        "model.hf_assets_path",
+        f"a tokenizer with ids less than the {vocab_size} of flavor {config.model.flavor}",
+        largest,
+        "choose another flavor or tokenizer",
+    )
 
 
 def _check_prepared(config: JobConfig) -> None:
@@ -409,6 +745,42 @@ def _check_prepared(config: JobConfig) -> None:
         if options.dataset == "prepared":
             path = config.model.hf_assets_path
             check_prepared(options.dataset_path, section, path, vocab_size)
+
+
+class _Digits(int):
+    """Written in short: Python refuses to write thousands of digits."""
+
+    def __repr__(self) -> str:
+        return f"{'-' * (self < 0)}2**{self.bit_length() - 1} or more"
+
+
+def _check_numbers(config: JobConfig) -> None:
+    """No rule below has to think of what is no number, or of one beyond 64 bits."""
+    for name, _ in _leaves(JobConfig):
+        value = _value_of(config, name)
+        if isinstance(value, float):
+            _require(not math.isnan(value), name, "a number", value, "write one")
+        elif isinstance(value, int) and name != "debug.seed":
+            _require(
+                -(2**63) <= value < 2**63,
+                name,
+                "a number of 64 bits",
+                _Digits(value),
+                "write a smaller one",
+            )
+
+
+def _value_of(config: JobConfig, name: str) -> Any:
+    """The value of a field by its name, as `training.steps`."""
+    value = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _require(is_right: bool, name: str, rule: str, value: Any, remedy: str) -> None:
+    if not is_right:
+        raise ValueError(f"{name} must be {rule}, got {value!r}; {remedy}")
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
@@ -438,18 +810,32 @@ def _check_flags(args: list[str]) -> None:
 
 
 def _flag_value(args: list[str], flag: str) -> str | None:
+    """The value of a flag with underscores in its name, or None; it may stand there once."""
+    values = []
     for i, arg in enumerate(args):
-        name, _, value = arg.partition("=")
+        name, is_joined, value = arg.partition("=")
         if name.replace("config-file", "config_file") == flag:
-            if not value and i + 1 == len(args):
+            if not is_joined:
+                value = args[i + 1] if i + 1 < len(args) else ""
+            if not value:
                 raise ValueError(f"command line: {flag} must be followed by a file; name one")
-            return value or args[i + 1]
-    return None
+            values.append(value)
+    if len(values) > 1:
+        raise ValueError(
+            f"command line: {flag} must be given once, got {' and '.join(values)}; name one file"
+        )
+    return values[0] if values else None
 
 
 def _check_toml(path: str) -> None:
+    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
+        # Read twice, here and by torchtitan, and a pipe is empty then.
+        raise ValueError(
+            f"job.config_file must be a regular file, got {path!r}, which is a pipe or a device; "
+            "write it to a file"
+        )
     try:
-        values = tomli.loads(Path(path).read_text())
+        values = tomli.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"job.config_file must be a readable file, got {path!r} ({error}); correct the path"
@@ -458,6 +844,11 @@ def _check_toml(path: str) -> None:
         raise ValueError(
             f"job.config_file must be valid TOML, got {path!r} ({error}); correct the line"
         ) from None
+    if not values:
+        raise ValueError(
+            f"job.config_file must set a field, got {path!r}, which is empty; correct the path, or "
+            "leave it out for the defaults"
+        )
     _check_section("", values, JobConfig, path)
 
 

@@ -89,6 +89,10 @@ class Training(titan.Training):
     """Tokens whose logits exist at a time while the loss and its gradient are computed.
     0: those of the whole sequence."""
 
+    max_skipped_steps: int = 0
+    """Steps of a process whose loss or gradient is not finite that are left out of training; one
+    more stops the run."""
+
 
 @dataclass
 class Validation(titan.Validation):
@@ -107,6 +111,10 @@ class Checkpoint(titan.Checkpoint):
     # A checkpoint without its optimizer cannot go on in stage 2.
     last_save_model_only: bool = False
     initial_load_model_only: bool = False
+
+    accept_changes: list[str] = field(default_factory=list)
+    """Fields that may differ from those a checkpoint was trained with when a run goes on from it,
+    such as lighthouse.topk; see provenance.py."""
 
 
 @dataclass

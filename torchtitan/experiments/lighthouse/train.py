@@ -29,8 +29,11 @@ from torchtitan.experiments.lighthouse.context_parallel import (
     shard_batch,
     use_context_parallel,
 )
+from torchtitan.experiments.lighthouse.finite import FiniteSteps
 from torchtitan.experiments.lighthouse.job_config import JobConfig
 from torchtitan.experiments.lighthouse.metrics import SWITCH
+from torchtitan.experiments.lighthouse.provenance import record_of
+from torchtitan.experiments.lighthouse.stop import Stop
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
@@ -82,8 +85,13 @@ class TwoStageTrainer(Trainer):
             )
         has_switch = 0 < lighthouse.stage1_steps < training.steps
         TwoStageCheckpointManager.adopt(
-            self.checkpointer, switch_step=lighthouse.stage1_steps if has_switch else None
+            self.checkpointer,
+            switch_step=lighthouse.stage1_steps if has_switch else None,
+            record=record_of(
+                job_config, self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+            ),
         )
+        self.finite_steps = FiniteSteps(self)
 
     def post_dataloading_process(self, input_dict, labels):
         # A dictionary of tokens alone comes from our data loader.
@@ -100,6 +108,11 @@ class TwoStageTrainer(Trainer):
                 with self.train_context(), self.maybe_enable_amp:
                     figures = telemetry.measure_layers(model, self._last_inputs)
                 self.metrics_processor.logger.log(figures, self.step)
+
+    def forward_backward_step(self, **batch) -> torch.Tensor:
+        loss = super().forward_backward_step(**batch)
+        self.finite_steps.see(loss)
+        return loss
 
     def should_continue_training(self) -> bool:
         # Between two steps: after everything of the last, before the data of the next.
@@ -197,6 +210,10 @@ def main(args: list[str] | None = None) -> None:
             trainer.checkpointer.save(0, last_step=True)
         else:
             trainer.train()
+    except Stop as stop:
+        if os.environ["RANK"] == "0":
+            print(f"error: {stop}", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         if trainer is not None:
             trainer.close()

@@ -18,12 +18,17 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import FLAVORS, hugging_face
 from torchtitan.experiments.lighthouse.backend import use_fused_attention
-from torchtitan.experiments.lighthouse.checkpoint import checkpoint_steps
+from torchtitan.experiments.lighthouse.checkpoint_files import (
+    METADATA,
+    check_safe,
+    checkpoint_steps,
+)
+from torchtitan.experiments.lighthouse.command_line import open_tokenizer
 from torchtitan.experiments.lighthouse.job_config import SAVED_CONFIG, Lighthouse
+from torchtitan.experiments.lighthouse.provenance import shape_difference
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 
@@ -110,12 +115,14 @@ def open_trained(
         ValueError: no model, one of another flavor, or one of which something must be named.
     """
     folder = Path(folder)
-    if (folder / ".metadata").is_file():
+    if (folder / METADATA).is_file():
+        check_safe(folder)
         settings = _saved_config(folder)
         model = settings.get("model", {})
         flavor = _flavor_of(folder, flavor or model.get("flavor"))
         args = FLAVORS[flavor]
-        max_seq_len = max_seq_len or settings.get("training", {}).get("seq_len")
+        if max_seq_len is None:
+            max_seq_len = settings.get("training", {}).get("seq_len")
         tokenizer_path = tokenizer_path or model.get("hf_assets_path")
     elif (folder / hugging_face.CONFIG).is_file():
         settings = {}
@@ -126,7 +133,7 @@ def open_trained(
             )
         hugging_face.check_installed()
         args = hugging_face.from_config(folder)
-        max_seq_len = max_seq_len or args.max_seq_len
+        max_seq_len = args.max_seq_len if max_seq_len is None else max_seq_len
         tokenizer_path = tokenizer_path or str(folder)
     else:
         steps = [f"step-{step}" for step, whole in checkpoint_steps(folder).items() if whole]
@@ -144,11 +151,9 @@ def open_trained(
                 f"{name} must be given for {str(folder)!r}, whose run kept no {SAVED_CONFIG}, got "
                 f"none; add {name} with {field} of the run"
             )
-    if not (Path(tokenizer_path) / "tokenizer.json").is_file():
-        raise ValueError(
-            f"--tokenizer must be a folder that holds tokenizer.json, got {tokenizer_path!r}; name "
-            "the one the model was trained with"
-        )
+    if max_seq_len < 1:
+        raise ValueError(f"--max-seq-len must be at least 1, got {max_seq_len}; use 1 or more")
+    open_tokenizer("--tokenizer", tokenizer_path)
     saved, known = settings.get("lighthouse", {}), dataclasses.fields(Lighthouse)
     return TrainedModel(
         folder=folder,
@@ -187,8 +192,7 @@ def _flavor_of(checkpoint: Path, flavor: str | None) -> str:
             f"--flavor must be one of {', '.join(FLAVORS)}, got {flavor!r}; choose the one of the "
             "run"
         )
-    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    differences = {name: _difference(metadata, args) for name, args in FLAVORS.items()}
+    differences = {name: shape_difference(checkpoint, args) for name, args in FLAVORS.items()}
     fitting = [name for name, difference in differences.items() if difference is None]
     remedy = f"use {' or '.join(fitting)}" if fitting else "add its flavor to FLAVORS"
     if flavor is None and len(fitting) != 1:
@@ -202,18 +206,3 @@ def _flavor_of(checkpoint: Path, flavor: str | None) -> str:
             f"{differences[flavor]}; {remedy}"
         )
     return flavor or fitting[0]
-
-
-def _difference(metadata: dict[str, Any], args: TransformerModelArgs) -> str | None:
-    """Where a checkpoint with `metadata` first differs from the model of `args`, in words."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Transformer(args).named_parameters()}
-    for name, shape in shapes.items():
-        if name not in metadata:
-            return f"{name} is not in the checkpoint"
-        if metadata[name].size != shape:
-            return f"{name} is {list(shape)} and in the checkpoint {list(metadata[name].size)}"
-    layers = {name for name in metadata if name.startswith("layers.")}
-    if layers - shapes.keys():
-        return f"layers are {args.n_layers}, fewer than in the checkpoint"
-    return None

@@ -1,0 +1,172 @@
+"""What a checkpoint was trained with: a run goes on from it with the same, or says what differs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from runs import command_line, train, write_corpus
+from torchtitan.experiments.lighthouse import FLAVORS, checks
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.provenance import (
+    FIELDS,
+    FILE_NAME,
+    record_of,
+    write_record,
+)
+from torchtitan.models.llama3 import Transformer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, Path]:
+    """A run of 7 steps that ended after 2 of its 3 with Lighthouse; its folder and its corpus."""
+    folder = tmp_path_factory.mktemp("run")
+    corpus = write_corpus(folder / "corpus")
+    train(command_line(folder / "run", corpus, training__steps=2, lighthouse__stage1_steps=-1))
+    # As if it had been meant to switch.
+    path = folder / "run" / "checkpoint" / "step-2"
+    record = json.loads((path / FILE_NAME).read_text())
+    assert record["lighthouse.stage1_steps"] == -1
+    write_record(path, record | {"lighthouse.stage1_steps": 3})
+    return folder / "run", corpus
+
+
+def check(run, tmp_path, *args: str, **overrides) -> None:
+    folder, corpus = run
+    shutil.copytree(folder, tmp_path / "run")
+    options = command_line(tmp_path / "run", corpus, **overrides)
+    checks.check_config(checks.load_config([*options, *args]), world_size=1)
+
+
+def test_the_same_configuration_goes_on(run, tmp_path):
+    check(run, tmp_path)
+
+
+def test_every_checkpoint_says_what_it_was_trained_with(run):
+    record = json.loads((run[0] / "checkpoint" / "step-2" / FILE_NAME).read_text())
+    assert record.keys() == set(FIELDS)
+    assert record["model.flavor"]["dim"] == 128 and record["model.flavor"]["vocab_size"] == 320
+    assert len(record["model.hf_assets_path"]) == 64
+    assert record["optimizer.name"] == "AdamW"
+    # 1 sequence on 1 rank; the schedule has a length of its own.
+    assert record["training.global_batch_size"] == 1
+    assert record["lr_scheduler.total_steps"] == 7
+
+
+CHANGES = {
+    "lighthouse.topk": ({"lighthouse__topk": 384}, "128, got 384; set it to 128"),
+    "lighthouse.num_levels": ({"lighthouse__num_levels": 3}, "2, got 3"),
+    "lighthouse.pooling_factor": ({"lighthouse__pooling_factor": 4}, "2, got 4"),
+    "lighthouse.scorer": ({"lighthouse__scorer": "gla"}, "'norm', got 'gla'"),
+    "lighthouse.full_attn_layers": ({"lighthouse__full_attn_layers": [0]}, "[0, -1], got [0]"),
+    "lighthouse.stage1_steps": ({"lighthouse__stage1_steps": 4}, "3, got 4"),
+    "training.seq_len": ({"training__seq_len": 1024}, "768, got 1024"),
+    "training.global_batch_size": ({"training__local_batch_size": 2}, "1, got 2"),
+    "lr_scheduler.total_steps": ({"lr_scheduler__total_steps": 9}, "7, got 9"),
+    "optimizer.name": ({"optimizer__name": "Adam"}, "'AdamW', got 'Adam'"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_stops_the_run_unless_it_is_accepted(run, tmp_path, name):
+    overrides, part = CHANGES[name]
+    with pytest.raises(ValueError) as error:
+        check(run, tmp_path, **overrides)
+    message = str(error.value)
+    path = tmp_path / "run" / "checkpoint" / "step-2"
+    assert message.startswith(f"{name} must be that of {path}, {part}") and "\n" not in message
+    assert f'accept the change with checkpoint.accept_changes = ["{name}"]' in message
+    check(run, tmp_path / "accepted", "--checkpoint.accept_changes", name, **overrides)
+
+
+def test_a_longer_run_needs_the_length_of_its_schedule(run, tmp_path):
+    args = command_line(tmp_path / "run", run[1])
+    i = args.index("--lr_scheduler.total_steps")
+    del args[i : i + 2]
+    shutil.copytree(run[0], tmp_path / "run")
+    checks.check_config(checks.load_config(args), world_size=1)
+    config = checks.load_config([*args, "--training.steps", "9"])
+    with pytest.raises(ValueError, match=r"lr_scheduler\.total_steps must be that of .* 7, got 9"):
+        checks.check_config(config, world_size=1)
+
+
+def test_what_no_later_step_feels_may_change(run, tmp_path):
+    # No step of stage 1 is to come: it ended with step 2.
+    record = json.loads((run[0] / "checkpoint" / "step-2" / FILE_NAME).read_text())
+    folder = tmp_path / "dense"
+    shutil.copytree(run[0], folder)
+    write_record(folder / "checkpoint" / "step-2", record | {"lighthouse.stage1_steps": 2})
+    changed = {"lighthouse__stage1_steps": 2, "lighthouse__topk": 384}
+    args = command_line(folder, run[1], **changed)
+    checks.check_config(checks.load_config(args), world_size=1)
+    check(run, tmp_path, lighthouse__dilation=8)
+
+
+def test_another_run_may_go_on_otherwise_with_the_same_model_and_optimizer(run, tmp_path):
+    path = run[0] / "checkpoint" / "step-2"
+    options = {"checkpoint__initial_load_path": path, "lighthouse__stage1_steps": 0}
+    args = command_line(tmp_path / "other", run[1], **options)
+    checks.check_config(checks.load_config(args), world_size=1)
+    adam = [*args, "--optimizer.name", "Adam"]
+    with pytest.raises(ValueError, match=r"optimizer\.name must be that of .* 'AdamW', got 'Adam'"):
+        checks.check_config(checks.load_config(adam), world_size=1)
+    # Of the model alone the optimizer knows nothing.
+    only = [*adam, "--checkpoint.initial_load_model_only"]
+    checks.check_config(checks.load_config(only), world_size=1)
+    with pytest.raises(ValueError, match=r"model\.flavor must be the model of .*quickstart"):
+        checks.check_config(checks.load_config([*only, "--model.flavor", "quickstart"]), 1)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(run, tmp_path):
+    tokenizer = json.loads((Path(BYTE_TOKENIZER_PATH) / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[:2]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    other = tmp_path / "tokenizer"
+    shutil.copytree(BYTE_TOKENIZER_PATH, other)
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"model\.hf_assets_path must be that of .* tokenizer"):
+        check(run, tmp_path, model__hf_assets_path=other)
+    args = ("--checkpoint.accept_changes", "model.hf_assets_path")
+    check(run, tmp_path / "accepted", *args, model__hf_assets_path=other)
+
+
+def test_a_model_that_differs_in_what_no_shape_shows_is_refused(run, tmp_path, monkeypatch):
+    args = FLAVORS["debugmodel"]
+    monkeypatch.setitem(FLAVORS, "debugmodel", type(args)(**{**vars(args), "rope_theta": 10000}))
+    with pytest.raises(ValueError, match=r"model\.flavor .* whose rope_theta is 500000, got 10000"):
+        check(run, tmp_path)
+
+
+def test_a_checkpoint_without_a_record_is_compared_by_its_shapes(run, tmp_path):
+    path = tmp_path / "step-8"
+    state = Transformer(FLAVORS["debugmodel"]).state_dict()
+    dcp.save(state, checkpoint_id=path, no_dist=True)
+    options = {
+        "checkpoint__initial_load_path": path,
+        "checkpoint__initial_load_model_only": True,
+    }
+    args = command_line(tmp_path / "run", run[1], **options)
+    checks.check_config(checks.load_config(args), world_size=1)
+    with pytest.raises(ValueError, match=r"whose layers\.0\.feed_forward"):
+        checks.check_config(checks.load_config([*args, "--model.flavor", "quickstart"]), 1)
+    whole_state = [*args, "--checkpoint.no_initial_load_model_only"]
+    with pytest.raises(ValueError, match=r"must hold the state of training .* the model alone"):
+        checks.check_config(checks.load_config(whole_state), world_size=1)
+
+
+def test_a_record_that_cannot_be_read_is_named(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    (folder / "checkpoint" / "step-2" / FILE_NAME).write_text("{")
+    config = checks.load_config(command_line(folder, run[1]))
+    with pytest.raises(ValueError, match=r"step-2/trained_with\.json must be JSON, got "):
+        checks.check_config(config, world_size=1)
+
+
+def test_a_record_holds_what_a_json_file_holds(run, tmp_path):
+    config = checks.load_config(command_line(tmp_path, run[1]))
+    record = record_of(config, data_parallel_degree=4)
+    assert json.loads(json.dumps(record)) == record
+    assert record["training.global_batch_size"] == 4

@@ -1,0 +1,94 @@
+"""Steps whose loss or gradient is not finite: they never reach the parameters.
+
+Before the optimizer steps, every rank looks at its losses and at its part of the gradient, and all
+get one answer. A step that is not finite is left out, which is logged and counted, as long as
+`training.max_skipped_steps` allows it: the learning rate and the data go on, parameters and moments
+stay. One more stops the run, before anything is saved, with the step, the ranks and the last good
+checkpoint.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torchtitan.experiments.lighthouse.checkpoint import last_good
+from torchtitan.experiments.lighthouse.stop import Stop
+from torchtitan.tools.logging import logger
+
+SKIPPED = "lighthouse/skipped_steps"
+
+
+class FiniteSteps:
+    """Put in front of the optimizers of a trainer; the losses of a step are shown to `see`."""
+
+    def __init__(self, trainer):
+        self.num_skipped = 0
+        self._trainer = trainer
+        self._losses = []
+        self._step_optimizers = trainer.optimizers.step
+        trainer.optimizers.step = self._step
+
+    def see(self, loss: torch.Tensor) -> None:
+        """Take note of the loss of a micro-batch, a scalar."""
+        self._losses.append(loss.detach())
+
+    def _step(self, *args, **kwargs) -> None:
+        loss = torch.stack([_local(loss).float() for loss in self._losses]).sum()
+        self._losses.clear()
+        norm = gradient_norm(self._trainer.model_parts).to(loss.device)
+        found = torch.stack([loss, norm])
+        if self._is_finite_everywhere(found):
+            self._step_optimizers(*args, **kwargs)
+            return
+        self._leave_out(found)
+
+    def _is_finite_everywhere(self, found: torch.Tensor) -> bool:
+        # torchtitan has clipped the gradient: by an infinite norm, to nothing on all ranks.
+        worst = torch.stack([(~found.isfinite()).any().float(), found[1].nan_to_num(posinf=0.0)])
+        if dist.get_world_size() > 1:
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        is_bad, largest_norm = worst.tolist()
+        return not is_bad and largest_norm > 0
+
+    def _leave_out(self, found: torch.Tensor) -> None:
+        trainer = self._trainer
+        each = [torch.empty_like(found) for _ in range(dist.get_world_size())]
+        dist.all_gather(each, found)
+        said = _said([tuple(part.tolist()) for part in each])
+        if self.num_skipped >= trainer.job_config.training.max_skipped_steps:
+            checkpointer = trainer.checkpointer
+            saved = last_good(checkpointer.folder) if checkpointer.enable else "nothing is saved"
+            raise Stop(
+                f"step {trainer.step}: {said}; {saved}; lower optimizer.lr, or leave such steps "
+                f"out with training.max_skipped_steps, now "
+                f"{trainer.job_config.training.max_skipped_steps}"
+            )
+        self.num_skipped += 1
+        logger.warning(
+            f"Step {trainer.step} is left out ({self.num_skipped} of at most "
+            f"{trainer.job_config.training.max_skipped_steps}): {said}"
+        )
+        trainer.metrics_processor.logger.log({SKIPPED: self.num_skipped}, trainer.step)
+
+
+def gradient_norm(model_parts: list[torch.nn.Module]) -> torch.Tensor:
+    """Norm of this rank's part of the gradient, fp32, a scalar; not finite if an element is not."""
+    parameters = [p for part in model_parts for p in part.parameters() if p.grad is not None]
+    norms = torch._foreach_norm([_local(p.grad) for p in parameters])
+    return torch.stack([norm.float() for norm in norms]).norm()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _said(found: list[tuple[float, float]]) -> str:
+    """What the ranks found, their losses and norms, where that is not finite."""
+    for name, values in zip(("loss", "gradient"), zip(*found, strict=True), strict=True):
+        ranks = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
+        if ranks:
+            got = ", ".join(dict.fromkeys(f"{values[rank]:g}" for rank in ranks))
+            on = ", ".join(map(str, ranks))
+            return f"the {name} must be finite, got {got} on rank {on}"
+    return "the gradient must be finite and not zero, got 0 on all ranks after clipping"

@@ -1,0 +1,168 @@
+"""What a checkpoint was trained with: kept in it, and compared before a run goes on from it.
+
+Every checkpoint holds `trained_with.json`: the model, the digest of the tokenizer, and the fields
+of the configuration that a continued run must share. Three kinds of loading ask for more and more:
+
+    the model alone     the same model and tokenizer
+    training state      the same optimizer, too; the data is compared with its position
+    the same run        the same batches, schedule and stages, too
+
+What differs stops the run with the name of the field. `checkpoint.accept_changes` names fields that
+may differ; a model of other shapes never fits. A checkpoint without the file, as torchtitan writes
+it, is compared by the shapes of its parameters.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.experiments.lighthouse import FLAVORS
+from torchtitan.experiments.lighthouse.checkpoint_files import METADATA, read_metadata
+from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+
+FILE_NAME = "trained_with.json"
+
+OF_MODEL = ("model.flavor", "model.hf_assets_path")
+OF_STATE = ("optimizer.name",)
+OF_STAGE_1 = tuple(
+    f"lighthouse.{name}"
+    for name in ("num_levels", "pooling_factor", "topk", "scorer", "dilation", "full_attn_layers")
+)
+OF_RUN = (
+    *("training.seq_len", "training.global_batch_size", "lr_scheduler.total_steps"),
+    *("lighthouse.stage1_steps", *OF_STAGE_1),
+)
+FIELDS = (*OF_MODEL, *OF_STATE, *OF_RUN)
+"""What `checkpoint.accept_changes` may name."""
+
+
+def record_of(config: JobConfig, data_parallel_degree: int) -> dict[str, Any]:
+    """What a checkpoint of this run is trained with, by field, as JSON has it.
+
+    Args:
+        data_parallel_degree: of the run, for the sequences of a step where they follow from it.
+    """
+    record = {}
+    for name in FIELDS:
+        section, _, field = name.partition(".")
+        record[name] = getattr(getattr(config, section), field)
+    args = dataclasses.asdict(FLAVORS[config.model.flavor])
+    # A length that torchtitan sets from the configuration.
+    args.pop("max_seq_len")
+    record["model.flavor"] = {
+        name: value for name, value in args.items() if isinstance(value, int | float | str | None)
+    }
+    tokenizer = Path(config.model.hf_assets_path) / "tokenizer.json"
+    record["model.hf_assets_path"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    if record["training.global_batch_size"] == -1:
+        batch_size = config.training.local_batch_size * data_parallel_degree
+        record["training.global_batch_size"] = batch_size
+    if record["lr_scheduler.total_steps"] is None:
+        record["lr_scheduler.total_steps"] = config.training.steps
+    return json.loads(json.dumps(record))
+
+
+def write_record(path: str | Path, record: dict[str, Any]) -> None:
+    """Put the record into the folder of a checkpoint, whole or not at all."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    partial = path / f"{FILE_NAME}.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(partial, path / FILE_NAME)
+
+
+def check_checkpoint(
+    path: str | Path,
+    config: JobConfig,
+    data_parallel_degree: int,
+    step: int | None,
+    model_only: bool,
+) -> None:
+    """Check that the whole checkpoint `path` is one that the run can go on from.
+
+    Args:
+        step: of the checkpoint, where it is the run's own; None for one of another run.
+        model_only: whether the parameters alone are loaded.
+
+    Raises:
+        ValueError: a field that differs.
+    """
+    path = Path(path)
+    flavor = config.model.flavor
+    if (path / METADATA).is_file():
+        difference = shape_difference(path, FLAVORS[flavor])
+        if difference:
+            raise ValueError(
+                f"model.flavor must be the model of {path}, got {flavor!r}, whose {difference}; "
+                "name the flavor it was trained with"
+            )
+    file = path / FILE_NAME
+    if not file.is_file():
+        return
+    try:
+        was = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} must be JSON, got {error}; remove it to go on without comparing"
+        ) from None
+    names = [*OF_MODEL]
+    if not model_only:
+        left_out = config.checkpoint.exclude_from_loading
+        names += OF_STATE if "optimizer" not in left_out else ()
+        names += OF_RUN if step is not None else ()
+    now = record_of(config, data_parallel_degree)
+    accepted = config.checkpoint.accept_changes
+    for name in names:
+        if name not in was or was[name] == now[name] or name in accepted:
+            continue
+        if name in OF_STAGE_1 and not _is_felt(name, was, now, step):
+            continue
+        raise ValueError(
+            f"{name} must be that of {path}, {_said(name, was, now)}; {_set_back(name, was)}, or "
+            f'accept the change with checkpoint.accept_changes = ["{name}"]'
+        )
+
+
+def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None:
+    """Where the parameters in the checkpoint `path` first differ from a model's, in words."""
+    metadata = read_metadata(path).state_dict_metadata
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(args).named_parameters()}
+    for name, shape in shapes.items():
+        if name not in metadata:
+            return f"{name} is not in the checkpoint"
+        if metadata[name].size != shape:
+            return f"{name} is {list(shape)} and in the checkpoint {list(metadata[name].size)}"
+    layers = {name for name in metadata if name.startswith("layers.")}
+    if layers - shapes.keys():
+        return f"layers are {args.n_layers}, fewer than in the checkpoint"
+    return None
+
+
+def _is_felt(name: str, was: dict[str, Any], now: dict[str, Any], step: int) -> bool:
+    """Whether a step after `step` would attend otherwise: none in stage 2, whatever stage 1 was."""
+    if name == "lighthouse.dilation" and now["lighthouse.scorer"] != "dilated":
+        return False
+    stage1_steps = now["lighthouse.stage1_steps"]
+    return stage1_steps == -1 or step < stage1_steps
+
+
+def _said(name: str, was: dict[str, Any], now: dict[str, Any]) -> str:
+    if name == "model.flavor":
+        differing = [key for key in now[name] if was[name].get(key) != now[name][key]]
+        key = differing[0] if differing else next(iter(was[name].keys() - now[name].keys()))
+        return f"whose {key} is {was[name].get(key)!r}, got {now[name].get(key)!r}"
+    if name == "model.hf_assets_path":
+        return "got a folder with another tokenizer"
+    return f"{was[name]!r}, got {now[name]!r}"
+
+
+def _set_back(name: str, was: dict[str, Any]) -> str:
+    if name in OF_MODEL:
+        return "name the one it was trained with"
+    return f"set it to {was[name]!r}"
