@@ -358,12 +358,21 @@ def test_a_resume_keeps_the_seed_of_the_position(tmp_path, tokenizer):
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_resume_refuses_other_documents(tmp_path, tokenizer, kind):
     name, path = make_corpus(tmp_path / "a", kind, make_texts(12))
-    _, other = make_corpus(tmp_path / "b", kind, make_texts(13))
+    _, other = make_corpus(tmp_path / "b", kind, make_texts(13)[1:])
     _, copy = make_corpus(tmp_path / "c", kind, make_texts(12))
-    state = make_dataset(name, path, tokenizer).state_dict()
-    make_dataset(name, copy, tokenizer).load_state_dict(state)
+    dataset = make_dataset(name, path, tokenizer)
+    expected = take(dataset, 5)
+    next(iter(dataset))
+    state = dataset.state_dict()
+
+    def go_on(path):
+        resumed = make_dataset(name, path, tokenizer)
+        resumed.load_state_dict(state)
+        return next(iter(resumed))
+
+    assert_same(go_on(copy), expected[1])
     with pytest.raises(ValueError) as error:
-        make_dataset(name, other, tokenizer).load_state_dict(state)
+        go_on(other)
     assert_one_line(error, "training.dataset", name, "exclude_from_loading")
 
 

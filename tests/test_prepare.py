@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from test_data import assert_one_line, make_corpus, make_texts, write_parquet, write_shards
 from torchtitan.experiments.lighthouse import prepare as prepare_module
+from torchtitan.experiments.lighthouse import readers
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.corpora import find_files, is_held_out
 from torchtitan.experiments.lighthouse.prepare import prepare, source_files, verify
@@ -108,7 +109,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["c4_local", "text"])
 def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(prepare_module, "_CHUNK_BYTES", 50)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 50)
     name, path = make_corpus(tmp_path / "corpus", kind, make_texts(40))
     make(name, path, tmp_path / "one")
     make(name, path, tmp_path / "two", workers=2)
@@ -151,8 +152,8 @@ class Executioner:
 
 @pytest.fixture
 def executioner(monkeypatch):
-    monkeypatch.setattr(prepare_module, "_CHUNK_BYTES", 50)
-    monkeypatch.setattr(prepare_module, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 50)
+    monkeypatch.setattr(readers, "CHUNK_ROWS", 3)
     return Executioner(monkeypatch)
 
 
@@ -248,7 +249,7 @@ def write_lines(path: Path, texts: list[str]) -> None:
 @pytest.mark.parametrize("broken", ["b.jsonl", "c.jsonl"])
 def test_a_file_that_was_repaired_is_read_anew(tmp_path, monkeypatch, broken):
     """A shard has ended in the broken file, before the line that breaks: it is made anew, too."""
-    monkeypatch.setattr(prepare_module, "_CHUNK_BYTES", 50)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 50)
     texts = make_texts(60)
     corpus = tmp_path / "corpus"
     corpus.mkdir()

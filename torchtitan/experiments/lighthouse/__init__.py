@@ -9,6 +9,9 @@
     checkpoint.py   which checkpoints are saved, kept and loaded
     interruption.py stopping on a signal, with a checkpoint
     data.py         text corpora, packed to seq_len, resumable
+    corpora.py      where the documents lie, and whose they are
+    readers.py      the rows of their files
+    faults.py       what goes wrong while they are read: tried again, or told in one line
     prepared.py     corpora tokenized beforehand, read under any data-parallel degree
     prepare.py      tokenizes them, for scripts/prepare_data.py
     validate.py     held-out loss

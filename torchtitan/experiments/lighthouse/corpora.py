@@ -6,26 +6,27 @@ A document is one file (`python_stdlib`, `text`), one JSON line (`jsonl`, `c4_lo
 else a document is held out iff the CRC-32 of its UTF-8 bytes is divisible by 32, so copies of a
 document fall on one side, and the split depends neither on their order nor on the number of ranks.
 
-`read(seed, epoch, consumed, cursor)` of `ShuffledDocuments` and `StreamedDocuments` yields pairs
-(text, cursor). Called with the count and the cursor of a pair, it goes on with the pair after it.
+`read(seed, epoch, consumed, cursor)` of `ShuffledDocuments`, `FileDocuments` and `HubDocuments`
+yields pairs (text, cursor). Called with the count and the cursor of a pair, it goes on with the
+pair after it. What cannot be read is tried again or told as `faults.py` says; a file that is not
+as it was when the corpus was opened ends the run.
 """
 
 import difflib
 import fnmatch
-import glob
-import gzip
-import json
 import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-
-TEXT_COLUMN = "text"
+from torchtitan.experiments.lighthouse.faults import Dropped, retrying
+from torchtitan.experiments.lighthouse.readers import TEXT_COLUMN, SourceFile, look_at
+from torchtitan.tools.logging import logger
 
 # About 3 % of the documents: enough for a stable loss, little taken from a small corpus.
 HELD_OUT_MODULUS = 32
@@ -101,14 +102,19 @@ def find_files(name: str, path: str | None, split: str = "train") -> list[Path]:
 
     Returns:
         The files; none for `c4`, whose files lie on the hub.
+
+    Raises:
+        OSError: for a folder that cannot be listed.
     """
     corpus = DATASETS[name]
     if corpus.reader == "hub":
         return []
     root = corpus_root(name, path)
     left_out = {"__pycache__"} | (_STDLIB_LEFT_OUT if name == "python_stdlib" else set())
-    found = [root] if root.is_file() else []
-    for folder, subfolders, file_names in os.walk(root):
+    is_file = root.is_file()
+    found = [root] if is_file else []
+    # Without `onerror`, what cannot be listed would be left out in silence.
+    for folder, subfolders, file_names in [] if is_file else os.walk(root, onerror=_raise):
         subfolders[:] = [f for f in subfolders if f not in left_out and not f.startswith(".")]
         found += [Path(folder, name) for name in file_names if name not in left_out]
     patterns = corpus.split_patterns(split)
@@ -127,10 +133,11 @@ def check_dataset(name: str, path: str | None, section: str = "training") -> Non
 
     Raises:
         ValueError: in one line, for a name not in `DATASETS`, a path that is missing, superfluous
-            or does not exist, a folder without the dataset's files (for validation on `c4_local`:
-            without validation shards), files that are all empty, and a first document that is no
-            JSON object with a `text`, or no table with such a column. Of `prepared` the path alone
-            is checked here, and the rest by `check_prepared`.
+            or does not exist, a folder that cannot be listed or lacks the dataset's files (for
+            validation on `c4_local`: validation shards), files that are all empty, a gzipped file
+            or a table of 0 bytes, and a first document that is no JSON object with a `text`, or no
+            table with such a column. Of `prepared` the path alone is checked here, and the rest by
+            `check_prepared`.
     """
     if name not in DATASETS:
         nearest = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
@@ -158,7 +165,13 @@ def check_dataset(name: str, path: str | None, section: str = "training") -> Non
         raise ValueError(f"{field} must exist, got {str(root)!r}: correct the path")
     if corpus.reader == "prepared":
         return
-    files = find_files(name, path, split)
+    try:
+        files = find_files(name, path, split)
+    except OSError as error:
+        raise ValueError(
+            f"{field} must hold folders that can be listed, got {str(root)!r} with an error: "
+            f"{error}: let them be read, or name another folder"
+        ) from error
     if not files:
         remedy = "add such files or name another folder"
         if split == "validation" and corpus.validation_patterns:
@@ -167,7 +180,14 @@ def check_dataset(name: str, path: str | None, section: str = "training") -> Non
             f"{field} must hold {patterns} files for dataset {name!r}, got {str(root)!r} "
             f"without any: {remedy}"
         )
-    if not any(_holds_a_document(corpus.reader, file, field) for file in files):
+    sources = look_at(files, corpus.reader, field)
+    for file in sources:
+        if file.size == 0 and file.path.suffix in (".gz", ".parquet"):
+            raise ValueError(
+                f"{field} must hold readable files, got {str(file.path)!r} of 0 bytes, where one "
+                "without text has more: replace or remove the file"
+            )
+    if not any(map(_holds_a_document, sources)):
         raise ValueError(
             f"{field} must hold text, got {str(root)!r} with {len(files)} files that are all "
             "empty: fill them or name another folder"
@@ -176,44 +196,32 @@ def check_dataset(name: str, path: str | None, section: str = "training") -> Non
 
 def open_documents(
     name: str, path: str | None, split: str, dp_rank: int, dp_world_size: int
-) -> "ShuffledDocuments | StreamedDocuments":
+) -> "ShuffledDocuments | FileDocuments | HubDocuments":
     """Opens one rank's share of a corpus whose name and path passed `check_dataset`.
 
     Raises:
-        ValueError: where a rank would have no document, or a text file is not UTF-8.
+        ValueError: where a rank would have no document, or a text file cannot be read or is not
+            UTF-8.
     """
-    import datasets
-
-    # Every rank would print its own bars between the lines of the log.
-    datasets.disable_progress_bars()
-    # It would ask the network to count each load of a local file, and wait where there is none.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    corpus = DATASETS[name]
-    files = find_files(name, path, split)
-    # `datasets` takes file names for patterns.
-    data_files = {"train": [glob.escape(str(file.absolute())) for file in files]}
-    if corpus.reader == "documents":
-        try:
-            rows = datasets.load_dataset(
-                "text", data_files=data_files, split="train", sample_by="document"
-            )
-        except datasets.exceptions.DatasetGenerationError:
-            _check_encoding(files, f"{SECTIONS[split]}.dataset_path")
-            raise
-        return ShuffledDocuments(name, rows, split, dp_rank, dp_world_size)
-
+    corpus, share = DATASETS[name], (dp_rank, dp_world_size)
     if corpus.reader == "hub":
-        rows = datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
-    elif corpus.reader == "parquet":
-        rows = datasets.load_dataset(
-            "parquet", data_files=data_files, split="train", streaming=True, columns=[TEXT_COLUMN]
-        )
-    else:
-        # Read as lines: the json reader wants one schema for all fields of all files.
-        rows = datasets.load_dataset("text", data_files=data_files, split="train", streaming=True)
-    sizes = [(file.name, file.stat().st_size) for file in files]
-    fingerprint = zlib.crc32(repr((name, sizes)).encode())
-    return StreamedDocuments(name, rows, split, fingerprint, dp_rank, dp_world_size)
+        return HubDocuments(name, split, *share)
+    field = f"{SECTIONS[split]}.dataset_path"
+    files = look_at(find_files(name, path, split), corpus.reader, field)
+    if corpus.reader == "documents":
+        return ShuffledDocuments(name, files, split, *share)
+    return FileDocuments(name, corpus_root(name, path), files, split, *share)
+
+
+def fingerprint(name: str, path: str | None, split: str = "train") -> int:
+    """Returns what the data position of a checkpoint must have as `corpus` to go on in this corpus.
+
+    It reads the files of `python_stdlib` and `text`, and only lists those of the others.
+
+    Raises:
+        ValueError: what `open_documents` raises.
+    """
+    return open_documents(name, path, split, 0, 1).fingerprint
 
 
 class ShuffledDocuments:
@@ -222,51 +230,134 @@ class ShuffledDocuments:
     Rank r of W reads the documents r, r + W, r + 2W, ... of the permutation.
     """
 
-    def __init__(self, name: str, rows: Any, split: str, dp_rank: int, dp_world_size: int) -> None:
-        self._rows, self._dp_rank, self._dp_world_size = rows, dp_rank, dp_world_size
-        indices = []
+    def __init__(
+        self, name: str, files: list[SourceFile], split: str, dp_rank: int, dp_world_size: int
+    ) -> None:
+        self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
+        self._files = []
         self.fingerprint = zlib.crc32(name.encode())
         """Changes whenever a document, or the order of the documents, does."""
-        for index, row in enumerate(rows):
-            text = row[TEXT_COLUMN]
+        for text, number in retrying(partial(_texts, files), 0):
             if text and is_held_out(text) == (split == "validation"):
-                indices.append(index)
+                self._files.append(files[number - 1])
                 self.fingerprint = zlib.crc32(text.encode(), self.fingerprint)
-        if len(indices) < dp_world_size:
+        if len(self._files) < dp_world_size:
             raise ValueError(
                 f"{SECTIONS[split]}.dataset must have a document for each of {dp_world_size} "
-                f"data-parallel ranks, got {len(indices)} of {len(rows)} in the {split} split of "
-                f"{name!r}: add documents or lower the data-parallel degree"
+                f"data-parallel ranks, got {len(self._files)} of {len(files)} in the {split} split "
+                f"of {name!r}: add documents or lower the data-parallel degree"
             )
-        self._indices = np.array(indices)
 
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: None
     ) -> Iterator[tuple[str, None]]:
         """Yields this rank's documents of an epoch but for the first `consumed`."""
-        order = self._indices[permutation(len(self._indices), seed, epoch)]
-        for index in order[self._dp_rank :: self._dp_world_size][consumed:]:
-            yield self._rows[int(index)][TEXT_COLUMN], None
+        order = permutation(len(self._files), seed, epoch)[self._dp_rank :: self._dp_world_size]
+        files = [self._files[index] for index in order[consumed:]]
+        for text, _ in retrying(partial(_texts, files), 0):
+            yield text, None
 
 
-class StreamedDocuments:
-    """A corpus read in file order; `datasets` splits its files or its rows among the ranks."""
+def _texts(files: list[SourceFile], start: int) -> Iterator[tuple[str, int]]:
+    """Yields the texts of text files from a place in the list on, each with the next place."""
+    for place, file in enumerate(files[start:], start + 1):
+        for number, row in file.rows():
+            yield file.text(number, row), place
+
+
+class FileDocuments:
+    """Documents that are rows of files, read in the order of the files.
+
+    Where the ranks can have equally many files each, rank r of W reads the files r, r + W, ...;
+    otherwise row i of file f is read by rank (f + i) % W. Neither depends on what other files
+    hold, so that a broken file can be repaired before a run goes on, however many rows it has then.
+
+    A cursor is a file, the number of its rows that are read, the CRC-32 of those among them that
+    are this rank's, and that of the sizes of all files. Who goes on from it reads the rows again
+    and refuses other ones; other sizes alone are those of files that lie ahead, or behind for good.
+    """
 
     def __init__(
         self,
         name: str,
-        rows: Any,
+        root: Path,
+        files: list[SourceFile],
         split: str,
-        fingerprint: int,
         dp_rank: int,
         dp_world_size: int,
     ) -> None:
-        self._rows, self._split = rows, split
-        self._is_lines = DATASETS[name].reader == "lines"
+        self._name, self._files, self._split = name, files, split
         self._all_rows = not DATASETS[name].held_out_by_content
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
-        self.fingerprint = fingerprint
-        """Changes whenever the name or the size of a file does."""
+        self._whole_files = len(files) % dp_world_size == 0
+        names = [os.path.relpath(file.path, root) for file in files]
+        self.fingerprint = zlib.crc32(repr((name, names)).encode())
+        """Changes whenever the name of a file does. A cursor tells what was read of them."""
+        self._sizes = zlib.crc32(repr([file.size for file in files]).encode())
+
+    def read(
+        self, seed: int, epoch: int, consumed: int, cursor: dict[str, int] | None
+    ) -> Iterator[tuple[str, dict[str, int]]]:
+        """Yields this rank's documents of an epoch.
+
+        Raises:
+            ValueError: for a file that cannot be read, is broken or has changed, a row that is not
+                a document, and a cursor of other documents.
+        """
+        return retrying(self._read, cursor)
+
+    def _read(self, cursor: dict[str, int] | None) -> Iterator[tuple[str, dict[str, int]]]:
+        first, size = cursor["file"] if cursor else 0, self._dp_world_size
+        if cursor and cursor["sizes"] != self._sizes:
+            logger.warning(
+                f"{SECTIONS[self._split]}.dataset_path has files of other sizes than at the "
+                "checkpoint's data position: what is ahead of it is read as it is now"
+            )
+        for index, file in enumerate(self._files[first:], first):
+            if self._whole_files and index % size != self._dp_rank:
+                continue
+            skipped = cursor["rows"] if cursor and index == first else 0
+            number = crc = 0
+            for number, row in file.rows():
+                # Rows are numbered from 1.
+                if not self._whole_files and (index + number - 1) % size != self._dp_rank:
+                    continue
+                crc = _row_crc(row, crc)
+                if number <= skipped:
+                    if number == skipped and crc != cursor["crc"]:
+                        self._refuse_position(file)
+                    continue
+                text = file.text(number, row)
+                if text and (self._all_rows or is_held_out(text) == (self._split == "validation")):
+                    at = {"file": index, "rows": number, "crc": crc, "sizes": self._sizes}
+                    yield text, at
+            if number < skipped:
+                self._refuse_position(file)
+
+    def _refuse_position(self, file: SourceFile) -> NoReturn:
+        raise ValueError(
+            f"{SECTIONS[self._split]}.dataset must be the one of the checkpoint's data position, "
+            f"got {self._name!r} with {str(file.path)!r}, which holds other rows than those that "
+            "were read of it: restore the file, or start anew with "
+            'checkpoint.exclude_from_loading = ["dataloader"]'
+        )
+
+
+def _row_crc(row: Any, crc: int) -> int:
+    # A line that was the last without an end has one when lines are added.
+    content = row.rstrip(b"\r\n") if isinstance(row, bytes) else repr(row).encode()
+    return zlib.crc32(content + b"\n", crc)
+
+
+class HubDocuments:
+    """C4 as it lies on the hub; `datasets` splits its files or its rows among the ranks."""
+
+    def __init__(self, name: str, split: str, dp_rank: int, dp_world_size: int) -> None:
+        self._name, self._split = name, split
+        self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
+        self._rows = None
+        self.fingerprint = zlib.crc32(repr((name, [])).encode())
+        """Of the name alone."""
 
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: dict[str, Any] | None
@@ -274,22 +365,62 @@ class StreamedDocuments:
         """Yields this rank's documents of an epoch, each with the state of the stream behind it.
 
         Raises:
-            ValueError: for a line that is not a JSON object with a `text`.
+            ValueError: where the connection is lost again and again, or the stream is broken.
         """
+        return retrying(self._read, cursor)
+
+    def _read(self, cursor: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        import datasets
         from datasets.distributed import split_dataset_by_node
 
-        # A new stream for each epoch: one that is read a second time starts again where it was
-        # once resumed, and its state is heeded only while its own count of epochs is 0.
-        stream = split_dataset_by_node(self._rows, self._dp_rank, self._dp_world_size)
-        if cursor is not None:
-            stream.load_state_dict(cursor)
-        field = f"{SECTIONS[self._split]}.dataset_path"
-        for row in stream:
-            text = row[TEXT_COLUMN]
-            if self._is_lines:
-                text = json_text(text, field)
-            if text and (self._all_rows or is_held_out(text) == (self._split == "validation")):
-                yield text, stream.state_dict()
+        try:
+            if self._rows is None:
+                # Every rank would print its own bars between the lines of the log.
+                datasets.disable_progress_bars()
+                # It would ask the network to count each load.
+                datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+                self._rows = datasets.load_dataset(
+                    "allenai/c4", "en", split=self._split, streaming=True
+                )
+            # A new stream for each epoch: one that is read a second time starts again where it was
+            # once resumed, and its state is heeded only while its own count of epochs is 0.
+            stream = split_dataset_by_node(self._rows, self._dp_rank, self._dp_world_size)
+            if cursor is not None:
+                stream.load_state_dict(cursor)
+            for row in stream:
+                if row[TEXT_COLUMN]:
+                    yield row[TEXT_COLUMN], stream.state_dict()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            message = f"{SECTIONS[self._split]}.dataset must be a stream that can be read, got"
+            if _is_of_the_connection(error):
+                raise Dropped(
+                    f"{message} {self._name!r} with its connection lost: {reason}",
+                    "see to the network and start the same run again, which goes on from its last "
+                    "checkpoint, or download the files for 'c4_local'",
+                ) from error
+            raise ValueError(
+                f"{message} {self._name!r} with an error: {reason}: download the files for "
+                "'c4_local' or 'prepared'"
+            ) from error
+
+
+# Packages whose errors are of a connection: one of them raises its own, or lets another's through.
+_CLIENTS = {
+    *("aiohttp", "fsspec", "http", "httpcore", "httpcore2", "httpx", "httpx2"),
+    *("huggingface_hub", "requests", "urllib3"),
+}
+
+
+def _is_of_the_connection(error: Exception) -> bool:
+    """Returns whether the network can have made an error of a stream.
+
+    `datasets` tries again after errors of httpx and aiohttp alone, and the hub's client has since
+    come to raise those of other packages. A stream that is cut short within a gzipped file is an
+    `EOFError`; most others are `OSError`s.
+    """
+    packages = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+    return isinstance(error, OSError | EOFError) or bool(packages & _CLIENTS)
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -307,68 +438,16 @@ def corpus_root(name: str, path: str | None) -> Path:
     return Path(path).expanduser()
 
 
-def json_text(line: str, field: str, where: str = "") -> str | None:
-    """Returns the text of a JSON line; None where the line is blank or its text is null.
-
-    Raises:
-        ValueError: for a line that is not a JSON object with a `text`; it names `field`, and
-            says `where` the line is.
-    """
-    if not line.strip():
-        return None
-    try:
-        text = json.loads(line)[TEXT_COLUMN]
-        # JSON may spell half a surrogate pair, which no tokenizer takes.
-        return None if text is None else text.encode("utf-8", "replace").decode()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{field} must hold one JSON object with a {TEXT_COLUMN!r} per line, "
-            f"got {line[:60]!r}{where}: convert the files to JSON lines"
-        ) from error
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
-def _holds_a_document(reader: str, file: Path, field: str) -> bool:
+def _holds_a_document(file: SourceFile) -> bool:
     """Returns whether a file is not empty, and checks the form of its first document."""
-    if file.stat().st_size == 0:
-        return False
-    if reader == "documents":
-        return True
-    try:
-        return _holds_a_row(file, field) if reader == "parquet" else _holds_a_line(file, field)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{field} must hold readable files, got {str(file)!r}: {reason}: replace or remove it"
-        ) from error
+    if file.size == 0 or file.reader == "documents":
+        return file.size > 0
 
+    def read(_: None) -> Iterator[tuple[bool, None]]:
+        yield any(file.text(number, row) for number, row in file.rows()), None
 
-def _holds_a_line(file: Path, field: str) -> bool:
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8") as lines:
-        return any(json_text(line, field) for line in lines)
-
-
-def _holds_a_row(file: Path, field: str) -> bool:
-    import pyarrow.parquet
-
-    try:
-        metadata = pyarrow.parquet.read_metadata(file)
-    except pyarrow.ArrowInvalid as error:
-        raise OSError(str(error)) from error
-    if TEXT_COLUMN not in metadata.schema.to_arrow_schema().names:
-        raise ValueError(
-            f"{field} must hold tables with a column {TEXT_COLUMN!r}, got {str(file)!r} without: "
-            "rename its column"
-        )
-    return metadata.num_rows > 0
-
-
-def _check_encoding(files: list[Path], field: str) -> None:
-    for file in files:
-        try:
-            file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{field} must hold UTF-8 text, got {str(file)!r} with byte "
-                f"0x{error.object[error.start]:02x} at {error.start}: convert or remove the file"
-            ) from error
+    return next(retrying(read, None))[0]

@@ -33,6 +33,7 @@ from torchtitan.experiments.lighthouse.corpora import (
     is_held_out,
     open_documents,
 )
+from torchtitan.experiments.lighthouse.faults import in_one_line
 from torchtitan.experiments.lighthouse.prepared import PreparedDataloader, PreparedDataset
 
 __all__ = [
@@ -69,8 +70,9 @@ class PackedTextDataset(IterableDataset, Stateful):
             do not fill a window are dropped when it stops.
 
     Raises:
-        ValueError: what `check_dataset` raises; a rank without documents; while iterating, an
-            epoch without one token, or, where not `infinite`, without one window.
+        ValueError: what `check_dataset` raises; a rank without documents; while iterating, a file
+            or a stream that is broken or cannot be read, whereafter the position stands before it,
+            and an epoch without one token, or, where not `infinite`, without one window.
     """
 
     def __init__(
@@ -159,8 +161,9 @@ class PackedTextDataset(IterableDataset, Stateful):
         yield from self._cut()
         while True:
             documents = self._documents.read(self.seed, self._epoch, self._consumed, self._cursor)
-            for text, self._cursor in documents:
+            for text, cursor in documents:
                 tokens = self._tokenizer.encode(text, add_bos=True, add_eos=True)
+                self._cursor = cursor
                 self._buffer.append(np.array(tokens, dtype=_TOKEN_DTYPE))
                 self._consumed += 1
                 self._epoch_tokens += len(tokens)
@@ -200,6 +203,13 @@ class PackedTextDataset(IterableDataset, Stateful):
                 f"{self.seq_len} with {self._epoch_tokens} tokens from {what}: lower it, or set "
                 f"{self._section}.steps to a number, for which the text is read again"
             )
+
+
+class TextDataloader(ParallelAwareDataloader):
+    """Batches of one rank's windows; the error of a data-loading worker keeps its one line."""
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        return in_one_line(super().__iter__())
 
 
 def check_data(job_config: JobConfig) -> None:
@@ -282,7 +292,7 @@ def _build(
         dp_world_size=dp_world_size,
         infinite=infinite,
     )
-    return ParallelAwareDataloader(dataset, **loading)
+    return TextDataloader(dataset, **loading)
 
 
 def _check_num_workers(num_workers: int, section: str, dataset: str) -> None:

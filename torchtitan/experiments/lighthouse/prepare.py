@@ -15,7 +15,6 @@ ends with the same bytes as one that was not.
 import contextlib
 import dataclasses
 import functools
-import gzip
 import hashlib
 import itertools
 import json
@@ -23,7 +22,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,11 +35,9 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.corpora import (
     DATASETS,
     SECTIONS,
-    TEXT_COLUMN,
     corpus_root,
     find_files,
     is_held_out,
-    json_text,
 )
 from torchtitan.experiments.lighthouse.prepared import (
     FORMAT,
@@ -54,6 +50,13 @@ from torchtitan.experiments.lighthouse.prepared import (
     read_manifest,
     tokenizer_digest,
 )
+from torchtitan.experiments.lighthouse.readers import (
+    READ_ERRORS,
+    READERS,
+    Row,
+    document_text,
+    where,
+)
 from tqdm import tqdm
 
 SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("hub", "prepared")]
@@ -62,9 +65,7 @@ SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("h
 SHARD_SIZE = 100_000_000
 """Tokens: 200 MB of a small vocabulary, 400 MB of a large one."""
 
-# Some hundred documents: what is sent to a worker costs little beside tokenizing it.
-_CHUNK_BYTES = 2**20
-_CHUNK_ROWS = 256
+_FIELD = "--dataset-path"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class _Rows:
     first: int
     """Number of the first row in its file, from 0."""
 
-    rows: list[bytes | str | None]
+    rows: list[Row]
     read: int
     """Bytes of the file, as it is stored, that are read so far; an estimate for tables."""
 
@@ -187,7 +188,10 @@ def source_files(dataset: str, dataset_path: str | None, split: str) -> list[Pat
     root = corpus_root(dataset, dataset_path)
     if not root.exists():
         raise ValueError(f"--dataset-path must exist, got {str(root)!r}: correct the path")
-    files = find_files(dataset, dataset_path, split)
+    try:
+        files = find_files(dataset, dataset_path, split)
+    except OSError as error:
+        raise _unreadable(f" in {str(root)!r}", error) from error
     if not files:
         patterns = " or ".join(DATASETS[dataset].split_patterns(split))
         raise ValueError(
@@ -327,64 +331,17 @@ def _read_rows(files: list[Path], reader: str, start: list[int]) -> Iterator[_Ro
     Raises:
         ValueError: for a file that cannot be read to its end.
     """
-    read = {"documents": _read_document, "lines": _read_lines, "parquet": _read_table}[reader]
     for file in range(start[0], len(files)):
         skipped = start[1] if file == start[0] else 0
         row = 0
         try:
-            for rows, num_bytes in read(files[file]):
+            for rows, num_bytes in READERS[reader](files[file], _FIELD):
                 begin = max(0, skipped - row)
                 if begin < len(rows):
                     yield _Rows(files[file], file, row + begin, rows[begin:], num_bytes)
                 row += len(rows)
-        except (OSError, EOFError, zlib.error) as error:
-            raise _unreadable(_where(reader, files[file], row + 1), error) from error
-
-
-def _read_document(path: Path) -> Iterator[tuple[list[bytes], int]]:
-    content = path.read_bytes()
-    yield [content], len(content)
-
-
-def _read_lines(path: Path) -> Iterator[tuple[list[bytes], int]]:
-    with contextlib.ExitStack() as stack:
-        stored = lines = stack.enter_context(open(path, "rb"))
-        if path.suffix == ".gz":
-            lines = stack.enter_context(gzip.open(stored))
-        rows, size = [], 0
-        try:
-            for line in lines:
-                rows.append(line)
-                size += len(line)
-                if size >= _CHUNK_BYTES:
-                    yield rows, stored.tell()
-                    rows, size = [], 0
-        except (OSError, EOFError, zlib.error):
-            # The rows before the one that breaks off are counted.
-            yield rows, stored.tell()
-            raise
-        yield rows, stored.tell()
-
-
-def _read_table(path: Path) -> Iterator[tuple[list[str | None], int]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    size, done = path.stat().st_size, 0
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        if TEXT_COLUMN in names:
-            for batch in table.iter_batches(_CHUNK_ROWS, columns=[TEXT_COLUMN]):
-                done += len(batch)
-                yield batch.column(0).to_pylist(), size * done // table.metadata.num_rows
-            return
-    except pyarrow.ArrowException as error:
-        raise OSError(str(error)) from error
-    raise ValueError(
-        f"--dataset-path must hold tables with a column {TEXT_COLUMN!r}, got {str(path)!r} with "
-        f"{', '.join(names)}: rename its column"
-    )
+        except READ_ERRORS as error:
+            raise _unreadable(where(reader, files[file], row + 1), error) from error
 
 
 def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
@@ -392,40 +349,13 @@ def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
     tokenizer = _tokenizer(encoding.tokenizer_path)
     tokens, counts = [], []
     for number, row in enumerate(rows.rows, rows.first + 1):
-        text, ids = _text(row, encoding.reader, rows.path, number), []
+        place = where(encoding.reader, rows.path, number)
+        text, ids = document_text(row, encoding.reader, _FIELD, place), []
         if text and (encoding.all_rows or is_held_out(text) == (encoding.split == "validation")):
             ids = tokenizer.encode(text, add_bos=True, add_eos=True)
         tokens += ids
         counts.append(len(ids))
     return np.array(tokens, dtype=encoding.dtype), counts
-
-
-def _where(reader: str, path: Path, number: int) -> str:
-    """Says which row is meant; rows count from 1 there."""
-    return f" in {str(path)!r}" + {"documents": "", "lines": f" line {number}"}.get(
-        reader, f" row {number}"
-    )
-
-
-def _text(row: bytes | str | None, reader: str, path: Path, number: int) -> str | None:
-    where = _where(reader, path, number)
-    if reader == "parquet":
-        if row is not None and not isinstance(row, str):
-            raise ValueError(
-                f"--dataset-path must hold tables with text, got {row!r}{where}: convert the column"
-            )
-        return row
-    try:
-        text = row.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--dataset-path must hold UTF-8 text, got byte 0x{row[error.start]:02x} at "
-            f"{error.start}{where}: convert or remove the file"
-        ) from error
-    if reader == "lines":
-        return json_text(text, "--dataset-path", where)
-    # As a file that is read as text has them.
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _encoded(

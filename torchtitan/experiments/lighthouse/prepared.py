@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import Dataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.experiments.lighthouse.corpora import SECTIONS
+from torchtitan.experiments.lighthouse.faults import in_one_line, retrying
+from torchtitan.experiments.lighthouse.readers import fault, look_at
 
 FORMAT = 1
 """Version of the files; another one is refused."""
@@ -235,7 +237,9 @@ class PreparedDataset(Dataset, Stateful):
             the tokens that do not fill one are left out.
 
     Raises:
-        ValueError: what `read_manifest` raises; where not `infinite`, an epoch without one window.
+        ValueError: what `read_manifest` raises; a shard that is missing; where not `infinite`, an
+            epoch without one window. While windows are read, a shard that cannot be read or has
+            changed.
     """
 
     def __init__(
@@ -249,7 +253,10 @@ class PreparedDataset(Dataset, Stateful):
     ) -> None:
         self._section = SECTIONS[split]
         self._folder = Path(path).expanduser() / split
-        self._manifest = read_manifest(path, split, f"{self._section}.dataset_path")
+        field = f"{self._section}.dataset_path"
+        self._manifest = read_manifest(path, split, field)
+        shards = [self._folder / shard.file for shard in self._manifest.shards]
+        self._files = look_at(shards, "shard", field)
         self._ends = list(itertools.accumulate(shard.tokens for shard in self._manifest.shards))
         self.seq_len, self.seed = seq_len, seed
         self.consumed = 0
@@ -321,19 +328,36 @@ class PreparedDataset(Dataset, Stateful):
         while done < count:
             start = (begin + done) % self._ends[-1]
             number = bisect.bisect_right(self._ends, start)
-            shard = self._manifest.shards[number]
             length = min(count - done, self._ends[number] - start)
-            tokens[done : done + length] = self._map(shard, self._ends[number] - start, length)
+            tokens[done : done + length] = self._tokens(number, self._ends[number] - start, length)
             done += length
         return tokens
 
-    def _map(self, shard: Shard, from_end: int, length: int) -> np.memmap:
-        """Returns `length` tokens of a shard. Mapped for as long as they are copied: a corpus can
-        have more shards than a process may hold open."""
-        offset = (shard.tokens - from_end) * self._manifest.itemsize
-        return np.memmap(
-            self._folder / shard.file, self._manifest.dtype, "r", offset=offset, shape=length
-        )
+    def _tokens(self, number: int, from_end: int, length: int) -> np.ndarray:
+        """Returns `length` tokens of a shard. It is opened for as long as they are read: a corpus
+        can have more shards than a process may hold open. It is not mapped to memory, where an
+        error of reading would end the process without a word."""
+        file, itemsize = self._files[number], self._manifest.itemsize
+        offset = (self._manifest.shards[number].tokens - from_end) * itemsize
+
+        def read(_: None) -> Iterator[tuple[bytes, None]]:
+            try:
+                with open(file.path, "rb") as shard:
+                    shard.seek(offset)
+                    content = shard.read(length * itemsize)
+                file.check_unchanged()
+            except OSError as error:
+                raise fault(error, file.field, f" in {str(file.path)!r}") from error
+            yield content, None
+
+        content, _ = next(retrying(read, None))
+        if len(content) < length * itemsize:
+            raise ValueError(
+                f"{file.field} must hold every shard whole, got {file.size} bytes for the "
+                f"{self._manifest.shards[number].tokens * itemsize} of {str(file.path)!r}: restore "
+                "the file, or start the same scripts/prepare_data.py again, which makes it anew"
+            )
+        return np.frombuffer(content, self._manifest.dtype)
 
 
 class PreparedDataloader(ParallelAwareDataloader):
@@ -363,7 +387,7 @@ class PreparedDataloader(ParallelAwareDataloader):
         if not self._resumed:
             self.dataset.consumed = 0
         self._resumed = False
-        return self._counted(super().__iter__())
+        return self._counted(in_one_line(super().__iter__()))
 
     def _counted(self, batches: Iterator) -> Iterator:
         for batch in batches:
