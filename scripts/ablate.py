@@ -23,7 +23,6 @@ Each combination is a cell: the configuration with overrides, in a folder of its
 Further arguments override the configuration in every cell: `--training.steps 4000`.
 """
 
-import argparse
 import copy
 import csv
 import itertools
@@ -43,6 +42,7 @@ import matplotlib
 import tomli
 import torch
 from torchtitan.experiments.lighthouse import checks
+from torchtitan.experiments.lighthouse.command_line import Parser, check_output_folder
 from torchtitan.experiments.lighthouse.interruption import EXIT_CODE, SIGNALS
 from torchtitan.experiments.lighthouse.report import figures, read_run
 
@@ -98,11 +98,7 @@ class Cell:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG", help="TOML file of a run in two stages")
     add("--grid", metavar="FILE|TABLE", help="TOML file or inline table; default: the paper's")
@@ -115,6 +111,9 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     exit_code = 0
     try:
+        if options.nproc < 1:
+            raise ValueError(f"--nproc must be at least 1, got {options.nproc}; use 1 or more")
+        check_output_folder("--out", options.out)
         grid = PAPER_GRID if options.grid is None else read_grid(options.grid)
         cells = cells_of(options.config, overrides, grid, options.out, options.nproc)
         if options.list or not (options.run or options.collect):
@@ -143,18 +142,27 @@ def read_grid(text: str) -> dict[str, list]:
         if is_inline:
             grid = tomli.loads(f"grid = {text}")["grid"]
         else:
-            grid = tomli.loads(Path(text).read_text())
-    except (OSError, tomli.TOMLDecodeError) as error:
+            grid = tomli.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
         what = "an inline table" if is_inline else "a TOML file"
         raise ValueError(f"--grid must be {what}, got {text!r} ({error}); correct it") from None
+    if not grid:
+        raise ValueError(f"--grid must name a field, got {text!r}; write one, or leave it out")
     known = [*(name for name in FIELDS if name != "stage1_steps"), "stage1_share"]
     for name, values in grid.items():
         if name not in known:
             raise ValueError(f"--grid: {name} is not a field; use {', '.join(known)}")
         if not isinstance(values, list) or not values:
             raise ValueError(f"--grid: {name} must be a list of values, got {values!r}; write one")
+        kind = str if name == "scorer" else (int, float) if name == "stage1_share" else int
+        for value in values:
+            if not isinstance(value, kind) or isinstance(value, bool):
+                expected = "text" if kind is str else "numbers"
+                raise ValueError(
+                    f"--grid: {name} must be a list of {expected}, got {value!r}; change its type"
+                )
     for share in grid.get("stage1_share", []):
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
+        if not 0 <= share <= 1:
             raise ValueError(
                 f"--grid: stage1_share must be from 0 to 1, got {share!r}; give stage 1 as a part "
                 "of training.steps"

@@ -29,6 +29,11 @@ import torch
 import torch.nn.functional as F
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.backend import use_lighthouse
+from torchtitan.experiments.lighthouse.command_line import (
+    Parser,
+    check_device,
+    check_output_folder,
+)
 from torchtitan.experiments.lighthouse.corpora import DATASETS, check_dataset
 from torchtitan.experiments.lighthouse.data import build_validation_dataloader
 from torchtitan.experiments.lighthouse.generate import hidden_states
@@ -52,9 +57,7 @@ LIGHTHOUSE_FIELDS = [*(f.name for f in dataclasses.fields(LighthouseConfig)), "f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help="checkpoint or exported folder")
@@ -85,8 +88,11 @@ def main() -> None:
 
 def evaluate(options: argparse.Namespace) -> dict:
     """Everything that is measured. Raises ValueError for what the options ask for in vain."""
-    if options.windows < 1:
-        raise ValueError(f"--windows must be at least 1, got {options.windows}; use 1 or more")
+    check_output_folder("--output", options.output)
+    check_device(options.device)
+    for name, value in (("--windows", options.windows), ("--seq-len", options.seq_len)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}; use 1 or more")
     trained = [
         open_trained(folder, options.flavor, options.max_seq_len, options.tokenizer)
         for folder in options.models

@@ -36,6 +36,12 @@ import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.command_line import (
+    Parser,
+    check_device,
+    check_output_folder,
+    open_tokenizer,
+)
 from torchtitan.experiments.lighthouse.generate import next_token_logits
 from torchtitan.experiments.lighthouse.trained import TrainedModel, add_arguments, open_trained
 
@@ -58,9 +64,7 @@ WORD_LENGTH = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="checkpoint or exported folder")
@@ -163,12 +167,22 @@ class DocumentMaker:
 def make_data(options: argparse.Namespace) -> None:
     """Write documents to train on. Raises ValueError for what cannot be."""
     num_documents, file = options.make_data
-    if not num_documents.isdigit() or not options.lengths:
+    if not num_documents.isdecimal() or int(num_documents) < 1 or not options.lengths:
         raise ValueError(
             "--make-data must be followed by a number and a file, and go with --lengths, got "
             f"{num_documents!r} and lengths {options.lengths}; give both"
         )
-    maker = DocumentMaker(HuggingFaceTokenizer(options.tokenizer or BYTE_TOKENIZER_PATH))
+    tokenizer_path = options.tokenizer or BYTE_TOKENIZER_PATH
+    open_tokenizer("--tokenizer", tokenizer_path)
+    check_output_folder("the folder of --make-data FILE", Path(file).parent)
+    if Path(file).is_dir():
+        raise ValueError(
+            f"--make-data must be followed by a number and a file, got the folder {file!r}; name a "
+            "file in it"
+        )
+    maker = DocumentMaker(HuggingFaceTokenizer(tokenizer_path))
+    # Whether all fit, before a file is begun.
+    maker.make(min(options.lengths), 0, 0, "")
     dice = random.Random(f"train {options.seed}")
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with Path(file).open("w") as lines:
@@ -181,6 +195,8 @@ def make_data(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> dict:
     """Everything that is measured. Raises ValueError for what the options ask for in vain."""
+    check_output_folder("--output", options.output)
+    check_device(options.device)
     trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
     maker = DocumentMaker(trained.tokenizer())
     lengths = sorted({*(options.lengths or default_lengths(trained, options.device))})

@@ -8,19 +8,17 @@ folder with transformers and compares its logits on real text with ours; a diffe
 does not explain ends the script with exit code 1.
 """
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
 
+from torchtitan.experiments.lighthouse.command_line import Parser, check_output_folder
 from torchtitan.experiments.lighthouse.export import TOLERANCE, check_export, export
 from torchtitan.experiments.lighthouse.trained import add_arguments, open_trained
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="the folder .../checkpoint/step-N")
     add("out", metavar="OUT", help="a new folder")
@@ -30,6 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     out = Path(options.out)
     try:
+        check_output_folder("OUT", out)
         trained = open_trained(
             options.checkpoint, options.flavor, options.max_seq_len, options.tokenizer
         )

@@ -16,6 +16,7 @@ import json
 import sys
 
 from torchtitan.experiments.lighthouse import checks
+from torchtitan.experiments.lighthouse.command_line import Parser
 from torchtitan.experiments.lighthouse.gpus import GPUS
 from torchtitan.experiments.lighthouse.memory import Memory
 from torchtitan.experiments.lighthouse.plan import USABLE_SHARE, Plan, StagePlan, plan
@@ -45,11 +46,7 @@ def main(args: list[str] | None = None) -> None:
 
 def parse(args: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The options of this program, and the rest, which is the configuration's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("config", help="TOML file, before any overrides")
     add("--world-size", type=int, required=True, help="processes, one for each GPU")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.command_line import Parser
 from torchtitan.experiments.lighthouse.prepare import (
     SHARD_SIZE,
     SOURCES,
@@ -24,9 +25,7 @@ from torchtitan.experiments.lighthouse.prepared import Manifest
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--dataset", help=f"what to prepare: {', '.join(SOURCES)}")
     add("--dataset-path", help="its folder or file")

@@ -8,13 +8,13 @@ Reads `metrics.jsonl` in the dump folder of each run, finished or not, and write
     loss.png    training and held-out loss, each switch marked
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from torchtitan.experiments.lighthouse.command_line import Parser, check_output_folder
 from torchtitan.experiments.lighthouse.report import WINDOW, Run, figures, read_run, smooth
 
 matplotlib.use("Agg")
@@ -41,15 +41,14 @@ ROWS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="dump folder of a run")
     parser.add_argument("--dense", type=Path, metavar="RUN", help="the dense run to compare with")
     parser.add_argument("--out", type=Path, default=Path("outputs/report"), metavar="FOLDER")
     options = parser.parse_args()
     folders = options.runs + [options.dense] * (options.dense is not None)
     try:
+        check_output_folder("--out", options.out)
         runs = dict(zip(names_of(folders), map(read_run, folders), strict=True))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@
 # Starts a process for each GPU, or one on the CPU where there is none; NPROC=n starts n.
 set -euo pipefail
 if [[ $# == 0 || $1 == -* ]]; then
-    echo "usage: scripts/run_train.sh CONFIG [overrides ...]" >&2
+    echo "error: CONFIG must come first, got '${1:-}'; scripts/run_train.sh CONFIG [overrides ...]" >&2
     exit 2
 fi
 if [[ ! -f $1 ]]; then
@@ -20,5 +20,9 @@ if [[ -x .venv/bin/python ]]; then
 fi
 num_gpus='import torch; print(max(1, torch.cuda.device_count()))'
 num_processes=${NPROC:-$("$python" -c "$num_gpus")}
+if [[ ! $num_processes =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NPROC must be a number of at least 1, got '$num_processes'; correct it" >&2
+    exit 2
+fi
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$num_processes" \
     -m torchtitan.experiments.lighthouse.train --job.config_file "$config" "$@"

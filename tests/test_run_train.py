@@ -59,8 +59,8 @@ def test_python_of_the_environment_comes_first(checkout):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "usage: scripts/run_train.sh CONFIG [overrides ...]"),
-        (["--training.steps", "3"], "usage: scripts/run_train.sh CONFIG [overrides ...]"),
+        ([], "error: CONFIG must come first, got ''; scripts/run_train.sh CONFIG [overrides ...]"),
+        (["--training.steps", "3"], "error: CONFIG must come first, got '--training.steps'; scri"),
         (["c d.toml"], "error: CONFIG must be a TOML file, got 'c d.toml', which is none"),
     ],
     ids=["none", "no-config", "missing"],

@@ -391,7 +391,7 @@ def test_an_argument_is_nothing_but_a_value_to_the_trainer(cluster):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "CONFIG must come first, got ''; sbatch scripts/slurm/NAME.sbatch CONFIG [overrides ...]"),
+        ([], "CONFIG must come first, got ''; sbatch scripts/slurm/NAME.sbatch CONFIG"),
         (["--training.steps", "3"], "CONFIG must come first"),
         (["missing.toml"], "CONFIG must be a TOML file, got 'missing.toml', which is none"),
         (

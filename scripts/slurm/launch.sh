@@ -91,7 +91,8 @@ trap : TERM
 run=$run_root/${SLURM_JOB_NAME//[!A-Za-z0-9._-]/_}-$SLURM_JOB_ID
 config=${1:-}
 if [[ -z $config || $config == -* ]]; then
-    fail "usage: sbatch scripts/slurm/NAME.sbatch CONFIG [overrides ...]"
+    fail "CONFIG must come first, got '$config'; sbatch scripts/slurm/NAME.sbatch CONFIG" \
+        "[overrides ...]"
 fi
 for argument in "${@:2}"; do
     if [[ $argument =~ ^--job\.(config[_-]file|dump[_-]folder)(=|$) ]]; then

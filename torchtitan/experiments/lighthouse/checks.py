@@ -790,7 +790,7 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 
 def _check_choice(name: str, value: str, choices: list[str]) -> None:
     if value not in choices:
-        remedy = _did_you_mean(str(value), choices)
+        remedy = _did_you_mean(str(value), choices, "choose one of these")
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; {remedy}")
 
 
@@ -897,6 +897,6 @@ def _leaves(section: type, prefix: str = ""):
             yield prefix + f.name, f.type
 
 
-def _did_you_mean(value: str, choices) -> str:
+def _did_you_mean(value: str, choices, otherwise: str = "see --help for all") -> str:
     close = difflib.get_close_matches(value, list(choices), n=1)
-    return f"did you mean {close[0]}?" if close else "see --help for all"
+    return f"did you mean {close[0]}?" if close else otherwise

@@ -128,14 +128,16 @@ def build_metrics_processor(
 def read_metrics(dump_folder: str | Path, metric: str) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` that hold `metric`, by step.
 
-    Of several for a step and stage the last; a line cut short by a crash is passed over.
+    Of several for a step and stage the last; a line cut short by a crash is passed over, and what
+    else is no line of metrics.
     """
     lines = {}
-    for text in (Path(dump_folder) / FILE_NAME).read_text().splitlines():
+    path = Path(dump_folder) / FILE_NAME
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        if metric in line:
+        if isinstance(line, dict) and {"step", "stage", metric} <= line.keys():
             lines[line["step"], line["stage"]] = line
     return [lines[key] for key in sorted(lines)]

@@ -106,6 +106,13 @@ def read_run(folder: str | Path) -> Run:
     lines = read_metrics(folder, LOSS)
     if not lines:
         raise ValueError(f"a run must have trained a step, got {str(folder)!r}; leave it out")
+    for line in lines:
+        for metric in (TOKENS_PER_SECOND, TOKENS_SEEN):
+            if metric not in line:
+                raise ValueError(
+                    f"{FILE_NAME} must hold {metric} with every loss, got none for step "
+                    f"{line['step']} in {str(folder)!r}; remove that line"
+                )
     columns = {
         name: np.array([line[metric] for line in lines])
         for name, metric in {
