@@ -29,12 +29,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import torch
 import torchtitan.train
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.tensor import DTensor
-from torchtitan.experiments.lighthouse import checkpoint, cpu, handover, metrics, train
+from torchtitan.experiments.lighthouse import checkpoint, cpu, data, handover, metrics, train
 
 OUTSIDE = "at any moment, from outside"
 LATE = "after a save that takes longer than the next step"
@@ -107,15 +107,12 @@ class Request:
     start: int
     """Number of this start, from 0."""
 
-    cache: str
-    """Where `datasets` keeps what it makes of a corpus."""
-
     world_size: int = 1
     port: int = 0
     last_step: int = 0
     kill: Kill | None = None
-    left_out: str | None = None
-    """A part of the state that is not loaded, which must not pass."""
+    fault: str | None = None
+    """A defect that must be noticed: a part of the state that is not loaded, or "staging"."""
 
     timeout: float = 300.0
 
@@ -210,7 +207,6 @@ def be_rank(request: Request, rank: int) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(request.world_size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(request.port)}
-    datasets.config.HF_DATASETS_CACHE = Path(request.cache)
     # A rate to report: measuring it takes longer than a step.
     cpu.measure_peak_flops = lambda: 1e12
     torchtitan.train.time = SimpleNamespace(
@@ -293,15 +289,18 @@ class Watch:
         self._hook_the_purge()
         self._hook_the_switch()
         self._hook_the_rest()
-        if self.request.left_out:
-            self._load_too_little()
+        if self.request.fault == "staging":
+            # What is saved is not copied first.
+            DefaultStager.stage = lambda stager, state_dict: state_dict
+        elif self.request.fault:
+            self._load_too_little(self.request.fault)
 
-    def _load_too_little(self) -> None:
+    def _load_too_little(self, part: str) -> None:
         states_to_load = checkpoint.TwoStageCheckpointManager._states_to_load
 
         def fewer(*args):
             states = states_to_load(*args)
-            del states[self.request.left_out]
+            del states[part]
             return states
 
         checkpoint.TwoStageCheckpointManager._states_to_load = fewer
@@ -396,13 +395,14 @@ class Watch:
 
     def _hook_the_rest(self) -> None:
         read_data = filesystem.FileSystemReader.read_data
-        finalize = datasets.arrow_writer.ArrowWriter.finalize
+        open_documents = data.open_documents
         load = checkpoint.TwoStageCheckpointManager.load
         log = metrics.StagedLogger.log
 
-        def watched_finalize(*args, **options):
+        def watched_open_documents(*args):
+            documents = open_documents(*args)
             self.reach("while the corpus is read")
-            return finalize(*args, **options)
+            return documents
 
         def watched_read_data(*args):
             result = read_data(*args)
@@ -423,7 +423,7 @@ class Watch:
             log(logger, values, step)
 
         filesystem.FileSystemReader.read_data = watched_read_data
-        datasets.arrow_writer.ArrowWriter.finalize = watched_finalize
+        data.open_documents = watched_open_documents
         checkpoint.TwoStageCheckpointManager.load = watched_load
         metrics.StagedLogger.log = watched_log
 
