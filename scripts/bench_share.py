@@ -60,6 +60,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> list[dict]:
             "--job.config_file", str(options.config), "--job.dump_folder", folder,
             "--comm.mode", "fake_backend", "--training.dataset", "python_stdlib",
             "--training.steps", str(options.steps), "--lighthouse.stage1_steps", "-1",
+            "--lr_scheduler.warmup_steps", "0",
             "--checkpoint.no_enable", "--validation.no_enable", "--metrics.log_freq", "1",
             *overrides,
         ]  # fmt: skip

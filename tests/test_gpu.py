@@ -183,6 +183,7 @@ def test_two_stage_run(tmp_path, compiled):
         sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
         "--job.config_file", str(ROOT / "train_configs" / "debug.toml"),
         "--job.dump_folder", str(tmp_path), "--training.steps", "6",
+        "--lr_scheduler.warmup_steps", "2",
         "--lighthouse.stage1_steps", "3", "--training.mixed_precision_param", "bfloat16",
         *(["--compile.enable"] if compiled else []),
     ]  # fmt: skip

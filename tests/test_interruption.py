@@ -293,16 +293,30 @@ def descendants(pid: int) -> list[int]:
     return [*children, *(below for child in children for below in descendants(child))]
 
 
+# More steps than a run can train before a signal reaches it.
+ENDLESS = {"lr_scheduler__total_steps": 10_000}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, corpus) -> Run:
+    """The first steps of a run with so long a schedule."""
+    return train(command_line(tmp_path_factory.mktemp("begun"), corpus, **ENDLESS))
+
+
 @pytest.mark.parametrize("to_all", [False, True], ids=["SIGUSR1", "SIGTERM-to-helpers-too"])
-def test_the_exit_code_of_the_process(undisturbed, corpus, tmp_path, to_all):
-    train_until_signal(tmp_path, corpus, 1)
+def test_the_exit_code_of_the_process(begun, corpus, tmp_path, to_all):
+    train_until_signal(tmp_path, corpus, 1, ENDLESS)
     launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
     process = subprocess.Popen(
         [
             *[sys.executable, "-m", "torchtitan.experiments.lighthouse.train"],
-            # More steps than it can train before the signal reaches it.
-            *command_line(tmp_path, corpus, training__steps=10_000, metrics__enable_wandb=to_all),
+            *command_line(
+                *(tmp_path, corpus),
+                **ENDLESS,
+                training__steps=ENDLESS["lr_scheduler__total_steps"],
+                metrics__enable_wandb=to_all,
+            ),
         ],
         # One thread, as in the runs of this process.
         env=env
@@ -332,6 +346,4 @@ def test_the_exit_code_of_the_process(undisturbed, corpus, tmp_path, to_all):
     assert f"Asked to stop: the run ends after step {last_step}; nothing is lost" in output
     assert checkpoint_steps(tmp_path / "checkpoint")[last_step]
     steps = range(1, min(last_step, STEPS) + 1)
-    assert {step: losses[step] for step in steps} == {
-        step: undisturbed.losses[step] for step in steps
-    }
+    assert {step: losses[step] for step in steps} == {step: begun.losses[step] for step in steps}

@@ -47,7 +47,7 @@ def test_it_trains_two_steps_made_small(path, tmp_path, corpus, monkeypatch):
     lighthouse.stage1_steps = min(1, lighthouse.stage1_steps)
     config.model.flavor = "quickstart"
     config.parallelism.context_parallel_degree = 1
-    config.training.steps = 2
+    config.training.steps = config.lr_scheduler.warmup_steps = 2
     config.training.global_batch_size = -1
     config.optimizer.implementation = "foreach"
     # Tracing takes ten seconds, and the compiler of kernels more.

@@ -246,7 +246,7 @@ def _check_optimizer(config: JobConfig) -> None:
         "lr_scheduler.warmup_steps",
         f"at most the {total_steps} steps of the schedule",
         scheduler.warmup_steps,
-        "lower it, or raise training.steps",
+        "lower it, or set lr_scheduler.total_steps to those of the whole schedule",
     )
     ratio, factor = scheduler.decay_ratio, scheduler.min_lr_factor
     _require(
