@@ -20,15 +20,10 @@ from torchtitan.models.llama3 import Transformer
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, Path]:
-    """A run of 7 steps that ended after 2 of its 3 with Lighthouse; its folder and its corpus."""
+    """A run of 7 steps that ended after 2, with Lighthouse; its folder and its corpus."""
     folder = tmp_path_factory.mktemp("run")
     corpus = write_corpus(folder / "corpus")
     train(command_line(folder / "run", corpus, training__steps=2, lighthouse__stage1_steps=-1))
-    # As if it had been meant to switch.
-    path = folder / "run" / "checkpoint" / "step-2"
-    record = json.loads((path / FILE_NAME).read_text())
-    assert record["lighthouse.stage1_steps"] == -1
-    write_record(path, record | {"lighthouse.stage1_steps": 3})
     return folder / "run", corpus
 
 
@@ -60,7 +55,7 @@ CHANGES = {
     "lighthouse.pooling_factor": ({"lighthouse__pooling_factor": 4}, "2, got 4"),
     "lighthouse.scorer": ({"lighthouse__scorer": "gla"}, "'norm', got 'gla'"),
     "lighthouse.full_attn_layers": ({"lighthouse__full_attn_layers": [0]}, "[0, -1], got [0]"),
-    "lighthouse.stage1_steps": ({"lighthouse__stage1_steps": 4}, "3, got 4"),
+    "lighthouse.stage1_steps": ({"lighthouse__stage1_steps": 1}, "-1, got 1"),
     "training.seq_len": ({"training__seq_len": 1024}, "768, got 1024"),
     "training.global_batch_size": ({"training__local_batch_size": 2}, "1, got 2"),
     "lr_scheduler.total_steps": ({"lr_scheduler__total_steps": 9}, "7, got 9"),
@@ -93,14 +88,22 @@ def test_a_longer_run_needs_the_length_of_its_schedule(run, tmp_path):
 
 def test_what_no_later_step_feels_may_change(run, tmp_path):
     # No step of stage 1 is to come: it ended with step 2.
-    record = json.loads((run[0] / "checkpoint" / "step-2" / FILE_NAME).read_text())
+    check(run, tmp_path / "dense", lighthouse__stage1_steps=2, lighthouse__topk=384)
+    check(run, tmp_path / "scorer", lighthouse__dilation=8)
+
+
+def test_the_switch_may_move_as_long_as_nothing_was_trained_beyond_it(run, tmp_path):
+    for stage1_steps in (2, 3, 7, -1):
+        check(run, tmp_path / str(stage1_steps), lighthouse__stage1_steps=stage1_steps)
+    # A step was trained with dense attention already.
     folder = tmp_path / "dense"
     shutil.copytree(run[0], folder)
-    write_record(folder / "checkpoint" / "step-2", record | {"lighthouse.stage1_steps": 2})
-    changed = {"lighthouse__stage1_steps": 2, "lighthouse__topk": 384}
-    args = command_line(folder, run[1], **changed)
-    checks.check_config(checks.load_config(args), world_size=1)
-    check(run, tmp_path, lighthouse__dilation=8)
+    path = folder / "checkpoint" / "step-2"
+    record = json.loads((path / FILE_NAME).read_text())
+    write_record(path, record | {"lighthouse.stage1_steps": 1})
+    config = checks.load_config(command_line(folder, run[1]))
+    with pytest.raises(ValueError, match=r"lighthouse\.stage1_steps must be that of .* 1, got 3"):
+        checks.check_config(config, world_size=1)
 
 
 def test_another_run_may_go_on_otherwise_with_the_same_model_and_optimizer(run, tmp_path):

@@ -15,6 +15,7 @@ it, is compared by the shapes of its parameters.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ OF_STAGE_1 = tuple(
     f"lighthouse.{name}"
     for name in ("num_levels", "pooling_factor", "topk", "scorer", "dilation", "full_attn_layers")
 )
+OF_STAGES = ("lighthouse.stage1_steps", *OF_STAGE_1)
 OF_RUN = (
     *("training.seq_len", "training.global_batch_size", "lr_scheduler.total_steps"),
-    *("lighthouse.stage1_steps", *OF_STAGE_1),
+    *OF_STAGES,
 )
 FIELDS = (*OF_MODEL, *OF_STATE, *OF_RUN)
 """What `checkpoint.accept_changes` may name."""
@@ -120,7 +122,7 @@ def check_checkpoint(
     for name in names:
         if name not in was or was[name] == now[name] or name in accepted:
             continue
-        if name in OF_STAGE_1 and not _is_felt(name, was, now, step):
+        if name in OF_STAGES and not _is_felt(name, was, now, step):
             continue
         raise ValueError(
             f"{name} must be that of {path}, {_said(name, was, now)}; {_set_back(name, was)}, or "
@@ -145,11 +147,22 @@ def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None
 
 
 def _is_felt(name: str, was: dict[str, Any], now: dict[str, Any], step: int) -> bool:
-    """Whether a step after `step` would attend otherwise: none in stage 2, whatever stage 1 was."""
+    """Whether the change would make `step` steps, or those after them, of two kinds.
+
+    The switch may move as long as no step was trained beyond either place. What stage 1 is, no
+    later step feels once it is over.
+    """
+    stage1_steps = _stage1_steps(now)
+    if name == "lighthouse.stage1_steps":
+        return min(step, stage1_steps) != min(step, _stage1_steps(was))
     if name == "lighthouse.dilation" and now["lighthouse.scorer"] != "dilated":
         return False
-    stage1_steps = now["lighthouse.stage1_steps"]
-    return stage1_steps == -1 or step < stage1_steps
+    return step < stage1_steps
+
+
+def _stage1_steps(record: dict[str, Any]) -> float:
+    stage1_steps = record["lighthouse.stage1_steps"]
+    return math.inf if stage1_steps == -1 else stage1_steps
 
 
 def _said(name: str, was: dict[str, Any], now: dict[str, Any]) -> str:
