@@ -11,13 +11,15 @@ import io
 import math
 import os
 import re
-from dataclasses import fields, is_dataclass
+import shutil
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import tomli
-from torchtitan.config import ConfigManager, LRScheduler
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP, ConfigManager, LRScheduler
 from torchtitan.experiments.lighthouse import FLAVORS, MODEL_NAME, hugging_face
 from torchtitan.experiments.lighthouse.checkpoint_files import (
     check_folder,
@@ -34,9 +36,11 @@ from torchtitan.experiments.lighthouse.data import check_data
 from torchtitan.experiments.lighthouse.job_config import JobConfig
 from torchtitan.experiments.lighthouse.prepared import PreparedDataset, check_prepared
 from torchtitan.experiments.lighthouse.provenance import FIELDS, check_checkpoint
+from torchtitan.models.llama3 import Transformer
 from torchtitan.tools import utils
 
-from lighthouse.config import nearest_multiple
+from lighthouse import LighthouseConfig
+from lighthouse.config import SELECTED_PER_STRATUM, nearest_multiple
 from lighthouse.context_parallel import CHUNKS_PER_RANK
 from lighthouse.sdpa import LONGEST_EFFICIENT
 
@@ -506,14 +510,20 @@ def _check_lighthouse(config: JobConfig) -> None:
                 f"lighthouse.full_attn_layers must be from {-n_layers} to {n_layers - 1} for the "
                 f"{n_layers} layers of {config.model.flavor}, got {layer}; remove it"
             )
-    try:
-        attention = lighthouse.attention_config()
-    except ValueError as error:
-        raise ValueError(f"lighthouse.{error}") from None
     degree = config.parallelism.context_parallel_degree
     num_chunks = degree * CHUNKS_PER_RANK[lighthouse.context_parallel] if degree > 1 else 1
     # torchtitan asks for the factor of two, in training, whatever the scheme and the degrees.
     divisor = 2 * degree * config.parallelism.tensor_parallel_degree
+    try:
+        attention = lighthouse.attention_config()
+    except ValueError as error:
+        message = str(error)
+        rule, is_near, nearest = message.partition("; nearest: ")
+        if rule.startswith("topk") and is_near and lighthouse.stage1_steps != 0:
+            # One that fits the length, too.
+            other = LighthouseConfig(lighthouse.num_levels, lighthouse.pooling_factor, int(nearest))
+            message = f"{rule}; nearest: {_fitting(other, config, num_chunks, divisor)}"
+        raise ValueError(f"lighthouse.{message}") from None
     for section in ["training"] + ["validation"] * config.validation.enable:
         seq_len = getattr(config, section).seq_len
         is_cut = divisor > 2 or (section == "training" and lighthouse.stage1_steps == 0)
@@ -533,6 +543,18 @@ def _check_lighthouse(config: JobConfig) -> None:
         except ValueError as error:
             owner = section if str(error).startswith("seq_len") else "lighthouse"
             raise ValueError(f"{owner}.{error}") from None
+
+
+def _fitting(attention: LighthouseConfig, config: JobConfig, num_chunks: int, divisor: int) -> str:
+    """The `topk` nearest to that of `attention` with what else it needs to be legal."""
+    seq_len = config.training.seq_len
+    if topk := attention.nearest_topk(seq_len, num_chunks):
+        return str(topk)
+    step = SELECTED_PER_STRATUM * num_chunks
+    topk = nearest_multiple(attention.topk, step)
+    seq_len = replace(attention, topk=topk).nearest_seq_len(seq_len, num_chunks, divisor)
+    other = f"seq_len {seq_len}" if seq_len else "fewer levels or a smaller factor"
+    return f"{topk} with {other}"
 
 
 def _check_context_parallel(config: JobConfig, device_type: str) -> None:
@@ -642,7 +664,9 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
         step = newest if checkpoint.load_step == -1 else checkpoint.load_step
         # Of a seed checkpoint, step 0, the model alone is loaded.
         _check_load(config, folder / f"step-{step}", degree, step or None, model_only=not step)
+        _check_space(config, folder, steps)
         return
+    _check_space(config, folder, {})
     if initial is None:
         return
     if not Path(initial).is_dir():
@@ -660,6 +684,34 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
             "name an older one"
         )
     _check_load(config, Path(initial), degree, None, checkpoint.initial_load_model_only)
+
+
+def _check_space(config: JobConfig, folder: Path, steps: dict[int, bool]) -> None:
+    """There must be room for the checkpoints that will be there at a time, beside those that are.
+
+    Args:
+        steps: of the checkpoints in `folder`, and whether each is whole.
+    """
+    checkpoint, training = config.checkpoint, config.training
+    with torch.device("meta"):
+        model = Transformer(FLAVORS[config.model.flavor])
+    # Two moments for each parameter.
+    elements = 3 * sum(parameter.numel() for parameter in model.parameters())
+    size = elements * TORCH_DTYPE_MAP[training.dtype].itemsize
+    has_switch = 0 < config.lighthouse.stage1_steps < training.steps
+    saves = -(-training.steps // checkpoint.interval) + has_switch
+    if checkpoint.keep_latest_k:
+        # A new one is whole before an old one goes.
+        saves = min(saves, checkpoint.keep_latest_k + 1 + has_switch)
+    needed = max(1, saves - sum(steps.values())) * size
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(
+            f"job.dump_folder must have room for {needed / size:.0f} more checkpoints of "
+            f"{size / 1e9:,.2f} GB, got {free / 1e9:,.2f} GB free in {there}; free some, lower "
+            "checkpoint.keep_latest_k, or name a folder elsewhere"
+        )
 
 
 def _check_load(

@@ -1,0 +1,68 @@
+"""A disk without room: seen before the run starts, and a save that meets its end is loud."""
+
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from runs import command_line, write_corpus
+from torchtitan.experiments.lighthouse import checks
+from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
+
+# Three values of four bytes for each parameter of the debug model.
+CHECKPOINT = 3 * 4 * 1_131_648
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize(
+    ("options", "num_checkpoints"),
+    [
+        # Steps 2, 4, 6, 7 and the switch, step 3, fewer than would be kept.
+        ({"checkpoint__keep_latest_k": 0}, 5),
+        ({"checkpoint__keep_latest_k": 10}, 5),
+        # Two, one that is being written, and that of the switch.
+        ({"checkpoint__keep_latest_k": 2}, 4),
+        ({"checkpoint__keep_latest_k": 2, "lighthouse__stage1_steps": 0}, 3),
+    ],
+    ids=str,
+)
+def test_room_for_the_checkpoints_that_will_be_there(
+    tmp_path, corpus, monkeypatch, options, num_checkpoints
+):
+    options = {"checkpoint__interval": 2, **options}
+    config = checks.load_config(command_line(tmp_path / "new" / "run", corpus, **options))
+    asked = []
+
+    def disk_usage(path):
+        asked.append(path)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    free = num_checkpoints * CHECKPOINT
+    checks.check_config(config, world_size=1)
+    free -= 1
+    with pytest.raises(ValueError) as error:
+        checks.check_config(config, world_size=1)
+    message = str(error.value)
+    room = f"must have room for {num_checkpoints} more checkpoints of 0.01 GB"
+    assert message.startswith(f"job.dump_folder {room}, got 0.") and "\n" not in message
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_a_save_that_fails_ends_the_run_with_one_line(tmp_path, corpus):
+    args = command_line(tmp_path / "run", corpus, checkpoint__interval=2)
+    program = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train", *args]
+    # No file may be longer than 2 MB.
+    limited = ["bash", "-c", 'ulimit -f 2000; exec "$@"', "limited", *program]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: the checkpoint of step 2 could not be saved (rank 0: ")
+    assert "there is no good checkpoint; see to the space" in error
+    assert "Traceback" not in done.stderr
+    assert checkpoint_steps(tmp_path / "run" / "checkpoint") == {2: False}
