@@ -1,0 +1,740 @@
+"""Data that breaks: what is tried again, what ends a run, and that no token is lost or read twice.
+
+Undisturbed reads are the oracle. Errors of reading are injected below Python's files, in the reads
+of their descriptors, and those of the hub into the iteration of a stream of `datasets` itself.
+"""
+
+import errno
+import gzip
+import importlib
+import io
+import itertools
+import json
+import logging
+import os
+import pickle
+import random
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import (
+    KINDS,
+    assert_one_line,
+    assert_same,
+    documents_of,
+    make_config,
+    make_corpus,
+    make_dataset,
+    make_texts,
+    stream_of,
+    take,
+    write_parquet,
+)
+from test_prepared import write_prepared
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse import corpora, faults, prepared, readers
+from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data import build_dataloader, check_dataset
+from torchtitan.experiments.lighthouse.faults import Dropped, retrying
+from torchtitan.experiments.lighthouse.prepare import prepare
+from torchtitan.experiments.lighthouse.prepared import PreparedDataset
+
+TOKENIZER = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
+SEQ_LEN = 16
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch) -> list[float]:
+    """The seconds waited, in which nothing happens."""
+    waits = []
+    monkeypatch.setattr(faults, "sleep", waits.append)
+    return waits
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 50)
+    monkeypatch.setattr(readers, "CHUNK_ROWS", 3)
+
+
+def open_dataset(name, path, state=None, **options):
+    dataset = make_dataset(name, path, TOKENIZER, **options)
+    if state is not None:
+        dataset.load_state_dict(pickle.loads(pickle.dumps(state)))
+    return dataset
+
+
+def assert_all_same(windows, expected):
+    for window, same in zip(windows, expected, strict=True):
+        assert_same(window, same)
+
+
+# ---- trying again
+
+
+class Flaky:
+    """Reads the numbers 0, 1, ... up to 9, and breaks off before those that are listed."""
+
+    def __init__(self, *breaks: int) -> None:
+        self.breaks, self.starts = list(breaks), []
+
+    def __call__(self, start: int):
+        self.starts.append(start)
+        for number in range(start, 10):
+            if self.breaks and self.breaks[0] == number:
+                self.breaks.pop(0)
+                raise Dropped("training.dataset must hold, got an error", "mend it")
+            yield number, number + 1
+
+
+def test_a_read_goes_on_behind_its_last_value_after_longer_and_longer_waits(waits, caplog):
+    flaky = Flaky(0, 3, 3, 3, 3, 4, 9)
+    with caplog.at_level(logging.WARNING):
+        assert list(retrying(flaky, 0)) == [(n, n + 1) for n in range(10)]
+    assert flaky.starts == [0, 0, 3, 3, 3, 3, 4, 9]
+    # A value makes the next wait a short one again.
+    assert waits == [1, 1, 2, 4, 8, 1, 1]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == len(waits)
+    assert warnings[4] == "training.dataset must hold, got an error: try 5 of 5 in 8 s"
+
+
+def test_the_fifth_failure_in_a_row_ends_it(waits):
+    flaky = Flaky(2, *[3] * 5)
+    values = []
+    with pytest.raises(ValueError) as error:
+        values.extend(retrying(flaky, 0))
+    assert values == [(0, 1), (1, 2), (2, 3)]
+    assert waits == [1, 1, 2, 4, 8]
+    assert_one_line(error, "training.dataset must hold", "5th time in a row", ": mend it")
+
+
+# ---- every token, with errors of reading and kills
+
+
+class FlakyFile(io.FileIO):
+    """A file whose reads fail at random, as those of a network file system do."""
+
+    errors = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET)
+    reads_left = itertools.repeat(10**9)
+    left, failed = 10**9, 0
+
+    @classmethod
+    def fail_at(cls, reads) -> None:
+        """Has the reads fail that come these many after each other."""
+        cls.reads_left, cls.failed = iter(reads), 0
+        cls.left = next(cls.reads_left)
+
+    @classmethod
+    def count(cls) -> None:
+        cls.left -= 1
+        if cls.left < 0:
+            cls.left = next(cls.reads_left, 10**9)
+            cls.failed += 1
+            number = cls.errors[cls.failed % len(cls.errors)]
+            raise OSError(number, os.strerror(number))
+
+    def readinto(self, buffer):
+        self.count()
+        return super().readinto(buffer)
+
+    def readall(self):
+        self.count()
+        return super().readall()
+
+    def read(self, size=-1):
+        self.count()
+        return super().read(size)
+
+
+@pytest.fixture
+def flaky_files(monkeypatch):
+    def flaky_open(path, mode):
+        assert mode == "rb"
+        FlakyFile.count()
+        return io.BufferedReader(FlakyFile(path), 64)
+
+    for module in (readers, prepared):
+        monkeypatch.setattr(module, "open", flaky_open, raising=False)
+    yield FlakyFile
+    FlakyFile.fail_at([10**9])
+
+
+@pytest.mark.parametrize("dp_world_size", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_comes_once_and_in_order_whatever_happens(
+    tmp_path, kind, dp_world_size, flaky_files, waits
+):
+    """Errors of reading at random places, and kills at random windows, in the last epoch, too."""
+    train = make_texts(24)
+    name, path = make_corpus(tmp_path, kind, train)
+    rng = random.Random(f"{kind} {dp_world_size}")
+    documents, num_kills, num_failed = [], 0, 0
+    flaky_files.fail_at([10**9])
+    for dp_rank in range(dp_world_size):
+        share = {"dp_rank": dp_rank, "dp_world_size": dp_world_size}
+        flaky_files.fail_at([10**9])
+        # One epoch to count it, and six that follow each other.
+        dataset = open_dataset(name, path, infinite=False, **share)
+        tokens = stream_of(dataset)
+        left = torch.frombuffer(bytearray(dataset.state_dict()["buffer"]), dtype=torch.int32)
+        assert not tokens or tokens[-1] == left[0]
+        documents += documents_of([*tokens, *left.tolist()[bool(tokens) :]])
+        count = 6 * max(1, len(tokens) // SEQ_LEN)
+        expected = take(open_dataset(name, path, **share), count)
+
+        flaky_files.fail_at(rng.randrange(8, 50) for _ in itertools.count())
+        seen, state = [], None
+        while len(seen) < count:
+            dataset = open_dataset(name, path, state, **share)
+            # A kill: what came after the last window, and this object, are lost.
+            for window in take(dataset, min(rng.randrange(1, 8), count - len(seen))):
+                seen.append(window)
+            state = dataset.state_dict()
+            num_kills += 1
+        assert_all_same(seen, expected)
+        num_failed += flaky_files.failed
+    # No document is left out, none is read by two ranks.
+    assert Counter(documents) == Counter(train)
+    assert num_kills > 6 and num_failed >= 5 and len(waits) == num_failed
+
+
+def test_every_window_of_prepared_data_comes_once(tmp_path, flaky_files, waits):
+    path = write_prepared(tmp_path, 1000)
+    expected = take(build_dataloader(1, 0, TOKENIZER, make_config("prepared", path)), 70)
+    rng = random.Random(0)
+    flaky_files.fail_at(rng.randrange(2, 9) for _ in itertools.count())
+    seen, state = [], {}
+    while len(seen) < 70:
+        loader = build_dataloader(1, 0, TOKENIZER, make_config("prepared", path))
+        loader.load_state_dict(state)
+        seen += take(loader, min(rng.randrange(1, 9), 70 - len(seen)))
+        state = loader.state_dict()
+    assert_all_same(seen, expected)
+    assert flaky_files.failed > 20 and waits
+    labels = Counter(label for _, labels in seen[:63] for label in labels.flatten().tolist())
+    assert set(labels) == set(range(1000)) and max(labels.values()) <= 3
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "c4_local", "prepared"])
+def test_a_file_that_cannot_be_read_ends_the_run_after_five_attempts(
+    tmp_path, kind, flaky_files, waits
+):
+    if kind == "prepared":
+        path = write_prepared(tmp_path, 1000)
+        dataset = PreparedDataset(path, SEQ_LEN)
+        flaky_files.fail_at([0, *[0] * 4])
+        with pytest.raises(ValueError) as error:
+            dataset[0]
+    else:
+        name, path = make_corpus(tmp_path, kind, make_texts(40))
+        dataset = open_dataset(name, path)
+        windows = iter(dataset)
+        seen = take(windows, 2)
+        state = dataset.state_dict()
+        flaky_files.fail_at([0] * 5)
+        with pytest.raises(ValueError) as error:
+            seen += windows
+        resumed = take(open_dataset(name, path, state), len(seen))
+        assert_all_same(resumed[: len(seen) - 2], seen[2:])
+        resumed = take(open_dataset(name, path, dataset.state_dict()), 5)
+        assert_all_same(resumed, take(open_dataset(name, path), len(seen) + 5)[len(seen) :])
+    assert waits == [1, 2, 4, 8]
+    assert_one_line(
+        error, "training.dataset_path must hold files that can be read", path, "5th time in a row"
+    )
+    assert_one_line(error, "[Errno ", "restore the file or its file system", "last checkpoint")
+
+
+# ---- what a file holds
+
+
+def gz(path: Path, lines: list[bytes]) -> None:
+    path.write_bytes(gzip.compress(b"".join(lines)))
+
+
+def plain(path: Path, lines: list[bytes]) -> None:
+    path.write_bytes(b"".join(lines))
+
+
+def table(path: Path, lines: list[bytes]) -> None:
+    # Not compressed, so that a byte of it is a byte of a text.
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [json.loads(line)["text"] for line in lines]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": rows}), path, compression="none", use_dictionary=False
+    )
+
+
+def replace_line(line: bytes):
+    def damage(path: Path) -> None:
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([*lines[:4], line + b"\n", *lines[5:]]))
+
+    return damage
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def cut_last_line(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def put_byte(path: Path) -> None:
+    """Breaks a text, and no more than a byte of it."""
+    content = path.read_bytes()
+    at = content.index(b"MARK")
+    path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+
+
+def flip_checksum(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def write_integers(path: Path) -> None:
+    write_parquet(path, "text", list(range(9)))
+
+
+def rename_column(path: Path) -> None:
+    write_parquet(path, "content", ["x"])
+
+
+def write_garbage(path: Path) -> None:
+    path.write_bytes(b"garbage " * 99)
+
+
+JSON_RULE = ("one JSON object with a 'text' per line", "convert the files")
+READABLE = ("must hold readable files", "replace it, and start the same run again")
+
+FAULTS = {
+    "json-truncated": ("jsonl", plain, cut_last_line, (" line 9", *JSON_RULE)),
+    "json-no-object": ("jsonl", plain, replace_line(b"[1, 2]"), ("'[1, 2]'", " line 5")),
+    "json-no-json": ("jsonl", plain, replace_line(b"so\x00 what"), (" line 5", *JSON_RULE)),
+    "json-without-text": ("jsonl", plain, replace_line(b'{"txt": "x"}'), ('{"txt"', " line 5")),
+    "json-number": ("jsonl", plain, replace_line(b'{"text": 3}'), (" line 5", *JSON_RULE)),
+    "json-list": ("jsonl", plain, replace_line(b'{"text": ["a"]}'), (" line 5", *JSON_RULE)),
+    "json-deep": ("jsonl", plain, replace_line(b"[" * 99999), (" line 5", *JSON_RULE)),
+    "json-not-utf8": ("jsonl", plain, put_byte, ("UTF-8", "byte 0xff", " line 5", "convert")),
+    "gzip-torn": ("c4_local", gz, cut, (" line ", "end-of-stream", *READABLE)),
+    "gzip-checksum": ("c4_local", gz, flip_checksum, (" line 10", "CRC", *READABLE)),
+    "gzip-garbage": ("c4_local", gz, write_garbage, (" line 1:", "gzip", *READABLE)),
+    "gzip-plain": ("c4_local", plain, lambda path: None, (" line 1:", "gzip", *READABLE)),
+    "parquet-torn": ("parquet", table, cut, (" row 1:", *READABLE)),
+    "parquet-garbage": ("parquet", table, write_garbage, (" row 1:", *READABLE)),
+    "parquet-integers": ("parquet", table, write_integers, (" row ", "got ", "convert the column")),
+    "parquet-column": ("parquet", table, rename_column, ("column 'text'", "rename its column")),
+    "parquet-not-utf8": ("parquet", table, put_byte, ("UTF-8", "0xff", " row 5", "convert")),
+}
+NAMES = {"jsonl": "{}.jsonl", "c4_local": "c4-train.{}.json.gz", "parquet": "{}.parquet"}
+
+
+def write_files(folder: Path, kind: str, write) -> list[Path]:
+    """Writes 4 files of 9 rows; each fifth row has a mark."""
+    paths = [folder / NAMES[kind].format(i) for i in range(4)]
+    texts = iter(make_texts(36))
+    for path in paths:
+        rows = [f"{next(texts)}{' MARK' * (row == 4)}" for row in range(9)]
+        write(path, [json.dumps({"text": text}).encode() + b"\n" for text in rows])
+    return paths
+
+
+@pytest.mark.parametrize("dp_world_size", [1, 2, 3])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_file_ends_the_run_and_once_repaired_it_goes_on(
+    tmp_path, waits, caplog, fault, dp_world_size
+):
+    kind, write, damage, parts = FAULTS[fault]
+    path = write_files(tmp_path, kind, {"gzip-plain": gz}.get(fault, write))[2]
+    whole, share = path.read_bytes(), {"dp_rank": 0, "dp_world_size": dp_world_size}
+    expected = take(open_dataset(kind, str(tmp_path), **share), 60)
+    if fault == "gzip-plain":
+        write(path, [gzip.decompress(whole)])
+    damage(path)
+    assert path.read_bytes() != whole
+
+    dataset, seen = None, []
+    # A rank that does not read the row as its own may not stumble over it.
+    for dp_rank in range(dp_world_size):
+        share["dp_rank"] = dp_rank
+        dataset, seen, states = open_dataset(kind, str(tmp_path), **share), [], []
+        try:
+            for window in itertools.islice(dataset, 60):
+                seen.append(window)
+                states.append(dataset.state_dict())
+        except ValueError as raised:
+            error = pytest.ExceptionInfo.from_exception(raised)
+            break
+    else:
+        pytest.fail("no rank has seen it")
+    assert_one_line(error, "training.dataset_path", str(path), *parts)
+    # Trying again would not help.
+    assert waits == []
+    states.append(dataset.state_dict())
+    path.write_bytes(whole)
+    expected = take(open_dataset(kind, str(tmp_path), **share), 60)
+    assert 0 < len(seen) < 60
+    assert_all_same(seen, expected[: len(seen)])
+    for step, state in ((len(seen) - 2, states[-4]), (len(seen), states[-1])):
+        resumed = open_dataset(kind, str(tmp_path), state, **share)
+        assert_all_same(take(resumed, 60 - step), expected[step:])
+    sizes_differ = "files of other sizes" in caplog.text
+    assert sizes_differ == (fault not in ("json-not-utf8", "parquet-not-utf8", "gzip-checksum"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "c4_local"])
+def test_refuses_a_file_of_0_bytes_at_the_start(tmp_path, kind):
+    path = write_files(tmp_path, kind, {"parquet": table, "c4_local": gz}[kind])[2]
+    check_dataset(kind, str(tmp_path))
+    path.write_bytes(b"")
+    with pytest.raises(ValueError) as error:
+        check_dataset(kind, str(tmp_path))
+    assert_one_line(error, "training.dataset_path", str(path), "0 bytes", "replace or remove")
+    with pytest.raises(ValueError) as error:
+        prepare(kind, str(tmp_path), tmp_path.parent / kind, BYTE_TOKENIZER_PATH)
+    assert_one_line(error, "--dataset-path", str(path), "0 bytes", "replace or remove")
+
+
+def test_an_empty_file_of_lines_is_left_out(tmp_path):
+    path = write_files(tmp_path, "jsonl", plain)[2]
+    path.write_bytes(b"")
+    documents = open_dataset("jsonl", str(tmp_path))._documents.read(0, 0, 0, None)
+    assert len(list(documents)) == 27
+
+
+def test_prepared_text_that_is_not_utf8_is_told_with_its_row(tmp_path):
+    path = write_files(tmp_path, "parquet", table)[1]
+    put_byte(path)
+    with pytest.raises(ValueError) as error:
+        prepare("parquet", str(tmp_path), tmp_path.parent / "out", BYTE_TOKENIZER_PATH)
+    assert_one_line(error, "--dataset-path must hold UTF-8", f"{str(path)!r} row 5", "0xff")
+
+
+def test_refuses_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    """Rather than train on the others."""
+    write_files(tmp_path, "jsonl", plain)
+    (tmp_path / "sub").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "sub":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return listed(path)
+
+    check_dataset("jsonl", str(tmp_path))
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError) as error:
+        check_dataset("jsonl", str(tmp_path))
+    assert_one_line(error, "training.dataset_path", "folders that can be listed", "sub", "read")
+    with pytest.raises(ValueError) as error:
+        prepare("jsonl", str(tmp_path), tmp_path.parent / "out", BYTE_TOKENIZER_PATH)
+    assert_one_line(error, "--dataset-path", "sub", "Input/output error")
+
+
+# ---- a file that changes while a run reads
+
+
+def touch(path: Path) -> None:
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+
+def rewrite(path: Path) -> None:
+    """Other content of the same size."""
+    path.write_bytes(path.read_bytes()[::-1])
+    touch(path)
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b'{"text": "more"}\n')
+
+
+def exchange(path: Path) -> None:
+    other = path.with_suffix(".other")
+    other.write_bytes(path.read_bytes() + b"\n")
+    os.replace(other, path)
+
+
+CHANGES = [touch, rewrite, append, exchange, cut]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", ["text", "jsonl", "c4_local", "parquet", "prepared"])
+def test_a_file_that_changes_ends_the_run(tmp_path, waits, kind, change):
+    """Before a token of what was read from it since is handed out."""
+    if kind == "prepared":
+        files = sorted(Path(write_prepared(tmp_path, 1000), "train").glob("*.bin"))
+        windows = map(PreparedDataset(str(tmp_path), SEQ_LEN).__getitem__, itertools.count())
+    else:
+        name, path = make_corpus(tmp_path, kind, make_texts(40))
+        files = corpora.find_files(name, path)
+        dataset = open_dataset(name, path)
+        windows = iter(dataset)
+    expected = take(windows, 100)
+    if kind != "prepared":
+        dataset = open_dataset(name, path)
+        windows = iter(dataset)
+        seen = take(windows, 2)
+    else:
+        windows = map(PreparedDataset(str(tmp_path), SEQ_LEN).__getitem__, itertools.count())
+        seen = take(windows, 2)
+    status = [(file.read_bytes(), file.stat()) for file in files]
+    for file in files:
+        change(file)
+    with pytest.raises(ValueError) as error:
+        seen.extend(itertools.islice(windows, 98))
+    assert_one_line(error, "training.dataset_path must hold files that stay as they are")
+    assert_one_line(error, str(tmp_path), "modified", "restore the file", "last checkpoint")
+    assert waits == []
+    assert len(seen) < 40
+    assert_all_same(seen, expected[: len(seen)])
+    for file, (content, former) in zip(files, status, strict=True):
+        file.write_bytes(content)
+        os.utime(file, ns=(former.st_atime_ns, former.st_mtime_ns))
+    if kind != "prepared":
+        # Begun again, with the files restored.
+        resumed = open_dataset(name, path, dataset.state_dict())
+        assert_all_same(take(resumed, 100 - len(seen)), expected[len(seen) :])
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "prepared"])
+def test_a_file_that_vanishes_is_waited_for(tmp_path, monkeypatch, kind, comes_back):
+    if kind == "prepared":
+        files = sorted(Path(write_prepared(tmp_path, 1000), "train").glob("*.bin"))
+        dataset = PreparedDataset(str(tmp_path), SEQ_LEN)
+        windows = map(dataset.__getitem__, itertools.count())
+        expected = [dataset[place] for place in range(50)]
+    else:
+        name, path = make_corpus(tmp_path, kind, make_texts(40))
+        files = corpora.find_files(name, path)
+        expected = take(open_dataset(name, path), 50)
+        windows = iter(open_dataset(name, path))
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if comes_back and seconds == 4:
+            for file in files:
+                file.with_suffix(".away").rename(file)
+
+    monkeypatch.setattr(faults, "sleep", sleep)
+    seen = take(windows, 2)
+    for file in files:
+        file.rename(file.with_suffix(".away"))
+    if comes_back:
+        seen += itertools.islice(windows, 48)
+        assert waits == [1, 2, 4]
+    else:
+        with pytest.raises(ValueError) as error:
+            seen.extend(itertools.islice(windows, 48))
+        assert waits == [1, 2, 4, 8]
+        assert_one_line(error, "training.dataset_path", str(tmp_path), "No such file", "5th time")
+    assert_all_same(seen, expected[: len(seen)])
+
+
+def test_a_position_in_rows_that_are_no_longer_there_is_refused(tmp_path):
+    path = write_files(tmp_path, "jsonl", plain)[0]
+    dataset = open_dataset("jsonl", str(tmp_path))
+    for _ in dataset:
+        cursor = dataset.state_dict()["cursor"]
+        if cursor["rows"] > 4:
+            break
+    assert cursor["file"] == 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    changed = [lines[1], lines[0], *lines[2:]]
+    for content, is_good in ((lines, True), (lines[:4], False), (changed, False)):
+        path.write_bytes(b"".join(content))
+        resumed = open_dataset("jsonl", str(tmp_path), dataset.state_dict())
+        if is_good:
+            take(resumed, 1)
+            continue
+        with pytest.raises(ValueError) as error:
+            take(resumed, 1)
+        assert_one_line(error, "training.dataset must be the one", str(path), "other rows")
+        assert_one_line(error, "restore the file", 'exclude_from_loading = ["dataloader"]')
+
+
+def test_the_fingerprint_is_that_of_the_position(tmp_path):
+    for kind in ("text", "jsonl", "parquet"):
+        name, path = make_corpus(tmp_path / kind, kind, make_texts(12))
+        for split in ("train", "validation"):
+            dataset = open_dataset(name, path, split=split)
+            assert corpora.fingerprint(name, path, split) == dataset.state_dict()["corpus"]
+    former = corpora.fingerprint("text", str(tmp_path / "text"))
+    assert former != corpora.fingerprint("text", str(tmp_path / "text"), "validation")
+    (tmp_path / "text" / "zzz.txt").write_text(make_texts(13)[12], encoding="utf-8")
+    assert corpora.fingerprint("text", str(tmp_path / "text")) != former
+
+
+# ---- workers
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "prepared"])
+def test_the_error_of_a_worker_keeps_its_line(tmp_path, kind):
+    if kind == "prepared":
+        write_prepared(tmp_path, 1000)
+        path = tmp_path / "train" / "00001.bin"
+    else:
+        path = write_files(tmp_path, kind, {"jsonl": plain, "parquet": table}[kind])[2]
+    whole, former = path.read_bytes(), path.stat()
+    config = make_config(kind, str(tmp_path), num_workers=1)
+    expected = take(build_dataloader(1, 0, TOKENIZER, config), 12)
+    if kind != "prepared":
+        put_byte(path)
+    loader = build_dataloader(1, 0, TOKENIZER, config)
+    if kind == "prepared":
+        touch(path)
+    seen, state = [], {}
+    try:
+        for batch in loader:
+            seen.append(batch)
+            state = loader.state_dict()
+    # Its text alone: while a frame of the error holds the loader, that waits for its worker.
+    except ValueError as error:
+        message = str(error)
+    assert message.startswith("training.dataset_path must hold ")
+    assert str(path) in message and "\n" not in message
+    path.write_bytes(whole)
+    os.utime(path, ns=(former.st_atime_ns, former.st_mtime_ns))
+    assert (kind != "prepared") <= len(seen) < 12
+    resumed = build_dataloader(1, 0, TOKENIZER, config)
+    resumed.load_state_dict(state)
+    assert_all_same(take(resumed, 12 - len(seen)), expected[len(seen) :])
+
+
+# ---- the hub
+
+
+def http_errors() -> list[Exception]:
+    """What the clients raise that can lie under a stream, of those that are installed."""
+    found = [
+        ConnectionError("Server Disconnected"),
+        TimeoutError("timed out"),
+        EOFError("Compressed file ended before the end-of-stream marker was reached"),
+    ]
+    for module, names in {
+        "requests.exceptions": ["ConnectionError", "ChunkedEncodingError", "ReadTimeout"],
+        "httpx": ["ReadTimeout", "RemoteProtocolError", "ConnectError"],
+        "httpx2": ["ReadTimeout", "RemoteProtocolError", "ConnectError"],
+        "urllib3.exceptions": ["ProtocolError"],
+        "http.client": ["RemoteDisconnected"],
+        "aiohttp": ["ClientPayloadError"],
+        "huggingface_hub.errors": ["OfflineModeIsEnabled", "XetDownloadError"],
+    }.items():
+        try:
+            errors = importlib.import_module(module)
+        except ImportError:
+            continue
+        found += [getattr(errors, name)("lost\nit") for name in names]
+    return found
+
+
+class Hub:
+    """Stands in for the hub below `datasets.load_dataset`: a stream of `datasets` over files here.
+
+    Its iteration raises what is listed: (rows from the last time on, error).
+    """
+
+    def __init__(self, monkeypatch, folder: Path, num_files: int = 4) -> None:
+        import datasets
+
+        self.texts = make_texts(40)
+        folder.mkdir()
+        for i in range(num_files):
+            write_parquet(folder / f"{i}.parquet", "text", self.texts[i::num_files])
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        self.rows = datasets.load_dataset(
+            "parquet", data_files=str(folder / "*.parquet"), split="train", streaming=True
+        )
+        self.errors, self.loads, self.asked = [], [], []
+        self._read = datasets.IterableDataset.__iter__
+        monkeypatch.setattr(datasets.IterableDataset, "__iter__", lambda rows: self._iterate(rows))
+        monkeypatch.setattr(datasets, "load_dataset", self._load)
+
+    def _load(self, *args, **options):
+        self.asked.append((args, options))
+        if self.loads:
+            raise self.loads.pop(0)
+        return self.rows
+
+    def _iterate(self, rows):
+        # The row that an error comes in place of is read already, and the state of the stream
+        # stands behind it.
+        for count, row in enumerate(self._read(rows)):
+            if self.errors and count >= self.errors[0][0]:
+                raise self.errors.pop(0)[1]
+            yield row
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    return Hub(monkeypatch, tmp_path / "hub")
+
+
+@pytest.mark.parametrize("dp_world_size", [1, 2, 3])
+def test_a_stream_that_drops_goes_on_where_it_was(hub, waits, dp_world_size):
+    errors = http_errors()
+    assert len(errors) >= 12
+    rng, documents = random.Random(dp_world_size), []
+    for dp_rank in range(dp_world_size):
+        share = {"dp_rank": dp_rank, "dp_world_size": dp_world_size}
+        hub.errors = []
+        dataset = open_dataset("c4", None, infinite=False, **share)
+        documents += [text for text, _ in dataset._documents.read(0, 0, 0, None)]
+        expected = take(open_dataset("c4", None, **share), 90)
+        hub.errors = [(rng.randrange(1, 5), error) for error in errors]
+        hub.loads = [ConnectionError("offline"), TimeoutError()]
+        waits.clear()
+        seen, state = [], None
+        while len(seen) < 90:
+            dataset = open_dataset("c4", None, state, **share)
+            seen += take(dataset, min(rng.randrange(1, 20), 90 - len(seen)))
+            state = dataset.state_dict()
+        assert_all_same(seen, expected)
+        assert hub.errors == hub.loads == []
+        assert len(waits) == len(errors) + 2
+    assert Counter(documents) == Counter(hub.texts)
+    assert hub.asked[0] == (("allenai/c4", "en"), {"split": "train", "streaming": True})
+
+
+def test_a_stream_that_stays_away_ends_the_run(hub, waits):
+    dataset = open_dataset("c4", None)
+    expected = take(dataset, 20)
+    windows = iter(dataset)
+    seen = take(windows, 3)
+    hub.errors = [(0, ConnectionError("Server\nDisconnected"))] * 9
+    with pytest.raises(ValueError) as error:
+        # Those that follow without another document.
+        while True:
+            seen.append(next(windows))
+            if len(seen) > 3:
+                dataset = open_dataset("c4", None, dataset.state_dict())
+                windows = iter(dataset)
+    assert waits == [1, 2, 4, 8]
+    assert_one_line(error, "training.dataset must be a stream that can be read", "'c4'")
+    assert_one_line(error, "ConnectionError: Server Disconnected", "5th time in a row")
+    assert_one_line(error, "see to the network and start the same run again", "'c4_local'")
+    hub.errors = []
+    resumed = open_dataset("c4", None, dataset.state_dict())
+    assert_all_same(take(resumed, 20 - len(seen)), expected[len(seen) :])
+
+
+def test_a_stream_that_is_broken_is_not_tried_again(hub, waits):
+    import pyarrow
+
+    for broken in (pyarrow.ArrowInvalid("JSON parse error\nin row 3"), zlib.error("-3")):
+        hub.errors = [(4, broken)]
+        with pytest.raises(ValueError) as error:
+            take(open_dataset("c4", None), 90)
+        assert_one_line(error, "training.dataset must be a stream", "'c4'", type(broken).__name__)
+    assert waits == []
