@@ -86,7 +86,7 @@ def test_the_list_has_every_cell_and_says_why_one_is_illegal(ablate, tmp_path, c
     ]
     assert lines[1].endswith("  new")
     assert all("illegal: lighthouse.topk must be" in line for line in lines[2:4])
-    assert lines[2].endswith("got 200; nearest: 256")
+    assert lines[2].endswith("got 200; nearest: 128")
     assert all("illegal: lighthouse.scorer must be one of norm" in line for line in lines[4:6])
     assert not (tmp_path / "grid").exists()
 

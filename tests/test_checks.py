@@ -216,7 +216,7 @@ COMMAND_LINES = [
     ("--lighthouse.pooling_factor 0", ("pooling_factor", "power of two", "got 0", "nearest: 2")),
     ("--lighthouse.pooling_factor 6", ("pooling_factor", "power of two", "got 6", "nearest: 4")),
     ("--lighthouse.topk 0", ("lighthouse.topk", "multiple of 128", "got 0", "nearest: 128")),
-    ("--lighthouse.topk 200", ("lighthouse.topk", "multiple of 128", "got 200", "nearest: 256")),
+    ("--lighthouse.topk 200", ("lighthouse.topk", "multiple of 128", "got 200", "nearest: 128")),
     ("--lighthouse.scorer loud", ("lighthouse.scorer must be one of norm, dilated, gla", "'loud'")),
     ("--lighthouse.telemetry_freq -1", ("lighthouse.telemetry_freq", "got -1", "use 0 or more")),
     ("--lighthouse.sdpa_backend math", ("sdpa-backend", "'math'", "'cudnn', 'flash'")),

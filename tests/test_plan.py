@@ -142,7 +142,7 @@ def test_illegal_values_end_it_with_one_line_and_code_2():
     )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == (
-        "error: lighthouse.topk must be a positive multiple of 128, got 4000; nearest: 3968\n"
+        "error: lighthouse.topk must be a positive multiple of 128, got 4000; nearest: 4096\n"
     )
 
 
