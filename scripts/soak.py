@@ -1,0 +1,140 @@
+"""Train for a long time and watch what the process holds: memory, open files, threads, processes.
+
+    scripts/soak.py train_configs/debug.toml --out outputs/soak --minutes 60 \\
+        --training.steps 1000000 --lighthouse.stage1_steps 3000
+
+Further arguments override the configuration; after so many minutes the run is asked to stop. What
+the trainer and its helpers hold is read from /proc, every few seconds, on Linux alone. Compared are
+the second quarter of the run and its last: resident memory may grow by one percent, files, threads
+and processes not at all, or the exit code is 1.
+
+Writes samples.jsonl and soak.png into the folder, beside what the run writes; the last line printed
+is a JSON object.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+from torchtitan.experiments.lighthouse.command_line import Parser, check_output_folder
+from torchtitan.experiments.lighthouse.interruption import EXIT_CODE
+from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+MEMORY_GROWTH = 0.01
+"""Of resident memory, from the second to the last quarter, as a part of it."""
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("config", type=Path, metavar="CONFIG")
+    parser.add_argument("--out", type=Path, default=Path("outputs/soak"), metavar="FOLDER")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="until it is stopped")
+    parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS")
+    options, overrides = parser.parse_known_args()
+    for name in ("every", "minutes"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} must be above 0, got {getattr(options, name)}; leave it out")
+    try:
+        check_output_folder("--out", options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
+        "--job.config_file", str(options.config), "--job.dump_folder", str(options.out), *overrides,
+    ]  # fmt: skip
+    samples = []
+    start = time.monotonic()
+    with (
+        (options.out / "log.txt").open("w") as log,
+        (options.out / "samples.jsonl").open("w") as file,
+    ):
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if held := held_by(process.pid):
+                samples.append({"seconds": round(time.monotonic() - start, 1), **held})
+                file.write(json.dumps(samples[-1]) + "\n")
+                file.flush()
+            if time.monotonic() - start > 60 * options.minutes:
+                process.terminate()
+            time.sleep(options.every)
+    if process.returncode not in (0, EXIT_CODE):
+        raise SystemExit(f"the run ended with {process.returncode}; see {options.out / 'log.txt'}")
+    result = compare(samples, options.out)
+    plot(samples, result, options.out / "soak.png")
+    print(json.dumps(result))
+    raise SystemExit(0 if result["is_flat"] else 1)
+
+
+def held_by(pid: int) -> dict[str, int] | None:
+    """What a process and its descendants hold now; None if it has ended."""
+    held = {"memory_bytes": 0, "files": 0, "threads": 0, "processes": 0}
+    waiting = [pid]
+    try:
+        while waiting:
+            one = Path("/proc") / str(waiting.pop())
+            pages = int((one / "statm").read_text().split()[1])
+            held["memory_bytes"] += pages * os.sysconf("SC_PAGE_SIZE")
+            held["files"] += len(list((one / "fd").iterdir()))
+            tasks = list((one / "task").iterdir())
+            held["threads"] += len(tasks)
+            held["processes"] += 1
+            for task in tasks:
+                waiting += map(int, (task / "children").read_text().split())
+    except (OSError, IndexError):
+        # One ended while it was looked at.
+        return None
+    return held
+
+
+def compare(samples: list[dict], folder: Path) -> dict:
+    """The second quarter of a run and its last, each by its median; of memory by its largest."""
+    quarter = len(samples) // 4
+    parts = {"second": samples[quarter : 2 * quarter], "last": samples[3 * quarter :]}
+    names = ("files", "threads", "processes")
+    last_steps = {f"stage {line['stage']}": line["step"] for line in read_metrics(folder, LOSS)}
+    result = {
+        "minutes": round(samples[-1]["seconds"] / 60, 1),
+        "last_step": last_steps,
+        "samples": len(samples),
+    }
+    for part, found in parts.items():
+        result[part] = {"memory_bytes": max(sample["memory_bytes"] for sample in found)} | {
+            name: int(statistics.median(sample[name] for sample in found)) for name in names
+        }
+    second, last = result["second"], result["last"]
+    result["memory_growth"] = round(last["memory_bytes"] / second["memory_bytes"] - 1, 5)
+    result["is_flat"] = result["memory_growth"] <= MEMORY_GROWTH and all(
+        last[name] <= second[name] for name in names
+    )
+    return result
+
+
+def plot(samples: list[dict], result: dict, path: Path) -> None:
+    """What was held over time."""
+    figure, panels = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
+    minutes = [sample["seconds"] / 60 for sample in samples]
+    panels[0].plot(minutes, [sample["memory_bytes"] / 2**30 for sample in samples])
+    panels[0].set_ylabel("resident memory (GiB)")
+    panels[0].set_ylim(bottom=0)
+    for name in ("files", "threads", "processes"):
+        panels[1].plot(minutes, [sample[name] for sample in samples], label=name)
+    panels[1].set_ylim(bottom=0)
+    panels[1].legend()
+    panels[1].set_xlabel("minutes")
+    steps = max(result["last_step"].values())
+    figure.suptitle(f"{result['minutes']} minutes, {steps:,} steps")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
