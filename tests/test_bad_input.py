@@ -298,6 +298,15 @@ COMMAND_LINES = [
         "--checkpoint.enable --checkpoint.async_mode async_with_pinned_mem",
         *("checkpoint.async_mode must be", "got 'async_with_pinned_mem'", "use async"),
     ),
+    run("--training.gc_debug", "training.gc_debug must be false on a CPU", "'true'", "remove it"),
+    run(
+        "--checkpoint.initial_load_in_hf_quantized",
+        *(
+            "checkpoint.initial_load_in_hf_quantized must be",
+            "'true'",
+            "initial_load_in_hf to true",
+        ),
+    ),
     run("--comm.mode local_tensor", "comm.mode must be one of", "'local_tensor'", "choose one"),
     run("--comm.mode fake_backend", "comm.mode must be", "got 'fake_backend'", "set the variable"),
     run("--fault_tolerance.enable", "fault_tolerance.enable must", "got 'true'", "remove it"),
@@ -744,9 +753,9 @@ def slowest(request):
     """CPU and wall seconds of every process, by row; the longest are printed in the end."""
     seconds = {}
     yield seconds
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    for name, (cpu, wall) in sorted(seconds.items(), key=lambda item: -item[1][0])[:5]:
-        reporter.write_line(f"{cpu:5.1f} s of CPU, {wall:5.1f} s: {name}")
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        for name, (cpu, wall) in sorted(seconds.items(), key=lambda item: -item[1][0])[:5]:
+            print(f"\n{cpu:.1f} s of CPU, {wall:.1f} s: {name}", end="")
 
 
 @pytest.mark.slow

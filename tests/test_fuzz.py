@@ -559,3 +559,39 @@ def test_what_is_accepted_trains(effort, base, corpus):
 
     check()
     assert len(trained) > 2
+
+
+# What makes a run long, large, or one that asks the network; and the compiler, which takes long.
+NOT_TRIED = {
+    *("training.steps", "training.seq_len", "training.local_batch_size", "model.flavor"),
+    *("training.global_batch_size", "validation.steps", "validation.local_batch_size"),
+    *("validation.seq_len", "lighthouse.stage1_steps", "metrics.enable_wandb", "compile.enable"),
+}
+
+
+@both_efforts
+def test_any_value_that_is_accepted_trains(effort, base):
+    """The values of any field, one at a time."""
+    whatever = st.sampled_from(sorted(FIELDS.keys() - NOT_TRIED)).flatmap(
+        lambda name: st.tuples(st.just(name), values_of(FIELDS[name]))
+    )
+    trained = []
+
+    @fuzz(20, 400, effort)
+    @given(whatever, st.booleans(), st.booleans())
+    def check(value, validates, saves):
+        values = {"validation.enable": validates, "checkpoint.enable": saves, value[0]: value[1]}
+        config = changed(base, values)
+        with tempfile.TemporaryDirectory() as folder:
+            if value[0] != "job.dump_folder":
+                config.job.dump_folder = folder
+            if refusal(check_config, config, 1) is not None:
+                return
+            config.job.dump_folder = folder
+            with trainer_of(config) as trainer:
+                trainer.train()
+            assert list(losses_of(folder)) == [1, 2][: 2 // config.metrics.log_freq]
+        trained.append(value)
+
+    check()
+    assert len(trained) > 5

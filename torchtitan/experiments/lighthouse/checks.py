@@ -376,11 +376,27 @@ def _check_surroundings(config: JobConfig, device_type: str, is_start: bool) -> 
         )
     checkpoint = config.checkpoint
     _require(
-        device_type != "cpu" or checkpoint.async_mode != "async_with_pinned_mem",
+        not checkpoint.enable
+        or device_type != "cpu"
+        or checkpoint.async_mode != "async_with_pinned_mem",
         "checkpoint.async_mode",
         "disabled or async on a CPU, which pins no memory",
         checkpoint.async_mode,
         "use async",
+    )
+    _require(
+        checkpoint.initial_load_in_hf or not checkpoint.initial_load_in_hf_quantized,
+        "checkpoint.initial_load_in_hf_quantized",
+        "false for a checkpoint in another format than Hugging Face's",
+        "true",
+        "remove it, or set checkpoint.initial_load_in_hf to true",
+    )
+    _require(
+        device_type != "cpu" or not config.training.gc_debug,
+        "training.gc_debug",
+        "false on a CPU, since it looks for cycles of tensors on a GPU",
+        "true",
+        "remove it",
     )
     for name in ("init_timeout_seconds", "train_timeout_seconds"):
         _check_at_least(f"comm.{name}", getattr(comm, name), 1)
@@ -414,6 +430,7 @@ def _check_surroundings(config: JobConfig, device_type: str, is_start: bool) -> 
 
 def _check_parallelism(config: JobConfig, world_size: int) -> None:
     parallelism = config.parallelism
+    _check_at_least("the number of processes", world_size, 1)
     for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
         degree = getattr(parallelism, name)
         _require(
