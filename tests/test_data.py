@@ -36,14 +36,6 @@ KINDS = ["text", "jsonl", "jsonl-2shards", "parquet", "c4_local"]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    cache = tmp_path_factory.getbasetemp() / "datasets"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-
-
-@pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Fails a test that looks up a host; an exception alone could be swallowed on its way."""
     hosts = []

@@ -390,6 +390,22 @@ def test_a_broken_file_ends_the_run_and_once_repaired_it_goes_on(
     assert sizes_differ == (fault not in ("json-not-utf8", "parquet-not-utf8", "gzip-checksum"))
 
 
+def test_the_rows_before_a_tear_are_read_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 2**20)
+    path = tmp_path / "c4-train.0.json.gz"
+    texts = [random.Random(i).randbytes(100).hex() for i in range(40)]
+    gz(path, [json.dumps({"text": text}).encode() + b"\n" for text in texts])
+    cut(path)
+    whole = zlib.decompressobj(wbits=31).decompress(path.read_bytes()).count(b"\n")
+    assert 10 < whole < 30
+    seen = []
+    with pytest.raises(ValueError) as error:
+        for text, _ in open_dataset("c4_local", str(tmp_path))._documents.read(0, 0, 0, None):
+            seen.append(text)
+    assert seen == texts[:whole]
+    assert_one_line(error, f"{str(path)!r} line {whole + 1}: ", "end-of-stream")
+
+
 @pytest.mark.parametrize("kind", ["parquet", "c4_local"])
 def test_refuses_a_file_of_0_bytes_at_the_start(tmp_path, kind):
     path = write_files(tmp_path, kind, {"parquet": table, "c4_local": gz}[kind])[2]
