@@ -1,13 +1,19 @@
 """metrics.jsonl: one line per step and stage, whatever happened to the run."""
 
+import collections
 import json
+import math
+import random
+import statistics
 import time
 from types import SimpleNamespace
 
 import pytest
-from torchtitan.components.metrics import BaseLogger
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.experiments.lighthouse.metrics import (
     LOSS,
+    SPIKE,
+    SPIKE_WINDOW,
     VALIDATION_LOSS,
     StagedLogger,
     StagedMetricsProcessor,
@@ -157,3 +163,28 @@ def test_the_lines_outlive_the_other_loggers(tmp_path, caplog):
     broken = BrokenLogger()
     StagedLogger(broken, None).close()
     assert broken.calls == ["close"]
+
+
+def test_a_spike_is_told_and_noise_is_not(monkeypatch, caplog):
+    monkeypatch.setattr(MetricsProcessor, "log", lambda self, *args: None)
+    processor = StagedMetricsProcessor.__new__(StagedMetricsProcessor)
+    processor.parallel_dims = SimpleNamespace(cp=1)
+    processor.logger = StagedLogger(BaseLogger(), None)
+    lines = []
+
+    def keep(metrics, step):
+        lines.append((step, metrics))
+
+    monkeypatch.setattr(processor.logger, "log", keep)
+    processor._losses = collections.deque(maxlen=SPIKE_WINDOW)
+    dice = random.Random(0)
+    losses = [3 - step / 100 + dice.gauss(0, 0.05) for step in range(1, 200)]
+    # A spike before there is anything to compare with is none, and a loss of nan is another matter.
+    losses[3] = 9.0
+    losses[150] = 4.0
+    losses[170] = math.nan
+    for step, loss in enumerate(losses, 1):
+        processor.log(step, loss, loss, 1.0)
+    expected = 4.0 - statistics.fmean(losses[130:150])
+    assert lines == [(151, {SPIKE: pytest.approx(expected)})]
+    assert caplog.text.count("Spike in step 151: the loss is 4.0000, ") == 1

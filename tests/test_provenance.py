@@ -159,6 +159,24 @@ def test_a_checkpoint_without_a_record_is_compared_by_its_shapes(run, tmp_path):
         checks.check_config(checks.load_config(whole_state), world_size=1)
 
 
+def test_another_corpus_is_refused_unless_the_data_begin_anew(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run[1], other)
+    document = next(iter(sorted(other.glob("*.txt"))))
+    document.write_text(document.read_text() + " ")
+    for args in ({}, {"training__dataloader__num_workers": 1}):
+        with pytest.raises(ValueError, match=r"training\.dataset must be the corpus of the data "):
+            check((run[0], other), tmp_path / f"refused-{len(args)}", **args)
+    # A run of two stages may not begin the data anew in its midst; a dense one may.
+    options = {
+        "checkpoint__initial_load_path": run[0] / "checkpoint" / "step-2",
+        "lighthouse__stage1_steps": 0,
+        "checkpoint__exclude_from_loading": ["dataloader"],
+    }
+    config = checks.load_config(command_line(tmp_path / "dense", other, **options))
+    checks.check_config(config, world_size=1)
+
+
 def test_a_record_that_cannot_be_read_is_named(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)

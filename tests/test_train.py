@@ -6,8 +6,10 @@ FSDP ranks over gloo.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,27 @@ def test_a_dense_configuration_goes_on_from_the_checkpoint_of_the_switch(
     assert run.losses == {step: undisturbed.losses[step] for step in steps}
     assert run.batches == {step: undisturbed.batches[step] for step in steps}
     assert_same_state(run, undisturbed)
+
+
+def test_a_fault_of_the_data_ends_the_run_with_one_line(corpus, tmp_path):
+    args = command_line(tmp_path / "run", corpus, checkpoint__interval=2)
+    program = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train", *args]
+    broken = tmp_path / "corpus"
+    shutil.copytree(corpus, broken)
+    args[args.index("--training.dataset_path") + 1] = str(broken)
+    trainer = subprocess.Popen(program[:3] + args, stderr=subprocess.PIPE, text=True)
+    # Every document but those read first changes.
+    while not (tmp_path / "run" / "checkpoint" / "step-2" / ".metadata").exists():
+        time.sleep(0.01)
+        assert trainer.poll() is None
+    for path in broken.iterdir():
+        path.write_text(path.read_text() + "more")
+    _, errors = trainer.communicate(timeout=300)
+    assert trainer.returncode == 1
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: rank 0: training.dataset_path")
+    assert f"the last good checkpoint is {tmp_path}/run/checkpoint/step-" in error
+    assert "Traceback" not in errors
 
 
 # ---- plain torchtitan

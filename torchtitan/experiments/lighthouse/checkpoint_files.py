@@ -197,6 +197,27 @@ def prepared_position(path: str | Path) -> dict[str, Any] | None:
     return state["dataloader"]
 
 
+def corpus_fingerprint(path: str | Path) -> int | None:
+    """`corpora.fingerprint` of the documents that the data position in the whole, safe checkpoint
+    `path` belongs to; None where it holds none of documents."""
+    name = "dataloader.dp_rank_0"
+    if name not in _keys(path):
+        return None
+    infos = read_metadata(path).storage_data
+    (info,) = (info for index, info in infos.items() if index.fqn == name)
+    with (Path(path) / info.relative_path).open("rb") as file:
+        file.seek(info.offset)
+        data = torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
+    # The loader's state has that of the dataset in it, at a depth that its workers decide.
+    waiting = [_Plain(io.BytesIO(data)).load()]
+    while waiting:
+        state = waiting.pop()
+        if {"corpus", "documents"} <= state.keys():
+            return state["corpus"]
+        waiting += [value for value in state.values() if isinstance(value, dict)]
+    return None
+
+
 def _keys(path: str | Path) -> list[str]:
     """What a checkpoint holds, by name: nothing where it is none."""
     if not (Path(path) / METADATA).is_file():

@@ -25,6 +25,7 @@ from torchtitan.experiments.lighthouse.checkpoint_files import (
     check_folder,
     check_safe,
     checkpoint_steps,
+    corpus_fingerprint,
     data_parallel_degree,
     fault,
     holds_training_state,
@@ -32,6 +33,7 @@ from torchtitan.experiments.lighthouse.checkpoint_files import (
     prepared_position,
 )
 from torchtitan.experiments.lighthouse.command_line import check_output_folder, open_tokenizer
+from torchtitan.experiments.lighthouse.corpora import DATASETS, fingerprint
 from torchtitan.experiments.lighthouse.data import check_data
 from torchtitan.experiments.lighthouse.job_config import JobConfig
 from torchtitan.experiments.lighthouse.prepared import PreparedDataset, check_prepared
@@ -778,6 +780,14 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
             f"position, got {degree}: {degree * model_parallel} processes over context times "
             f"tensor parallel {model_parallel}; start {saved * model_parallel} processes or change "
             "those degrees, or begin the data anew with "
+            'checkpoint.exclude_from_loading = ["dataloader"]'
+        )
+    # That of the hub is not asked before the run starts.
+    found = None if DATASETS[training.dataset].reader == "hub" else corpus_fingerprint(path)
+    if found is not None and found != fingerprint(training.dataset, training.dataset_path):
+        raise ValueError(
+            f"training.dataset must be the corpus of the data position of {path}, got "
+            f"{training.dataset!r} with other documents; restore them, or begin the data anew with "
             'checkpoint.exclude_from_loading = ["dataloader"]'
         )
 

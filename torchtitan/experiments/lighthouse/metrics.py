@@ -5,8 +5,11 @@ metrics under torchtitan's names. A resumed run appends; where a step stands twi
 counts (`read_metrics`).
 """
 
+import collections
 import contextlib
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,12 @@ VALIDATION_LOSS = "validation_metrics/loss"
 TOKENS_PER_SECOND = "throughput(tps)"
 TOKENS_SEEN = "n_tokens_seen"
 SWITCH = "lighthouse/switch"
+SPIKE = "lighthouse/spike"
+
+SPIKE_WINDOW = 20
+SPIKE_DEVIATIONS = 6.0
+"""A loss is a spike if it lies above the mean of so many lines before it by more than so many times
+their standard deviation, which is some 1 in 10^9 for noise that is normal."""
 
 
 class StagedMetricsProcessor(MetricsProcessor):
@@ -36,6 +45,7 @@ class StagedMetricsProcessor(MetricsProcessor):
         if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
             path = Path(job_config.job.dump_folder) / FILE_NAME
         self.logger = StagedLogger(self.logger, path)
+        self._losses = collections.deque(maxlen=SPIKE_WINDOW)
 
     def log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None) -> None:
         # torchtitan counts the tokens of a sequence once for each rank that shares it, in the sum
@@ -45,6 +55,20 @@ class StagedMetricsProcessor(MetricsProcessor):
             num_tokens = extra_metrics[TOKENS_SEEN] // degree
             extra_metrics = {**extra_metrics, TOKENS_SEEN: num_tokens}
         super().log(step, global_avg_loss, global_max_loss * degree, grad_norm, extra_metrics)
+        self._tell_spike(step, global_avg_loss)
+
+    def _tell_spike(self, step: int, loss: float) -> None:
+        losses = self._losses
+        if len(losses) == SPIKE_WINDOW:
+            mean, deviation = statistics.fmean(losses), statistics.pstdev(losses)
+            if loss > mean + SPIKE_DEVIATIONS * deviation:
+                logger.warning(
+                    f"Spike in step {step}: the loss is {loss:.4f}, {loss - mean:.4f} above the "
+                    f"mean of the {SPIKE_WINDOW} lines before"
+                )
+                self.logger.log({SPIKE: loss - mean}, step)
+        if math.isfinite(loss):
+            losses.append(loss)
 
     def enter_stage(self, stage: int, num_flops_per_token: float) -> None:
         """Measure from here on in `stage`: nothing of the stage before is averaged in."""

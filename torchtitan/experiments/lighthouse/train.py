@@ -23,7 +23,7 @@ from torchtitan.experiments.lighthouse import (
     interruption,
     telemetry,
 )
-from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager
+from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager, last_good
 from torchtitan.experiments.lighthouse.context_parallel import (
     context_of,
     shard_batch,
@@ -92,6 +92,14 @@ class TwoStageTrainer(Trainer):
             ),
         )
         self.finite_steps = FiniteSteps(self)
+
+    def batch_generator(self, data_iterable):
+        try:
+            yield from super().batch_generator(data_iterable)
+        except ValueError as error:
+            # From the data: what a caller does with a batch is not raised in here.
+            saved = last_good(self.checkpointer.folder) if self.checkpointer.enable else ""
+            raise Stop(f"{error}; {saved or 'nothing is saved'}", of_all_ranks=False) from error
 
     def post_dataloading_process(self, input_dict, labels):
         # A dictionary of tokens alone comes from our data loader.
@@ -211,8 +219,10 @@ def main(args: list[str] | None = None) -> None:
         else:
             trainer.train()
     except Stop as stop:
-        if os.environ["RANK"] == "0":
-            print(f"error: {stop}", file=sys.stderr)
+        rank = os.environ["RANK"]
+        if rank == "0" or not stop.of_all_ranks:
+            where = "" if stop.of_all_ranks else f"rank {rank}: "
+            print(f"error: {where}{stop}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         if trainer is not None:
