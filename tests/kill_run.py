@@ -114,7 +114,7 @@ class Request:
     fault: str | None = None
     """A defect that must be noticed: a part of the state that is not loaded, or "staging"."""
 
-    timeout: float = 300.0
+    timeout: float = 900.0
 
 
 @dataclass
@@ -493,7 +493,7 @@ def step_of(path: str | os.PathLike) -> int:
 
 
 def wait_until(is_so) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not is_so():
         if time.monotonic() > deadline:
             raise TimeoutError("the moment has not come")

@@ -84,6 +84,10 @@ class Chain:
     fault: str | None = None
     """Of every start, as in `Request`."""
 
+    @property
+    def folder(self) -> str:
+        return self.name.replace(", ", "-").replace(" ", "-")
+
 
 def all_chains(seed: int) -> list[Chain]:
     """All kills, on one rank and on two."""
@@ -268,7 +272,7 @@ class KilledRun:
 
     def __init__(self, world: World, chain: Chain, server: Server):
         self.chain, self.server = chain, server
-        self.folder = world.folder / chain.name.replace(", ", "-").replace(" ", "-")
+        self.folder = world.folder / chain.folder
         self.folder.mkdir()
         self.dump_folder = self.folder / "dump"
         self.checkpoints = self.dump_folder / "checkpoint"
@@ -518,6 +522,6 @@ def test_all_moments_are_in_the_plan():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chain", all_chains(SEED), ids=lambda chain: chain.name.replace(" ", "-"))
+@pytest.mark.parametrize("chain", all_chains(SEED), ids=lambda chain: chain.folder)
 def test_all_kills(world, chain):
     world.endure(chain, server_number=2)
