@@ -415,7 +415,7 @@ def test_refuses_a_file_of_0_bytes_at_the_start(tmp_path, kind):
         check_dataset(kind, str(tmp_path))
     assert_one_line(error, "training.dataset_path", str(path), "0 bytes", "replace or remove")
     with pytest.raises(ValueError) as error:
-        prepare(kind, str(tmp_path), tmp_path.parent / kind, BYTE_TOKENIZER_PATH)
+        prepare(kind, str(tmp_path), tmp_path.with_suffix(".out"), BYTE_TOKENIZER_PATH)
     assert_one_line(error, "--dataset-path", str(path), "0 bytes", "replace or remove")
 
 
@@ -430,7 +430,7 @@ def test_prepared_text_that_is_not_utf8_is_told_with_its_row(tmp_path):
     path = write_files(tmp_path, "parquet", table)[1]
     put_byte(path)
     with pytest.raises(ValueError) as error:
-        prepare("parquet", str(tmp_path), tmp_path.parent / "out", BYTE_TOKENIZER_PATH)
+        prepare("parquet", str(tmp_path), tmp_path.with_suffix(".out"), BYTE_TOKENIZER_PATH)
     assert_one_line(error, "--dataset-path must hold UTF-8", f"{str(path)!r} row 5", "0xff")
 
 
@@ -451,7 +451,7 @@ def test_refuses_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
         check_dataset("jsonl", str(tmp_path))
     assert_one_line(error, "training.dataset_path", "folders that can be listed", "sub", "read")
     with pytest.raises(ValueError) as error:
-        prepare("jsonl", str(tmp_path), tmp_path.parent / "out", BYTE_TOKENIZER_PATH)
+        prepare("jsonl", str(tmp_path), tmp_path.with_suffix(".out"), BYTE_TOKENIZER_PATH)
     assert_one_line(error, "--dataset-path", "sub", "Input/output error")
 
 

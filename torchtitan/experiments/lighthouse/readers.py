@@ -73,8 +73,8 @@ class SourceFile:
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
             raise ValueError(
                 f"{self.field} must hold files that stay as they are during a run, got "
-                f"{str(self.path)!r} of {status.st_size} bytes, modified since the run opened it with "
-                f"{self.size} bytes: restore the file, and {_GO_ON}"
+                f"{str(self.path)!r} of {status.st_size} bytes, modified since the run opened it "
+                f"with {self.size} bytes: restore the file, and {_GO_ON}"
             )
 
 
