@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import queue
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_checkpoint_is_whole_if_every_byte_that_its_metadata_name_is_there(tmp
     assert is_whole(path)
     (path / "__0_0.distcp").unlink()
     assert fault(path) == "__0_0.distcp is missing"
+
+
+def test_a_checkpoint_that_is_purged_meanwhile_is_torn(tmp_path, monkeypatch):
+    make(tmp_path, 5)
+    stat = Path.stat
+
+    def racing(path, **kwargs):
+        if path.suffix == ".distcp":
+            shutil.rmtree(path.parent)
+        return stat(path, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", racing)
+    assert checkpoint_steps(tmp_path) == {5: False}
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -1])

@@ -56,6 +56,8 @@ def place(tmp_path, corpus, checkpoint) -> SimpleNamespace:
     for path in (whole, torn):
         shutil.copytree(checkpoint, path)
     (torn / ".metadata").unlink()
+    for step in (8, 9):
+        shutil.copytree(checkpoint, dump / "later" / f"step-{step}")
     (dump / "empty").mkdir()
     big = tmp_path / "big"
     big.mkdir()
@@ -287,6 +289,10 @@ COMMAND_LINES = [
     (
         "--checkpoint.enable --checkpoint.folder whole --checkpoint.load_step 7",
         ("checkpoint.load_step must be -1", "got 7", "use -1"),
+    ),
+    (
+        "--checkpoint.enable --checkpoint.folder later --checkpoint.load_step 8",
+        ("checkpoint.load_step must be the newest in {dump}/later, 9", "got 8", "move newer"),
     ),
     (
         "--checkpoint.enable --checkpoint.folder torn",

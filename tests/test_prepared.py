@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from ranks import launch
 from runs import command_line, losses_of, train, write_corpus
 from test_data import assert_one_line, assert_same, make_config, make_corpus, make_texts, take
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse import checks, prepared
+from torchtitan.experiments.lighthouse import FLAVORS, checks, prepared
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.corpora import is_held_out
 from torchtitan.experiments.lighthouse.data import (
@@ -36,6 +36,7 @@ from torchtitan.experiments.lighthouse.prepared import (
     shuffled,
     tokenizer_digest,
 )
+from torchtitan.models.llama3 import Transformer
 
 SEQ_LEN = 16
 
@@ -436,9 +437,12 @@ def test_refuses_a_negative_number_of_workers(place):
 
 def test_refuses_the_data_position_of_streamed_text(tmp_path, place):
     whole = tmp_path / "step-8"
-    whole.mkdir()
-    metadata = Metadata(dict.fromkeys(["dataloader.dp_rank_0"], BytesStorageMetadata()))
-    (whole / ".metadata").write_bytes(pickle.dumps(metadata))
+    state = {
+        "dataloader": {"dp_rank_0": pickle.dumps({"documents": 3})},
+        "train_state": {"step": 8, "ntokens_seen": 8},
+    }
+    model = Transformer(FLAVORS["quickstart"])
+    dcp.save({**model.state_dict(), **state}, checkpoint_id=whole, no_dist=True)
     options = {
         "training__dataset": "prepared",
         "checkpoint__initial_load_path": whole,

@@ -69,14 +69,12 @@ class TwoStageCheckpointManager(CheckpointManager):
             self._async_wait()
             if torch.distributed.get_rank() == 0:
                 self._prepare_folder(Path(self._create_checkpoint_id(curr_step)))
+            torch.distributed.barrier()
             super().save(curr_step, last_step)
         self.saved_step = curr_step
 
     def _prepare_folder(self, path: Path) -> None:
-        """Make the folder of a checkpoint anew: of one that was torn no file may count as new.
-
-        Rank 0 does so before it takes part in planning, and the others write after that.
-        """
+        """Make the folder of a checkpoint anew: of one that was torn no file may count as new."""
         if path.exists():
             shutil.rmtree(path)
         if self.record is not None:

@@ -79,11 +79,13 @@ def fault(path: str | Path) -> str | None:
     for name, size in sorted(sizes.items()):
         if Path(name).name != name:
             return f"{name!r} does not lie in it"
-        file = path / name
-        if not file.is_file():
+        try:
+            found = (path / name).stat().st_size
+        except OSError:
+            # Never there, or purged while it is looked at.
             return f"{name} is missing"
-        if file.stat().st_size < size:
-            return f"{name} ends after {file.stat().st_size:,} of {size:,} bytes"
+        if found < size:
+            return f"{name} ends after {found:,} of {size:,} bytes"
     return None
 
 

@@ -681,6 +681,12 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
         steps = checkpoint_steps(folder)
         newest = max(step for step, is_whole in steps.items() if is_whole)
         step = newest if checkpoint.load_step == -1 else checkpoint.load_step
+        if step < newest:
+            raise ValueError(
+                f"checkpoint.load_step must be the newest in {folder}, {newest}, since what is "
+                f"saved before that would be purged first, got {step}; move newer ones away, or "
+                "start another job.dump_folder with checkpoint.initial_load_path"
+            )
         # Of a seed checkpoint, step 0, the model alone is loaded.
         _check_load(config, folder / f"step-{step}", degree, step or None, model_only=not step)
         _check_space(config, folder, steps)
