@@ -515,7 +515,7 @@ def test_a_run_goes_on_under_another_data_parallel_degree(tmp_path, corpora):
         ({"training__seq_len": 1024}, ("training.seq_len must be 768", "got 1024")),
     ):
         args = command_line(tmp_path / "run", out, **{**OPTIONS, **options})
-        args += ["--checkpoint.accept_changes", "training.seq_len", "lighthouse.stage1_steps"]
+        args += ["--checkpoint.accept_changes", "training.seq_len,lighthouse.stage1_steps"]
         with pytest.raises(ValueError) as error:
             checks.check_config(checks.load_config(args), world_size=1)
         assert_one_line(error, *parts, 'exclude_from_loading = ["dataloader"]')
