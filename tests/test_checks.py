@@ -15,6 +15,7 @@ from runs import write_corpus
 from torchtitan.experiments.lighthouse import FLAVORS
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.checks import check_config, load_config
+from torchtitan.experiments.lighthouse.metrics import LOSS
 from torchtitan.models.llama3 import Transformer
 from torchtitan.tools import utils
 
@@ -471,6 +472,24 @@ def test_a_checkpoint_whose_metadata_is_torn_is_refused(place):
     (place.whole / ".metadata").write_bytes(b"torn")
     parts = ("initial_load_path must hold a whole", "{whole}", "cannot be read", "an older one")
     assert_refused(place, parts, "--checkpoint.enable --checkpoint.initial_load_path {whole}")
+
+
+@pytest.mark.parametrize(
+    ("last_step", "interval", "is_lost"),
+    # The switch, step 40, is saved, too.
+    [(19, 20, False), (20, 20, False), (21, 20, True), (40, 500, False), (41, 500, True)],
+)
+def test_checkpoints_that_are_gone_are_missed(place, last_step, interval, is_lost):
+    line = {"step": last_step, "stage": 1, LOSS: 3.0}
+    (place.dump / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    args = f"--checkpoint.enable --checkpoint.interval {interval}"
+    if not is_lost:
+        check(place, args)
+        return
+    parts = ("checkpoint.folder must be there", f"up to step {last_step}", "{dump}/checkpoint")
+    assert_refused(place, (*parts, "move metrics.jsonl away"), args)
+    # A run without checkpoints keeps none.
+    check(place, "--checkpoint.no_enable")
 
 
 def test_a_loss_in_chunks_is_refused_with_tensor_parallelism(place):

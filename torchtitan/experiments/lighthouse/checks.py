@@ -36,6 +36,8 @@ from torchtitan.experiments.lighthouse.command_line import check_output_folder, 
 from torchtitan.experiments.lighthouse.corpora import DATASETS, fingerprint
 from torchtitan.experiments.lighthouse.data import check_data
 from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.experiments.lighthouse.metrics import FILE_NAME as METRICS
+from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
 from torchtitan.experiments.lighthouse.prepared import PreparedDataset, check_prepared
 from torchtitan.experiments.lighthouse.provenance import FIELDS, check_checkpoint
 from torchtitan.models.llama3 import Transformer
@@ -665,6 +667,8 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
         return
     folder = Path(config.job.dump_folder) / checkpoint.folder
     check_folder(folder)
+    if not folder.exists():
+        _check_not_lost(config, folder)
     if checkpoint.load_step != -1 and not is_whole(folder / f"step-{checkpoint.load_step}"):
         raise ValueError(
             f"checkpoint.load_step must be -1 or the step of a whole checkpoint in {folder}, got "
@@ -709,6 +713,23 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
             "name an older one"
         )
     _check_load(config, Path(initial), degree, None, checkpoint.initial_load_model_only)
+
+
+def _check_not_lost(config: JobConfig, folder: Path) -> None:
+    """Where metrics tell of steps after the first that is saved, there were checkpoints."""
+    checkpoint, dump_folder = config.checkpoint, Path(config.job.dump_folder)
+    if not (dump_folder / METRICS).exists():
+        return
+    steps = [line["step"] for line in read_metrics(dump_folder, LOSS)]
+    saved = [checkpoint.interval]
+    saved += [1] * checkpoint.enable_first_step_checkpoint
+    saved += [config.lighthouse.stage1_steps] * (config.lighthouse.stage1_steps > 0)
+    if steps and steps[-1] > min(saved):
+        raise ValueError(
+            f"checkpoint.folder must be there where a run has been, got no {str(folder)!r} beside "
+            f"{METRICS} up to step {steps[-1]}; put it back, name another job.dump_folder, or move "
+            f"{METRICS} away to start from step 0"
+        )
 
 
 def _check_space(config: JobConfig, folder: Path, steps: dict[int, bool]) -> None:
