@@ -52,7 +52,7 @@ def main() -> None:
         "--job.config_file", str(options.config), "--job.dump_folder", str(options.out), *overrides,
     ]  # fmt: skip
     samples = []
-    start = time.monotonic()
+    start, is_asked = time.monotonic(), False
     with (
         (options.out / "log.txt").open("w") as log,
         (options.out / "samples.jsonl").open("w") as file,
@@ -63,8 +63,9 @@ def main() -> None:
                 samples.append({"seconds": round(time.monotonic() - start, 1), **held})
                 file.write(json.dumps(samples[-1]) + "\n")
                 file.flush()
-            if time.monotonic() - start > 60 * options.minutes:
+            if time.monotonic() - start > 60 * options.minutes and not is_asked:
                 process.terminate()
+                is_asked = True
             time.sleep(options.every)
     if process.returncode not in (0, EXIT_CODE):
         raise SystemExit(f"the run ended with {process.returncode}; see {options.out / 'log.txt'}")

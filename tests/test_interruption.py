@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,11 @@ def begun(tmp_path_factory, corpus) -> Run:
     return train(command_line(tmp_path_factory.mktemp("begun"), corpus, **ENDLESS))
 
 
+def ask_on(process: subprocess.Popen, is_over: threading.Event) -> None:
+    while not is_over.wait(0.05) and process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize("to_all", [False, True], ids=["SIGUSR1", "SIGTERM-to-helpers-too"])
 def test_the_exit_code_of_the_process(begun, corpus, tmp_path, to_all):
     train_until_signal(tmp_path, corpus, 1, ENDLESS)
@@ -337,7 +343,14 @@ def test_the_exit_code_of_the_process(begun, corpus, tmp_path, to_all):
                 os.kill(pid, signal.SIGTERM)
         else:
             process.send_signal(signal.SIGUSR1)
+            # Some launchers ask until a process has ended.
+            asking = threading.Event()
+            asker = threading.Thread(target=ask_on, args=(process, asking))
+            asker.start()
         output, _ = process.communicate(timeout=120)
+        if not to_all:
+            asking.set()
+            asker.join()
     finally:
         process.kill()
     assert process.returncode == EXIT_CODE, output

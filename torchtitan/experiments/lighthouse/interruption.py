@@ -40,6 +40,10 @@ class Interruption:
         dist.all_reduce(arrived, dist.ReduceOp.MAX)
         return bool(arrived)
 
+    def ignore_more(self) -> None:
+        """Let no further signal take its exit code from a process that ends by one."""
+        self._former = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+
     def close(self) -> None:
         """Give the signals their former actions back."""
         # One that waits arrives here, and not at the former action.

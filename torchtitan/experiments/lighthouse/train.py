@@ -226,6 +226,8 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(1) from None
     finally:
         if trainer is not None:
+            if trainer.exit_code:
+                trainer.interruption.ignore_more()
             trainer.close()
     torch.distributed.destroy_process_group()
     if trainer.exit_code:
