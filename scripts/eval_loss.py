@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from torchtitan.experiments.lighthouse.command_line import (
     Parser,
     check_device,
     check_output_folder,
+    told_in_one_line,
 )
 from torchtitan.experiments.lighthouse.corpora import DATASETS, check_dataset
 from torchtitan.experiments.lighthouse.data import build_validation_dataloader
@@ -73,11 +73,8 @@ def main() -> None:
     options = parser.parse_args()
     # A call inside torchdata that users cannot do anything about.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-    try:
+    with told_in_one_line():
         result = evaluate(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "eval_loss.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(result, options.output / "eval_loss.png")

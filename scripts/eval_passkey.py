@@ -8,8 +8,8 @@ A document of n tokens, its end included, so that it fills a window of training.
     [BOS] filler, needle, filler, question, digit, [EOS]
 
     filler      random words of five letters and digits: "x7Qp0 4mZrB ..."
-    needle      "\\nThe pass key is 7. Keep it in mind.\\n"
-    question    "\\nWhat is the pass key? The pass key is "
+    needle      "\\nThe pass key is #7. Keep it in mind.\\n"
+    question    "\\nWhat is the pass key? The pass key is #"
 
 The needle stands behind the given part of the filler, its depth. The model reads all up to the
 question, by dense attention; its answer is the likeliest of the ten digits. Ten keys a cell of
@@ -17,8 +17,11 @@ length and depth, each digit once and each in a filler of its own: chance is 0.1
 follows from --seed, its length, depth and digit. The head sees the last position alone.
 
 --make-data writes documents of the same form to train on, as JSON lines for training.dataset =
-"jsonl": lengths, depths and digits drawn at random, none of the evaluated ones among them. The
-model must be trained with the tokenizer named by --tokenizer, by default that of bytes.
+"jsonl": lengths, depths and digits drawn at random, none of the evaluated ones among them. One
+digit in a thousand tokens teaches a small model little. Two options make it more: --filler-words
+1 2 4 0, how many words a filler repeats, one of them drawn, 0 for a new word each time; repetitions
+teach to copy. And --questions 16: a document asks up to so often, from the needle on. The model
+must be trained with the tokenizer named by --tokenizer, by default that of bytes.
 
 Writes passkey.png and passkey.json into --output; the last line printed is the same JSON.
 """
@@ -27,7 +30,6 @@ import argparse
 import json
 import random
 import string
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +43,7 @@ from torchtitan.experiments.lighthouse.command_line import (
     check_device,
     check_output_folder,
     open_tokenizer,
+    told_in_one_line,
 )
 from torchtitan.experiments.lighthouse.generate import next_token_logits
 from torchtitan.experiments.lighthouse.trained import TrainedModel, add_arguments, open_trained
@@ -58,8 +61,8 @@ DEPTHS = [0, 15, 30, 50, 70, 85, 100]
 """In percent of the filler (paper)."""
 
 CHANCE = 0.1
-NEEDLE = "\nThe pass key is {}. Keep it in mind.\n"
-QUESTION = "\nWhat is the pass key? The pass key is "
+NEEDLE = "\nThe pass key is #{}. Keep it in mind.\n"
+QUESTION = "\nWhat is the pass key? The pass key is #"
 WORD_LENGTH = 5
 
 
@@ -70,6 +73,8 @@ def main() -> None:
     add("model", metavar="MODEL", nargs="?", help="checkpoint or exported folder")
     add("--make-data", nargs=2, metavar=("N", "FILE"), help="write N documents and stop")
     add("--lengths", type=int, nargs="+", help="tokens of a document")
+    add("--filler-words", type=int, nargs="+", default=[0], help="different words in it (data)")
+    add("--questions", type=int, default=1, help="asked at most in it (data)")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
@@ -78,14 +83,11 @@ def main() -> None:
     options = parser.parse_args()
     if (options.model is None) == (options.make_data is None):
         parser.error("name MODEL or --make-data N FILE, one of them")
-    try:
+    with told_in_one_line():
         if options.make_data is not None:
             make_data(options)
             return
         result = evaluate(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "passkey.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(result, options.output / "passkey.png")
@@ -113,7 +115,7 @@ class DocumentMaker:
         self.tokenizer = tokenizer
         self._needles = [self._encode(NEEDLE.format(digit)) for digit in range(10)]
         questions = [self._encode(QUESTION + str(digit)) for digit in range(10)]
-        # A space may belong to the token of the digit: what all have in common is the question.
+        # The sign may belong to the token of the digit: what all have in common is the question.
         num_common = next(
             (i for i, tokens in enumerate(zip(*questions, strict=False)) if len({*tokens}) > 1), 0
         )
@@ -127,14 +129,25 @@ class DocumentMaker:
             )
         self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
-    def make(self, length: int, depth: float, digit: int, key: str) -> Document:
+    def make(
+        self,
+        length: int,
+        depth: float,
+        digit: int,
+        key: str,
+        filler_words: int = 0,
+        questions: int = 1,
+    ) -> Document:
         """The document that `key` draws the filler of.
 
         Args:
             length: tokens of the whole, with the digit and the end.
             depth: part of the filler that stands before the needle, 0 to 1.
+            filler_words: how many different words the filler is drawn from; 0: each is new.
+            questions: how often it asks; all but the last stand anywhere behind the needle, with
+                their answer. Fewer where they do not fit.
         """
-        needle = self._needles[digit]
+        needle, dice = self._needles[digit], random.Random(key)
         # The digit and the end are not in the prompt.
         num_filler = length - 2 - len(self._start) - len(needle) - len(self._question)
         if num_filler < 0:
@@ -142,26 +155,35 @@ class DocumentMaker:
                 f"--lengths must be at least {length - num_filler}, the tokens of the needle and "
                 f"the question, got {length}; use longer ones"
             )
-        filler = self._filler(num_filler, random.Random(key))
-        before = round(depth * num_filler)
-        prompt = [*self._start, *filler[:before], *needle, *filler[before:], *self._question]
-        return Document(prompt, digit)
+        answered = [*self._question, self.digit_ids[digit], *self._encode("\n")]
+        num_answered = min(questions - 1, num_filler // len(answered))
+        filler = self._filler(num_filler - num_answered * len(answered), filler_words, dice)
+        before = round(depth * len(filler))
+        prompt = [*self._start, *filler[:before], *needle]
+        for place in sorted(dice.choices(range(before, len(filler) + 1), k=num_answered)):
+            prompt += [*filler[before:place], *answered]
+            before = place
+        return Document([*prompt, *filler[before:], *self._question], digit)
 
     def text(self, document: Document) -> str:
         """The document with its answer, as it is trained on: the loader adds start and end."""
         tokens = [*document.prompt[len(self._start) :], self.digit_ids[document.digit]]
         return self.tokenizer.decode(tokens)
 
-    def _filler(self, num_tokens: int, dice: random.Random) -> list[int]:
-        tokens = []
+    def _filler(self, num_tokens: int, num_words: int, dice: random.Random) -> list[int]:
+        words, tokens = random_words(num_words, dice), []
         while len(tokens) < num_tokens:
-            letters = dice.choices(string.ascii_letters + string.digits, k=WORD_LENGTH * 64)
-            words = ("".join(letters[i::64]) for i in range(64))
-            tokens += self._encode("".join(f"{word} " for word in words))
+            chosen = dice.choices(words, k=64) if num_words else random_words(64, dice)
+            tokens += self._encode("".join(f"{word} " for word in chosen))
         return tokens[:num_tokens]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def random_words(count: int, dice: random.Random) -> list[str]:
+    letters = dice.choices(string.ascii_letters + string.digits, k=WORD_LENGTH * count)
+    return ["".join(letters[i::count]) for i in range(count)]
 
 
 def make_data(options: argparse.Namespace) -> None:
@@ -171,6 +193,16 @@ def make_data(options: argparse.Namespace) -> None:
         raise ValueError(
             "--make-data must be followed by a number and a file, and go with --lengths, got "
             f"{num_documents!r} and lengths {options.lengths}; give both"
+        )
+    if min(options.filler_words) < 0:
+        raise ValueError(
+            f"--filler-words must be at least 0, got {min(options.filler_words)}; use 0 for a new "
+            "word each time"
+        )
+    if options.questions < 1:
+        raise ValueError(
+            f"--questions must be at least 1, got {options.questions}; use 1 for the form that is "
+            "evaluated"
         )
     tokenizer_path = options.tokenizer or BYTE_TOKENIZER_PATH
     open_tokenizer("--tokenizer", tokenizer_path)
@@ -188,7 +220,10 @@ def make_data(options: argparse.Namespace) -> None:
     with Path(file).open("w") as lines:
         for i in range(int(num_documents)):
             length, depth, digit = dice.choice(options.lengths), dice.random(), dice.randrange(10)
-            document = maker.make(length, depth, digit, f"train {options.seed} {i}")
+            filler_words = dice.choice(options.filler_words)
+            questions = dice.randint(1, options.questions)
+            key = f"train {options.seed} {i}"
+            document = maker.make(length, depth, digit, key, filler_words, questions)
             lines.write(json.dumps({"text": maker.text(document)}) + "\n")
     print(f"{num_documents} documents in {file}")
 

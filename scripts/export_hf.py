@@ -12,7 +12,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from torchtitan.experiments.lighthouse.command_line import Parser, check_output_folder
+from torchtitan.experiments.lighthouse.command_line import (
+    Parser,
+    check_output_folder,
+    told_in_one_line,
+)
 from torchtitan.experiments.lighthouse.export import TOLERANCE, check_export, export
 from torchtitan.experiments.lighthouse.trained import add_arguments, open_trained
 
@@ -27,15 +31,12 @@ def main() -> None:
     add_arguments(parser)
     options = parser.parse_args()
     out = Path(options.out)
-    try:
+    with told_in_one_line():
         check_output_folder("OUT", out)
         trained = open_trained(
             options.checkpoint, options.flavor, options.max_seq_len, options.tokenizer
         )
         export(trained, out, options.dtype)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(f"{trained.flavor}, {trained.args.max_seq_len:,} tokens, {options.dtype}, in {out}:")
     for path in sorted(out.iterdir()):
         print(f"  {path.name:<34} {path.stat().st_size:>15,} bytes")

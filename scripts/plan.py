@@ -13,10 +13,9 @@ be there or not: a plan is not a start. Tensor parallelism is not covered.
 
 import argparse
 import json
-import sys
 
 from torchtitan.experiments.lighthouse import checks
-from torchtitan.experiments.lighthouse.command_line import Parser
+from torchtitan.experiments.lighthouse.command_line import Parser, told_in_one_line
 from torchtitan.experiments.lighthouse.gpus import GPUS
 from torchtitan.experiments.lighthouse.memory import Memory
 from torchtitan.experiments.lighthouse.plan import USABLE_SHARE, Plan, StagePlan, plan
@@ -30,7 +29,7 @@ def main(args: list[str] | None = None) -> None:
     options, overrides = parse(args)
     gpu = GPUS.get(options.gpu)
     device_type = "cpu" if gpu is None else "cuda"
-    try:
+    with told_in_one_line():
         if options.world_size < 1:
             raise ValueError(
                 f"--world-size must be at least 1, got {options.world_size}; use 1 or more"
@@ -38,9 +37,6 @@ def main(args: list[str] | None = None) -> None:
         config = checks.load_config(["--job.config_file", options.config, *overrides])
         checks.check_config(config, options.world_size, device_type, is_start=False)
         result = plan(config, options.world_size, gpu)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     print(json.dumps(result.to_json()) if options.json else text(result))
 
 

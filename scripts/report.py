@@ -9,12 +9,15 @@ Reads `metrics.jsonl` in the dump folder of each run, finished or not, and write
 """
 
 import os
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from torchtitan.experiments.lighthouse.command_line import Parser, check_output_folder
+from torchtitan.experiments.lighthouse.command_line import (
+    Parser,
+    check_output_folder,
+    told_in_one_line,
+)
 from torchtitan.experiments.lighthouse.report import WINDOW, Run, figures, read_run, smooth
 
 matplotlib.use("Agg")
@@ -47,12 +50,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/report"), metavar="FOLDER")
     options = parser.parse_args()
     folders = options.runs + [options.dense] * (options.dense is not None)
-    try:
+    with told_in_one_line():
         check_output_folder("--out", options.out)
         runs = dict(zip(names_of(folders), map(read_run, folders), strict=True))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     dense = list(runs)[-1] if options.dense else None
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.md").write_text(report(runs, dense))

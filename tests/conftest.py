@@ -1,9 +1,20 @@
-"""Settings for all tests."""
+"""What all tests share."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Triton kernels run in its interpreter; this must be set before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of small documents."""
+    # torchtitan is imported by the tests that train, not by all.
+    from runs import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")

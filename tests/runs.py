@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import datasets
 import torch
 import torch.distributed as dist
 import torchtitan.train
@@ -197,7 +196,6 @@ def trainer_of(config, trainer_class: type = RecordedTrainer):
     with (
         mock.patch.dict(os.environ, env if alone else {}),
         mock.patch.object(torchtitan.train, "time", awake),
-        data_cache(config.training.dataset_path),
         # A rate to compare with: measuring it takes longer than a step.
         mock.patch.object(cpu, "measure_peak_flops", lambda: 1e12),
     ):
@@ -216,13 +214,6 @@ def trainer_of(config, trainer_class: type = RecordedTrainer):
             torch.set_num_threads(num_threads)
             # Every trainer turns it off.
             gc.enable()
-
-
-@contextlib.contextmanager
-def data_cache(corpus: str | Path):
-    """Keeps what `datasets` makes of a corpus beside it, and out of the user's own cache."""
-    with mock.patch.object(datasets.config, "HF_DATASETS_CACHE", Path(corpus).parent / "cache"):
-        yield
 
 
 def losses_of(dump_folder: str | Path) -> dict[int, float]:

@@ -553,6 +553,16 @@ SCRIPTS = [
     ),
     script(
         "eval_passkey",
+        "--make-data 4 {dump}/x.jsonl --lengths 256 --filler-words 2 -1",
+        *("--filler-words must be at least 0", "got -1", "use 0 for a new word"),
+    ),
+    script(
+        "eval_passkey",
+        "--make-data 4 {dump}/x.jsonl --lengths 256 --questions 0",
+        *("--questions must be at least 1", "got 0", "use 1 for the form"),
+    ),
+    script(
+        "eval_passkey",
         "--make-data 4 {place}/file/x.jsonl --lengths 256",
         *("the folder of --make-data FILE must be", "/file'", "name another one"),
     ),

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed.checkpoint as dcp
-from runs import write_corpus
 from torchtitan.experiments.lighthouse import FLAVORS
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.checks import check_config, load_config
@@ -24,11 +23,6 @@ CP2 = (
     "--parallelism.context_parallel_degree 2 --lighthouse.num_levels 2 "
     "--lighthouse.pooling_factor 2 --lighthouse.topk 256"
 )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @pytest.fixture(scope="module")

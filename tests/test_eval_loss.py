@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import random_model, save
-from runs import data_cache, write_corpus
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import FLAVORS
 from torchtitan.experiments.lighthouse.backend import use_lighthouse
@@ -22,11 +21,6 @@ from lighthouse import LighthouseConfig
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SEQ_LEN = 272
 FIELDS = ["num_levels=2", "pooling_factor=2", "topk=128", "full_attn_layers=0,-1"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +38,7 @@ def script(corpus, tmp_path, monkeypatch, capsys):
     def main(*args) -> tuple[dict, str]:
         options = ["--dataset", "text", "--dataset-path", str(corpus), "--output", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["eval_loss.py", *map(str, args), *options])
-        with data_cache(corpus):
-            eval_loss.main()
+        eval_loss.main()
         printed = capsys.readouterr().out
         return json.loads(printed.splitlines()[-1]), printed
 
@@ -55,10 +48,8 @@ def script(corpus, tmp_path, monkeypatch, capsys):
 def expected_losses(corpus: Path, model) -> torch.Tensor:
     """Of every token of the first two held-out windows, by the model's own forward."""
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
-    with data_cache(corpus):
-        dataset = PackedTextDataset("text", str(corpus), tokenizer, SEQ_LEN, split="validation")
-        windows = iter(dataset)
-        pairs = [next(windows) for _ in range(2)]
+    windows = iter(PackedTextDataset("text", str(corpus), tokenizer, SEQ_LEN, split="validation"))
+    pairs = [next(windows) for _ in range(2)]
     return torch.stack(
         [F.cross_entropy(model(x["input"][None])[0], y, reduction="none") for x, y in pairs]
     ).double()

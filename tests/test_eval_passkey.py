@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from models import random_model, save
-from runs import data_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import FLAVORS
@@ -58,17 +57,41 @@ def test_a_document_is_what_it_claims(maker, length, depth):
     document = maker.make(length, depth, 7, "key")
     assert len(document.prompt) == length - 2
     text = bytes(document.prompt).decode()
-    filler, asked = text.split("\nWhat is the pass key? The pass key is ")
+    filler, asked = text.split("\nWhat is the pass key? The pass key is #")
     assert asked == ""
-    before, after = filler.split("\nThe pass key is 7. Keep it in mind.\n")
+    before, after = filler.split("\nThe pass key is #7. Keep it in mind.\n")
     assert abs(len(before) - depth * len(before + after)) <= 1
     assert {*before, *after} <= {*string.ascii_letters, *string.digits, " "}
     assert maker.text(document) == text + "7"
     if length == 1000:
         # Letters and digits are drawn alike, and no word often.
         num_digits = len(re.findall(r"\d", before + after))
-        assert 0.08 < num_digits / (length - 79) < 0.2
+        assert 0.08 < num_digits / (length - 81) < 0.2
         assert len({*(before + after).split()}) > 140
+
+
+@pytest.mark.parametrize("num_words", [1, 4])
+def test_filler_of_few_words(maker, num_words):
+    text = bytes(maker.make(1000, 0.5, 7, "key", num_words).prompt).decode()
+    before, after = text.split("\nWhat")[0].split("\nThe pass key is #7. Keep it in mind.\n")
+    # Both ends and the needle may cut a word.
+    words = (before + after).split()[:-1]
+    assert len({*words}) == num_words and {*map(len, words)} == {5}
+    counts = [words.count(word) for word in {*words}]
+    assert min(counts) > 0.5 * max(counts)
+
+
+def test_documents_that_ask_more_than_once(maker):
+    question = "\nWhat is the pass key? The pass key is #"
+    text = bytes(maker.make(1000, 0.5, 7, "key", questions=5).prompt).decode()
+    assert len(text) == 998 and text.count(question) == 5 and text.endswith(question)
+    before, after = text.split("\nThe pass key is #7. Keep it in mind.\n")
+    assert question not in before and after.count(question + "7\n") == 4
+    filler = after.replace(question + "7\n", "").removesuffix(question)
+    assert abs(len(before) - len(filler)) <= 1
+    # As many as fit.
+    short = bytes(maker.make(130, 0.5, 7, "key", questions=5).prompt).decode()
+    assert len(short) == 128 and short.count(question) == 2
 
 
 def test_documents_follow_from_their_key_alone(maker):
@@ -79,21 +102,21 @@ def test_documents_follow_from_their_key_alone(maker):
 
 
 def test_a_document_too_short_for_its_parts(maker):
-    shortest = len("\nThe pass key is 7. Keep it in mind.\n")
-    shortest += len("\nWhat is the pass key? The pass key is ") + 2
+    shortest = len("\nThe pass key is #7. Keep it in mind.\n")
+    shortest += len("\nWhat is the pass key? The pass key is #") + 2
     assert len(maker.make(shortest, 0.5, 7, "key").prompt) == shortest - 2
     with pytest.raises(ValueError, match=rf"^--lengths must be at least {shortest}, .*; use long"):
         maker.make(shortest - 1, 0.5, 7, "key")
 
 
-def test_a_space_may_belong_to_the_digit(script, tmp_path):
+def test_a_sign_may_belong_to_the_digit(script, tmp_path):
     words = ["What", "is", "the", "pass", "key", "The", "Keep", "it", "in", "mind", "?", "."]
-    vocab = ["<unk>", *words, *(f"▁{i}" for i in range(10)), *(f"▁{word}" for word in words)]
+    vocab = ["<unk>", *words, *(f"▁#{i}" for i in range(10)), *(f"▁{word}" for word in words)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     maker = script.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)))
-    assert maker.digit_ids == [vocab.index(f"▁{i}") for i in range(10)]
+    assert maker.digit_ids == [vocab.index(f"▁#{i}") for i in range(10)]
     assert maker.make(40, 0.5, 0, "key").prompt[-1] == vocab.index("▁is")
 
 
@@ -107,7 +130,7 @@ def test_a_tokenizer_without_digits(script, tmp_path):
 def test_right_answers_are_counted(script, run, monkeypatch):
     def finds_it_near_the_start(model, tokens):
         text = bytes(tokens[0].tolist()).decode()
-        needle = re.search(r"is (\d)\. Keep", text)
+        needle = re.search(r"is #(\d)\. Keep", text)
         found = needle[1] if needle.start() < 0.4 * len(text) else "3"
         logits = torch.zeros(1, 320)
         logits[0, ord(found)] = 1
@@ -164,7 +187,7 @@ def test_lengths_go_as_far_as_the_model_and_the_cpu(script):
 
 def test_data_to_train_on(script, maker, tmp_path, monkeypatch):
     def make(path: Path) -> list[str]:
-        args = ["--make-data", 40, path, "--lengths", 128, "--seed", 3]
+        args = ["--make-data", 40, path, "--lengths", 128, "--seed", 3, "--filler-words", 1, 0]
         monkeypatch.setattr(sys, "argv", ["eval_passkey.py", *map(str, args)])
         script.main()
         return [json.loads(line)["text"] for line in path.read_text().splitlines()]
@@ -173,23 +196,24 @@ def test_data_to_train_on(script, maker, tmp_path, monkeypatch):
     assert make(tmp_path / "again.jsonl") == texts
     (tmp_path / "again.jsonl").unlink()
     assert len({*texts}) == 40
+    repeats = [len({*text.split()}) < 18 for text in texts]
+    assert 10 < sum(repeats) < 30
     for text in texts:
         assert len(text) == 127
-        assert re.search(r"pass key is (\d)\. Keep", text)[1] == text[-1]
+        assert re.search(r"pass key is #(\d)\. Keep", text)[1] == text[-1]
     assert {text[-1] for text in texts} == {*string.digits}
     depths = [text.index("\nThe pass") for text in texts]
     assert min(depths) < 10 and max(depths) > 37
 
     # Each fills a window: the answer is the last but one label.
-    with data_cache(tmp_path / "data"):
-        dataset = PackedTextDataset(
-            "jsonl",
-            str(tmp_path / "passkey.jsonl"),
-            HuggingFaceTokenizer(BYTE_TOKENIZER_PATH),
-            seq_len=128,
-            infinite=False,
-        )
-        windows = list(dataset)
+    dataset = PackedTextDataset(
+        "jsonl",
+        str(tmp_path / "passkey.jsonl"),
+        HuggingFaceTokenizer(BYTE_TOKENIZER_PATH),
+        seq_len=128,
+        infinite=False,
+    )
+    windows = list(dataset)
     assert len(windows) > 30
     for inputs, labels in windows:
         tokens = bytes(x if x != EOS_ID else 0 for x in inputs["input"].tolist()).decode()

@@ -14,7 +14,6 @@ from runs import (
     command_line,
     losses_of,
     train,
-    write_corpus,
 )
 from torchtitan.experiments.lighthouse import FLAVORS
 from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
@@ -51,11 +50,6 @@ class BrokenTrainer(RecordedTrainer):
         loss_fn = self.loss_fn
         with mock.patch.object(self, "loss_fn", lambda *args: loss_fn(*args) * factor):
             return super().forward_backward_step(**batch)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 def broken(spoil: str) -> type:

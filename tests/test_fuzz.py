@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import command_line, losses_of, trainer_of, write_corpus
+from runs import command_line, losses_of, trainer_of
 from torchtitan.experiments.lighthouse import checks
 from torchtitan.experiments.lighthouse.checks import check_config
 from torchtitan.experiments.lighthouse.job_config import JobConfig
@@ -256,11 +256,6 @@ def test_numbers_beyond_all_bounds_are_near_the_bound():
 
 
 # ---- whole configurations
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import GQA, random_model, save
 from ranks import launch
-from runs import STEPS, command_line, train, trainer_of, write_corpus
+from runs import STEPS, command_line, train, trainer_of
 from torchtitan.experiments.lighthouse import FLAVORS, checks, hugging_face
 from torchtitan.experiments.lighthouse.export import export
 from torchtitan.experiments.lighthouse.trained import open_trained
@@ -30,11 +30,6 @@ def flavors():
 def register(patch) -> None:
     patch.setitem(FLAVORS, "gqa", GQA)
     patch.setitem(FLAVORS, "one_head", ONE_HEAD)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 def exported(flavor: str, folder: Path) -> tuple[Transformer, Path]:

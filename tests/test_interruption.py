@@ -22,7 +22,6 @@ from runs import (
     command_line,
     losses_of,
     train,
-    write_corpus,
 )
 from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
 from torchtitan.experiments.lighthouse.interruption import EXIT_CODE, SIGNALS, Interruption
@@ -57,11 +56,6 @@ def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @pytest.fixture(scope="module")
@@ -325,9 +319,7 @@ def test_the_exit_code_of_the_process(begun, corpus, tmp_path, to_all):
             ),
         ],
         # One thread, as in the runs of this process.
-        env=env
-        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-        | {"HF_DATASETS_CACHE": str(corpus.parent / "cache")},
+        env=env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import launch
-from runs import STAGE1_STEPS, STEPS, Run, command_line, losses_of, train, write_corpus
+from runs import STAGE1_STEPS, STEPS, Run, command_line, losses_of, train
 from torch.distributed.checkpoint import FileSystemReader
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -287,11 +287,6 @@ ONE_STEP = {
     **{"lighthouse__stage1_steps": 0, "checkpoint__enable": False},
 }
 BF16 = {"training__mixed_precision_param": "bfloat16"}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import launch
-from runs import RecordedTrainer, command_line, losses_of, train, trainer_of, write_corpus
+from runs import RecordedTrainer, command_line, losses_of, train, trainer_of
 from torchtitan.experiments.lighthouse import checks, metrics
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
@@ -135,11 +135,6 @@ def run_layouts(num_ranks: int, folder: Path, corpus: Path) -> dict[str, dict[st
             "attention": run.attention,
         }
     return results
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 class Layouts:

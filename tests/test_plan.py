@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import launch
-from runs import command_line, trainer_of, write_corpus
+from runs import command_line, trainer_of
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -294,11 +294,6 @@ def test_checkpoints_by_hand():
 
 
 # ---- bytes between two ranks
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 def options_of(folder: Path, corpus: Path, **overrides) -> list[str]:

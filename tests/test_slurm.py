@@ -208,7 +208,6 @@ def cluster(tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
     env |= {
         "SLURM_CONF": str(folder / "cluster" / "slurm.conf"),
-        "HF_DATASETS_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
     }
     corpus = write_corpus(folder / "corpus" / "text")

@@ -26,10 +26,8 @@ from runs import (
     Run,
     assert_same_state,
     command_line,
-    data_cache,
     losses_of,
     train,
-    write_corpus,
 )
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.checkpoint import FileSystemReader
@@ -40,11 +38,6 @@ from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
 from torchtitan.experiments.lighthouse.data import PackedTextDataset
 
 LIGHTHOUSE, DENSE = "LighthouseAttention", "ScaledDotProductAttentionWrapper"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +101,7 @@ def test_the_switch_happens_between_two_steps(undisturbed, folder):
 def test_the_handover_record(undisturbed, folder, corpus):
     record = handover_of(folder)
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
-    with data_cache(corpus):
-        dataset = PackedTextDataset("text", str(corpus), tokenizer, SEQ_LEN)
+    dataset = PackedTextDataset("text", str(corpus), tokenizer, SEQ_LEN)
     windows = iter(dataset)
     for _ in range(STAGE1_STEPS):
         next(windows)
@@ -219,9 +211,7 @@ def test_a_new_process_takes_the_switch_as_the_first_would_have(
             *command_line(tmp_path, corpus),
         ],
         # One thread, as in the runs of this process.
-        env=env
-        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        | {"HF_DATASETS_CACHE": str(corpus.parent / "cache")},
+        env=env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -15,7 +15,6 @@ from runs import (
     command_line,
     train,
     trainer_of,
-    write_corpus,
 )
 from torch import nn
 from torchtitan.experiments.lighthouse import metrics, telemetry
@@ -26,11 +25,6 @@ from lighthouse import LighthouseAttention
 
 OPTIONS = {"checkpoint__enable": False, "model__flavor": "debugmodel"}
 KEYS = ["refined_share/level_1", "coverage/level_0", "coverage/level_1", "head_overlap/level_1"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 def telemetry_of(folder: Path) -> dict[int, dict]:

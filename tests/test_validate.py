@@ -1,11 +1,9 @@
 """Held-out loss: the same when asked twice, the mean it claims to be, and without any effect."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import SEQ_LEN, STEPS, assert_same_state, command_line, train, trainer_of, write_corpus
+from runs import SEQ_LEN, STEPS, assert_same_state, command_line, train, trainer_of
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import metrics
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
@@ -14,11 +12,6 @@ from torchtitan.experiments.lighthouse.corpora import is_held_out
 from torchtitan.experiments.lighthouse.data import PackedTextDataset
 
 VALIDATION = {"validation__enable": True, "validation__freq": 2}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """W&B without a network: what a run in two stages leaves in its folder."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def records(path: Path) -> Iterator[bytes]:
     """The records of a W&B file: a log of LevelDB's format behind a header of 7 bytes.
 
     In blocks of 32 KiB, each part of a record has a checksum (4 bytes), its length (2) and its kind
-    (1): the whole of the record, its first part, a middle one, or its last.
+    (1): the whole of the record, its first part, a middle one, or its last. What is still being
+    written is left out.
     """
     data, position, parts = path.read_bytes(), 7, []
     while position < len(data):
@@ -26,6 +28,8 @@ def records(path: Path) -> Iterator[bytes]:
             position += left_in_block
             continue
         end = position + 7 + int.from_bytes(data[position + 4 : position + 6], "little")
+        if end > len(data):
+            return
         parts.append(data[position + 7 : end])
         if data[position + 6] in (1, 4):
             yield b"".join(parts)
@@ -37,9 +41,15 @@ def read(path: Path) -> tuple[dict, dict[int, dict]]:
     """The configuration of a run, and its rows by step."""
     from wandb.proto.wandb_internal_pb2 import Record
 
+    # W&B's own process may still be writing when `wandb.finish` has returned.
+    deadline, found = time.monotonic() + 30, []
+    while not found or found[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, f"{path} does not end"
+        time.sleep(0.1)
+        found = [Record.FromString(data) for data in records(path)]
+
     config, rows = {}, {}
-    for data in records(path):
-        record = Record.FromString(data)
+    for record in found:
         for item in record.run.config.update:
             config[item.key] = json.loads(item.value_json)
         if record.WhichOneof("record_type") == "history":

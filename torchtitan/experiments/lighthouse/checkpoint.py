@@ -23,6 +23,7 @@ from torchtitan.experiments.lighthouse.checkpoint_files import (
     check_folder,
     checkpoint_faults,
     checkpoint_steps,
+    whole_steps,
 )
 from torchtitan.experiments.lighthouse.provenance import write_record
 from torchtitan.experiments.lighthouse.stop import Stop
@@ -87,9 +88,18 @@ class TwoStageCheckpointManager(CheckpointManager):
             yield
         except (CheckpointException, OSError, RuntimeError) as error:
             raise Stop(
-                f"{what} could not be saved ({_reason(error)}); {last_good(self.folder)}; see to "
+                f"{what} could not be saved ({_reason(error)}); {self.last_good()}; see to "
                 "the space and the rights of its folder"
             ) from error
+
+    def last_good(self) -> str:
+        """The newest whole checkpoint, as part of a sentence."""
+        if not self.enable:
+            return "nothing is saved"
+        whole = whole_steps(self.folder)
+        if not whole:
+            return "there is no good checkpoint"
+        return f"the last good checkpoint is {self._create_checkpoint_id(whole[-1])}"
 
     def _async_wait(self) -> None:
         with self._loudly("a checkpoint"):
@@ -138,14 +148,6 @@ class TwoStageCheckpointManager(CheckpointManager):
         for step in steps:
             if step not in kept and step < newest:
                 self.purge_queue.put(self._create_checkpoint_id(step))
-
-
-def last_good(folder: str | Path) -> str:
-    """The newest whole checkpoint in `folder`, as part of a sentence."""
-    whole = [step for step, is_whole in checkpoint_steps(folder).items() if is_whole]
-    if not whole:
-        return "there is no good checkpoint"
-    return f"the last good checkpoint is {Path(folder) / f'step-{whole[-1]}'}"
 
 
 def _reason(error: BaseException) -> str:

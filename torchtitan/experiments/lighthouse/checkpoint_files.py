@@ -54,6 +54,11 @@ def checkpoint_steps(folder: str | Path) -> dict[int, bool]:
     return {step: fault is None for step, fault in checkpoint_faults(folder).items()}
 
 
+def whole_steps(folder: str | Path) -> list[int]:
+    """Steps of the whole checkpoints in `folder`, ascending."""
+    return [step for step, fault in checkpoint_faults(folder).items() if fault is None]
+
+
 def is_whole(path: str | Path) -> bool:
     """Whether the checkpoint in the folder `path` is there to its last byte."""
     return fault(path) is None
@@ -65,7 +70,7 @@ def fault(path: str | Path) -> str | None:
     try:
         if (path / METADATA).is_file():
             sizes = {}
-            for info in (read_metadata(path).storage_data or {}).values():
+            for info in read_metadata(path).storage_data.values():
                 end = info.offset + info.length
                 sizes[info.relative_path] = max(end, sizes.get(info.relative_path, 0))
         elif (path / INDEX).is_file():
@@ -136,7 +141,7 @@ def check_safe(path: str | Path) -> None:
             if isinstance(kind, BytesStorageMetadata)
         }
         by_file = {}
-        for index, info in (metadata.storage_data or {}).items():
+        for index, info in metadata.storage_data.items():
             if index.fqn in values:
                 by_file.setdefault(info.relative_path, []).append((info, index.fqn))
         for name, found in by_file.items():
@@ -222,15 +227,9 @@ def corpus_fingerprint(path: str | Path) -> int | None:
 
 def _keys(path: str | Path) -> list[str]:
     """What a checkpoint holds, by name: nothing where it is none."""
-    if not (Path(path) / METADATA).is_file():
-        return []
-    try:
-        return list(read_metadata(path).state_dict_metadata)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the checkpoint {str(path)!r} must have readable metadata, got {error}; move it away, "
-            "and an older one is used"
-        ) from None
+    return (
+        list(read_metadata(path).state_dict_metadata) if (Path(path) / METADATA).is_file() else []
+    )
 
 
 def check_folder(folder: str | Path) -> None:

@@ -24,13 +24,13 @@ from torchtitan.experiments.lighthouse import FLAVORS, MODEL_NAME, hugging_face
 from torchtitan.experiments.lighthouse.checkpoint_files import (
     check_folder,
     check_safe,
-    checkpoint_steps,
     corpus_fingerprint,
     data_parallel_degree,
     fault,
     holds_training_state,
     is_whole,
     prepared_position,
+    whole_steps,
 )
 from torchtitan.experiments.lighthouse.command_line import check_output_folder, open_tokenizer
 from torchtitan.experiments.lighthouse.corpora import DATASETS, fingerprint
@@ -682,8 +682,8 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
         parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
     )
     if folder.exists():
-        steps = checkpoint_steps(folder)
-        newest = max(step for step, is_whole in steps.items() if is_whole)
+        whole = whole_steps(folder)
+        newest = whole[-1]
         step = newest if checkpoint.load_step == -1 else checkpoint.load_step
         if step < newest:
             raise ValueError(
@@ -693,9 +693,9 @@ def _check_checkpoint(config: JobConfig, world_size: int, is_start: bool) -> Non
             )
         # Of a seed checkpoint, step 0, the model alone is loaded.
         _check_load(config, folder / f"step-{step}", degree, step or None, model_only=not step)
-        _check_space(config, folder, steps)
+        _check_space(config, folder, len(whole))
         return
-    _check_space(config, folder, {})
+    _check_space(config, folder, 0)
     if initial is None:
         return
     if not Path(initial).is_dir():
@@ -732,11 +732,11 @@ def _check_not_lost(config: JobConfig, folder: Path) -> None:
         )
 
 
-def _check_space(config: JobConfig, folder: Path, steps: dict[int, bool]) -> None:
+def _check_space(config: JobConfig, folder: Path, num_whole: int) -> None:
     """There must be room for the checkpoints that will be there at a time, beside those that are.
 
     Args:
-        steps: of the checkpoints in `folder`, and whether each is whole.
+        num_whole: checkpoints in `folder` that are whole.
     """
     checkpoint, training = config.checkpoint, config.training
     with torch.device("meta"):
@@ -749,7 +749,7 @@ def _check_space(config: JobConfig, folder: Path, steps: dict[int, bool]) -> Non
     if checkpoint.keep_latest_k:
         # A new one is whole before an old one goes.
         saves = min(saves, checkpoint.keep_latest_k + 1 + has_switch)
-    needed = max(1, saves - sum(steps.values())) * size
+    needed = max(1, saves - num_whole) * size
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if free < needed:
@@ -773,7 +773,7 @@ def _check_load(
     if not model_only and not holds_training_state(path):
         raise ValueError(
             f"the checkpoint {str(path)!r} must hold the state of training to go on from it, got "
-            "the model alone; name an older one with checkpoint.load_step, or start another "
+            "the model alone; move it away, and an older one is used, or start another "
             "job.dump_folder from it with checkpoint.initial_load_path and initial_load_model_only"
         )
     check_checkpoint(path, config, degree, step, model_only)

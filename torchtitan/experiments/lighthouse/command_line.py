@@ -4,9 +4,11 @@ error: --world-size must be ...; what to do
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +33,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}; see --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """A ValueError inside is a wrong call: one line on stderr, and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def check_output_folder(name: str, path: str | Path) -> None:

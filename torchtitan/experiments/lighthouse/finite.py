@@ -12,7 +12,6 @@ import math
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.experiments.lighthouse.checkpoint import last_good
 from torchtitan.experiments.lighthouse.stop import Stop
 from torchtitan.tools.logging import logger
 
@@ -56,18 +55,16 @@ class FiniteSteps:
         each = [torch.empty_like(found) for _ in range(dist.get_world_size())]
         dist.all_gather(each, found)
         said = _said([tuple(part.tolist()) for part in each])
-        if self.num_skipped >= trainer.job_config.training.max_skipped_steps:
-            checkpointer = trainer.checkpointer
-            saved = last_good(checkpointer.folder) if checkpointer.enable else "nothing is saved"
+        allowed = trainer.job_config.training.max_skipped_steps
+        if self.num_skipped >= allowed:
             raise Stop(
-                f"step {trainer.step}: {said}; {saved}; lower optimizer.lr, or leave such steps "
-                f"out with training.max_skipped_steps, now "
-                f"{trainer.job_config.training.max_skipped_steps}"
+                f"step {trainer.step}: {said}; {trainer.checkpointer.last_good()}; lower "
+                "optimizer.lr, or leave such steps out with training.max_skipped_steps, now "
+                f"{allowed}"
             )
         self.num_skipped += 1
         logger.warning(
-            f"Step {trainer.step} is left out ({self.num_skipped} of at most "
-            f"{trainer.job_config.training.max_skipped_steps}): {said}"
+            f"Step {trainer.step} is left out ({self.num_skipped} of at most {allowed}): {said}"
         )
         trainer.metrics_processor.logger.log({SKIPPED: self.num_skipped}, trainer.step)
 

@@ -13,7 +13,6 @@ it, is compared by the shapes of its parameters.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import torch
 from torchtitan.experiments.lighthouse import FLAVORS
 from torchtitan.experiments.lighthouse.checkpoint_files import METADATA, read_metadata
 from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.experiments.lighthouse.prepared import tokenizer_digest
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 FILE_NAME = "trained_with.json"
@@ -59,8 +59,7 @@ def record_of(config: JobConfig, data_parallel_degree: int) -> dict[str, Any]:
     record["model.flavor"] = {
         name: value for name, value in args.items() if isinstance(value, int | float | str | None)
     }
-    tokenizer = Path(config.model.hf_assets_path) / "tokenizer.json"
-    record["model.hf_assets_path"] = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    record["model.hf_assets_path"] = tokenizer_digest(config.model.hf_assets_path)
     if record["training.global_batch_size"] == -1:
         batch_size = config.training.local_batch_size * data_parallel_degree
         record["training.global_batch_size"] = batch_size

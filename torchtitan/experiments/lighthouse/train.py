@@ -23,7 +23,7 @@ from torchtitan.experiments.lighthouse import (
     interruption,
     telemetry,
 )
-from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager, last_good
+from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager
 from torchtitan.experiments.lighthouse.context_parallel import (
     context_of,
     shard_batch,
@@ -98,8 +98,7 @@ class TwoStageTrainer(Trainer):
             yield from super().batch_generator(data_iterable)
         except ValueError as error:
             # From the data: what a caller does with a batch is not raised in here.
-            saved = last_good(self.checkpointer.folder) if self.checkpointer.enable else ""
-            raise Stop(f"{error}; {saved or 'nothing is saved'}", of_all_ranks=False) from error
+            raise Stop(f"{error}; {self.checkpointer.last_good()}", of_all_ranks=False) from error
 
     def post_dataloading_process(self, input_dict, labels):
         # A dictionary of tokens alone comes from our data loader.

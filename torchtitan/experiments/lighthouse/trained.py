@@ -24,7 +24,7 @@ from torchtitan.experiments.lighthouse.backend import use_fused_attention
 from torchtitan.experiments.lighthouse.checkpoint_files import (
     METADATA,
     check_safe,
-    checkpoint_steps,
+    whole_steps,
 )
 from torchtitan.experiments.lighthouse.command_line import open_tokenizer
 from torchtitan.experiments.lighthouse.job_config import SAVED_CONFIG, Lighthouse
@@ -136,7 +136,7 @@ def open_trained(
         max_seq_len = args.max_seq_len if max_seq_len is None else max_seq_len
         tokenizer_path = tokenizer_path or str(folder)
     else:
-        steps = [f"step-{step}" for step, whole in checkpoint_steps(folder).items() if whole]
+        steps = [f"step-{step}" for step in whole_steps(folder)]
         remedy = f"name {' or '.join(steps)} in it" if steps else "correct the path"
         raise ValueError(
             "a model must be a whole checkpoint, .../checkpoint/step-N, or a folder in the format "
