@@ -42,7 +42,11 @@ import matplotlib
 import tomli
 import torch
 from torchtitan.experiments.lighthouse import checks
-from torchtitan.experiments.lighthouse.command_line import Parser, check_output_folder
+from torchtitan.experiments.lighthouse.command_line import (
+    Parser,
+    check_output_folder,
+    told_in_one_line,
+)
 from torchtitan.experiments.lighthouse.interruption import EXIT_CODE, SIGNALS
 from torchtitan.experiments.lighthouse.report import figures, read_run
 
@@ -110,7 +114,7 @@ def main() -> None:
     add("--nproc", type=int, default=num_devices, metavar="N", help="processes of a run")
     options, overrides = parser.parse_known_args()
     exit_code = 0
-    try:
+    with told_in_one_line():
         if options.nproc < 1:
             raise ValueError(f"--nproc must be at least 1, got {options.nproc}; use 1 or more")
         check_output_folder("--out", options.out)
@@ -122,9 +126,6 @@ def main() -> None:
             exit_code = run_cells(cells, options.config, overrides, options.nproc)
         if options.collect:
             collect(options.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        exit_code = 2
     raise SystemExit(exit_code)
 
 
@@ -312,12 +313,27 @@ def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
     path = cell.folder / "cell.json"
     if not path.exists():
         cell.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-    elif json.loads(path.read_text()) != settings:
+        # One that is there is whole.
+        begun = path.with_suffix(".tmp")
+        begun.write_text(json.dumps(settings, indent=2) + "\n")
+        begun.replace(path)
+    elif read_settings(path) != settings:
         raise ValueError(
             f"--out must be a folder of the same configuration, got {str(cell.folder)!r} with "
             "another one; name another --out, or remove that cell"
         )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `take_folder` wrote. Raises ValueError for what it did not."""
+    try:
+        settings = json.loads(path.read_text())
+        return {name: settings[name] for name in ("fields", "overrides", "config")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--out must hold the cells as they were begun, got {str(path)!r}: {error!r}; remove "
+            "the folder of that cell, which is then trained anew"
+        ) from None
 
 
 def train(cell: Cell, config_file: Path, overrides: list[str], nproc: int, stop: Stop) -> None:
@@ -358,7 +374,7 @@ def collect(out: Path) -> None:
     """
     rows = []
     for path in sorted(out.glob("*/cell.json")):
-        cell = Cell(path.parent, json.loads(path.read_text())["fields"], [], None)
+        cell = Cell(path.parent, read_settings(path)["fields"], [], None)
         row = {"cell": cell.folder.name, **cell.fields, "state": cell.state()}
         try:
             row |= figures(read_run(cell.folder))

@@ -17,7 +17,6 @@ Writes eval_loss.png and eval_loss.json into --output; the last line printed is 
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import warnings
@@ -37,12 +36,16 @@ from torchtitan.experiments.lighthouse.command_line import (
 from torchtitan.experiments.lighthouse.corpora import DATASETS, check_dataset
 from torchtitan.experiments.lighthouse.data import build_validation_dataloader
 from torchtitan.experiments.lighthouse.generate import hidden_states
-from torchtitan.experiments.lighthouse.job_config import JobConfig, Lighthouse, Validation
+from torchtitan.experiments.lighthouse.job_config import JobConfig, Validation
 from torchtitan.experiments.lighthouse.prepared import check_prepared
-from torchtitan.experiments.lighthouse.trained import TrainedModel, add_arguments, open_trained
+from torchtitan.experiments.lighthouse.trained import (
+    LIGHTHOUSE_FIELDS,
+    TrainedModel,
+    add_arguments,
+    given_fields,
+    open_trained,
+)
 from torchtitan.models.llama3 import Transformer
-
-from lighthouse import LighthouseConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -52,8 +55,6 @@ FIRST_BUCKET = 64
 
 CHUNK_SIZE = 1024
 """Tokens whose logits exist at a time."""
-
-LIGHTHOUSE_FIELDS = [*(f.name for f in dataclasses.fields(LighthouseConfig)), "full_attn_layers"]
 
 
 def main() -> None:
@@ -135,42 +136,6 @@ def measure(
         **mean(losses),
         "by_position": by_position,
     }
-
-
-def given_fields(model: TrainedModel, assignments: list[str], seq_len: int) -> Lighthouse:
-    """The fields of the run with those of the command line. Raises ValueError for a wrong one."""
-    changes = {}
-    for assignment in assignments:
-        name, _, value = assignment.partition("=")
-        if name not in LIGHTHOUSE_FIELDS:
-            raise ValueError(
-                f"--lighthouse must set one of {', '.join(LIGHTHOUSE_FIELDS)}, got {assignment!r}; "
-                "write FIELD=VALUE"
-            )
-        current = getattr(model.lighthouse, name)
-        try:
-            if isinstance(current, list):
-                changes[name] = [int(item) for item in value.split(",") if item]
-            else:
-                changes[name] = type(current)(value)
-        except ValueError:
-            raise ValueError(
-                f"--lighthouse {name} must be like {current!r}, got {value!r}; write a number, or "
-                "several with commas between"
-            ) from None
-    lighthouse = dataclasses.replace(model.lighthouse, **changes)
-    n_layers = model.args.n_layers
-    for layer in lighthouse.full_attn_layers:
-        if not -n_layers <= layer < n_layers:
-            raise ValueError(
-                f"--lighthouse full_attn_layers must be from {-n_layers} to {n_layers - 1}, got "
-                f"{layer}; remove it"
-            )
-    try:
-        lighthouse.attention_config().check_seq_len(seq_len)
-    except ValueError as error:
-        raise ValueError(f"--lighthouse for {str(model.folder)!r}: {error}") from None
-    return lighthouse
 
 
 def held_out_windows(

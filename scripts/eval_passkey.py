@@ -16,6 +16,9 @@ question, by dense attention; its answer is the likeliest of the ten digits. Ten
 length and depth, each digit once and each in a filler of its own: chance is 0.1. Every document
 follows from --seed, its length, depth and digit. The head sees the last position alone.
 
+--lighthouse measures under Lighthouse Attention instead, as stage 1 trains, with the fields of the
+run and those given. That takes a whole window: more filler behind the question fills it.
+
 --make-data writes documents of the same form to train on, as JSON lines for training.dataset =
 "jsonl": lengths, depths and digits drawn at random, none of the evaluated ones among them. One
 digit in a thousand tokens teaches a small model little. Two options make it more: --filler-words
@@ -37,6 +40,7 @@ import matplotlib
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.experiments.lighthouse.backend import use_lighthouse
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.command_line import (
     Parser,
@@ -45,8 +49,14 @@ from torchtitan.experiments.lighthouse.command_line import (
     open_tokenizer,
     told_in_one_line,
 )
-from torchtitan.experiments.lighthouse.generate import next_token_logits
-from torchtitan.experiments.lighthouse.trained import TrainedModel, add_arguments, open_trained
+from torchtitan.experiments.lighthouse.generate import hidden_states
+from torchtitan.experiments.lighthouse.trained import (
+    TrainedModel,
+    add_arguments,
+    given_fields,
+    open_trained,
+)
+from torchtitan.models.llama3 import Transformer
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -75,6 +85,7 @@ def main() -> None:
     add("--lengths", type=int, nargs="+", help="tokens of a document")
     add("--filler-words", type=int, nargs="+", default=[0], help="different words in it (data)")
     add("--questions", type=int, default=1, help="asked at most in it (data)")
+    add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="Lighthouse instead of dense")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
@@ -157,7 +168,7 @@ class DocumentMaker:
             )
         answered = [*self._question, self.digit_ids[digit], *self._encode("\n")]
         num_answered = min(questions - 1, num_filler // len(answered))
-        filler = self._filler(num_filler - num_answered * len(answered), filler_words, dice)
+        filler = self.filler(num_filler - num_answered * len(answered), filler_words, dice)
         before = round(depth * len(filler))
         prompt = [*self._start, *filler[:before], *needle]
         for place in sorted(dice.choices(range(before, len(filler) + 1), k=num_answered)):
@@ -170,7 +181,8 @@ class DocumentMaker:
         tokens = [*document.prompt[len(self._start) :], self.digit_ids[document.digit]]
         return self.tokenizer.decode(tokens)
 
-    def _filler(self, num_tokens: int, num_words: int, dice: random.Random) -> list[int]:
+    def filler(self, num_tokens: int, num_words: int, dice: random.Random) -> list[int]:
+        """So many tokens, of `num_words` different words; 0: each is new."""
         words, tokens = random_words(num_words, dice), []
         while len(tokens) < num_tokens:
             chosen = dice.choices(words, k=64) if num_words else random_words(64, dice)
@@ -236,12 +248,22 @@ def evaluate(options: argparse.Namespace) -> dict:
     maker = DocumentMaker(trained.tokenizer())
     lengths = sorted({*(options.lengths or default_lengths(trained, options.device))})
     maker.make(lengths[0], 0, 0, "")
-    model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype], lengths[-1])
+    window = 0
+    if options.lighthouse is not None:
+        window = max(trained.args.max_seq_len, lengths[-1])
+        lighthouse = given_fields(trained, options.lighthouse, window)
+    model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype], max(window, lengths[-1]))
+    if options.lighthouse is not None:
+        config, layers = lighthouse.attention_config(), lighthouse.full_attn_layers
+        use_lighthouse(model, config, layers, trained.args.n_layers)
     answers = {}
     for length in lengths:
         try:
             answers[length] = [
-                [answer(model, maker, length, depth, digit, options.seed) for digit in range(10)]
+                [
+                    answer(model, maker, length, depth, digit, options.seed, window)
+                    for digit in range(10)
+                ]
                 for depth in DEPTHS
             ]
         except torch.OutOfMemoryError:
@@ -255,6 +277,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     accuracy = [accuracies(cells) for cells in answers.values()]
     return {
         "model": str(trained.folder),
+        "attention": "dense" if options.lighthouse is None else "Lighthouse",
         "device": options.device,
         "dtype": options.dtype,
         "seed": options.seed,
@@ -276,12 +299,21 @@ def default_lengths(trained: TrainedModel, device: str) -> list[int]:
     return [length for length in LENGTHS if length <= longest] or [longest]
 
 
+def answer(
+    model, maker: DocumentMaker, length: int, depth: int, digit: int, seed: int, window: int = 0
+) -> int:
+    """The digit that the model names for a document whose key is `digit`, in a window of tokens."""
+    key = f"{seed} {length} {depth} {digit}"
+    prompt = maker.make(length, depth / 100, digit, key).prompt
+    rest = maker.filler(max(0, window - len(prompt)), 0, random.Random(f"rest {key}"))
+    return int(next_logits(model, prompt, rest)[maker.digit_ids].argmax())
+
+
 @torch.inference_mode()
-def answer(model, maker: DocumentMaker, length: int, depth: int, digit: int, seed: int) -> int:
-    """The digit that the model names for a document whose key is `digit`."""
-    prompt = maker.make(length, depth / 100, digit, f"{seed} {length} {depth} {digit}").prompt
-    logits = next_token_logits(model, torch.tensor([prompt], device=model.freqs_cis.device))
-    return int(logits[0, maker.digit_ids].argmax())
+def next_logits(model: Transformer, prompt: list[int], rest: list[int]) -> torch.Tensor:
+    """Logits [V] of the token behind `prompt`, which `rest` comes after."""
+    tokens = torch.tensor([[*prompt, *rest]], device=model.freqs_cis.device)
+    return model.output(hidden_states(model, tokens)[0, len(prompt) - 1])
 
 
 def accuracies(cells: list[list[int]]) -> list[float]:
@@ -291,7 +323,8 @@ def accuracies(cells: list[list[int]]) -> list[float]:
 
 def table(result: dict) -> str:
     lines = [
-        f"Pass key retrieval, {result['model']}, {result['dtype']} on {result['device']}",
+        f"Pass key retrieval, {result['model']}, {result['attention']} attention, "
+        f"{result['dtype']} on {result['device']}",
         "",
         f"{'length':>10}" + "".join(f"{f'{depth} %':>8}" for depth in result["depths"]),
     ]
@@ -315,7 +348,9 @@ def plot(result: dict, path: Path) -> None:
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
     axes.set(xlabel="context (tokens)", ylabel="depth of the key")
-    axes.set_title(f"mean {result['mean']:.2f}, chance {result['chance']:.1f}")
+    axes.set_title(
+        f"{result['attention']}: mean {result['mean']:.2f}, chance {result['chance']:.1f}"
+    )
     figure.colorbar(image, label="right answers")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.command_line import Parser
+from torchtitan.experiments.lighthouse.command_line import Parser, told_in_one_line
 from torchtitan.experiments.lighthouse.prepare import (
     SHARD_SIZE,
     SOURCES,
@@ -37,15 +37,13 @@ def main(args: list[str] | None = None) -> None:
     add("--verify", action="store_true", help="check what is in --out, and prepare nothing")
     options = parser.parse_args(args)
     try:
-        for manifest in run(options):
-            documents = sum(shard.documents for shard in manifest.shards)
-            print(
-                f"{manifest.split}: {manifest.tokens:,} tokens of {documents:,} documents in "
-                f"{len(manifest.shards)} shards" + ", as they were written" * options.verify
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        with told_in_one_line():
+            for manifest in run(options):
+                documents = sum(shard.documents for shard in manifest.shards)
+                print(
+                    f"{manifest.split}: {manifest.tokens:,} tokens of {documents:,} documents in "
+                    f"{len(manifest.shards)} shards" + ", as they were written" * options.verify
+                )
     except KeyboardInterrupt:
         print("stopped: start the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -231,6 +231,7 @@ COMMAND_LINES = [
         *("data_parallel_shard_degree", "got 3 times 2 for 5", "start 6 processes"),
         WORLD_SIZE="5",
     ),
+    run("", "WORLD_SIZE must be the number of processes", "got 'two'", "set it", WORLD_SIZE="two"),
     run(
         "--parallelism.context_parallel_degree 2",
         *("lighthouse.topk must be a multiple of 256", "got 128", "topk 256 with seq_len 4096"),
@@ -502,6 +503,11 @@ SCRIPTS = [
     script("ablate", "{place}/ok.toml --out {dump} --collect", "--out must hold", "none", "use"),
     script(
         "ablate",
+        "{place}/ok.toml --out {place}/grid --collect",
+        *("--out must hold the cells as they were begun", "cell.json'", "remove the folder"),
+    ),
+    script(
+        "ablate",
         "{place}/ok.toml --out {dump} --run --job.dump_folder elsewhere",
         *("--job.dump_folder must not be given", "since a cell sets it", "leave it out"),
     ),
@@ -669,6 +675,8 @@ def place(tmp_path_factory) -> Path:
     (place / "prepared" / "train" / "manifest.json").write_text('{"format": 1}')
     with contextlib.chdir(place):
         save(random_model(FLAVORS["debugmodel"], 2048), place / "run", "debugmodel")
+    (place / "grid" / "topk128").mkdir(parents=True)
+    (place / "grid" / "topk128" / "cell.json").write_text('{"fields": {"topk": 128}')
     line = {"step": 1, "stage": 1, "loss_metrics/global_avg_loss": 2.0, "n_tokens_seen": 8}
     line["throughput(tps)"] = 8.0
     for name, content in (

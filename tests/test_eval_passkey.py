@@ -12,11 +12,15 @@ from models import random_model, save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import FLAVORS
+from torchtitan.experiments.lighthouse.backend import use_lighthouse
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID
 from torchtitan.experiments.lighthouse.data import PackedTextDataset
 
+from lighthouse import LighthouseConfig
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 MAX_SEQ_LEN = 300
+WINDOW = 512
 
 
 @pytest.fixture
@@ -128,17 +132,18 @@ def test_a_tokenizer_without_digits(script, tmp_path):
 
 
 def test_right_answers_are_counted(script, run, monkeypatch):
-    def finds_it_near_the_start(model, tokens):
-        text = bytes(tokens[0].tolist()).decode()
+    def finds_it_near_the_start(model, prompt, rest):
+        assert not rest
+        text = bytes(prompt).decode()
         needle = re.search(r"is #(\d)\. Keep", text)
         found = needle[1] if needle.start() < 0.4 * len(text) else "3"
-        logits = torch.zeros(1, 320)
-        logits[0, ord(found)] = 1
+        logits = torch.zeros(320)
+        logits[ord(found)] = 1
         # Not a digit: not asked for.
-        logits[0, ord("x")] = 2
+        logits[ord("x")] = 2
         return logits
 
-    monkeypatch.setattr(script, "next_token_logits", finds_it_near_the_start)
+    monkeypatch.setattr(script, "next_logits", finds_it_near_the_start)
     result = run("--lengths", 400, 300, 400)
     assert result["lengths"] == [300, 400] and result["out_of_memory"] == []
     # Where it always says 3, it is right for one key of ten.
@@ -159,13 +164,38 @@ def test_the_model_answers_by_its_last_position(run, checkpoint, maker, tmp_path
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lengths_that_do_not_fit_are_named(script, run, monkeypatch, capsys):
-    def fails(model, tokens):
-        if tokens.shape[1] > 100:
-            raise torch.OutOfMemoryError
-        return torch.zeros(1, 320)
+def test_under_lighthouse_attention(script, run, maker, monkeypatch):
+    found = []
 
-    monkeypatch.setattr(script, "next_token_logits", fails)
+    def recorded(model, prompt, rest, next_logits=script.next_logits):
+        found.append((prompt, rest, next_logits(model, prompt, rest)))
+        return found[-1][2]
+
+    monkeypatch.setattr(script, "next_logits", recorded)
+    fields = ["num_levels=2", "pooling_factor=2", "topk=128"]
+    result = run("--lengths", 120, "--max-seq-len", WINDOW, "--lighthouse", *fields)
+    assert result["attention"] == "Lighthouse"
+    model = random_model(FLAVORS["quickstart"], WINDOW)
+    prompt, rest, logits = found[4]
+    assert prompt == maker.make(120, 0, 4, "0 120 0 4").prompt
+    # The window is full, and of no word that was there before.
+    assert len(prompt + rest) == WINDOW and {*bytes(rest).split()[:-1]}.isdisjoint(
+        bytes(prompt).split()
+    )
+    tokens = torch.tensor([prompt + rest])
+    dense = model(tokens)[0, 117]
+    use_lighthouse(model, LighthouseConfig(2, 2, 128), [], 2)
+    torch.testing.assert_close(logits, model(tokens)[0, 117])
+    assert (logits - dense).abs().max() > 1e-3
+
+
+def test_lengths_that_do_not_fit_are_named(script, run, monkeypatch, capsys):
+    def fails(model, prompt, rest):
+        if len(prompt) > 100:
+            raise torch.OutOfMemoryError
+        return torch.zeros(320)
+
+    monkeypatch.setattr(script, "next_logits", fails)
     result = run("--lengths", 100, 200, 300)
     assert (result["lengths"], result["out_of_memory"]) == ([100], [200, 300])
     with pytest.raises(SystemExit) as exit:
@@ -225,6 +255,7 @@ def test_data_to_train_on(script, maker, tmp_path, monkeypatch):
     "args, words",
     [
         (["--lengths", "20"], ("--lengths must be at least", "got 20")),
+        (["--lighthouse", "topk=128"], ("--lighthouse for", "seq_len")),
         (["--flavor", "8B"], ("--flavor", "use quickstart")),
     ],
 )

@@ -392,6 +392,7 @@ def test_refuses_a_shard_of_another_size(place, section, size):
         ('"format": 1', '"format": ', ("readable manifest", "restore it")),
         ('"format"', '"formats"', ("readable manifest", "restore it")),
         ('"tokens"', '"tokenz"', ("readable manifest", "restore it")),
+        ('"shards": [', '"shards": [], "x": [', ("readable manifest", "no shard", "restore it")),
     ],
 )
 def test_refuses_a_manifest_that_is_not_of_this_format(place, old, new, parts):

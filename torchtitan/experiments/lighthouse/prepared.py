@@ -134,6 +134,8 @@ def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST
         version = values["format"]
         if version == FORMAT:
             shards = [Shard(**shard) for shard in values.pop("shards")]
+            if name == MANIFEST and not shards:
+                raise ValueError("it names no shard")
             return Manifest(**values, shards=shards)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

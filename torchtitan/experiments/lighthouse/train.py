@@ -190,6 +190,14 @@ class TwoStageTrainer(Trainer):
         self.metrics_processor.restart_clock()
 
 
+def world_size_of(name: str) -> int:
+    """The number of processes that the environment variable `name` says, 1 without it."""
+    value = os.environ.get(name, "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{name} must be the number of processes, got {value!r}; set it right")
+    return int(value)
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point. A wrong configuration ends it with one line on stderr and exit code 2."""
     init_logger()
@@ -204,8 +212,7 @@ def main(args: list[str] | None = None) -> None:
         config = checks.load_config(sys.argv[1:] if args is None else args)
         # One process that plays rank 0 of NGPU has torchtitan's fake backend.
         is_alone = config.comm.mode == "fake_backend"
-        world_size = int(os.environ.get("NGPU", 1) if is_alone else os.environ["WORLD_SIZE"])
-        checks.check_config(config, world_size)
+        checks.check_config(config, world_size_of("NGPU" if is_alone else "WORLD_SIZE"))
     except ValueError as error:
         if os.environ["LOCAL_RANK"] == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -31,6 +31,11 @@ from torchtitan.experiments.lighthouse.job_config import SAVED_CONFIG, Lighthous
 from torchtitan.experiments.lighthouse.provenance import shape_difference
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
+from lighthouse import LighthouseConfig
+
+LIGHTHOUSE_FIELDS = [*(f.name for f in dataclasses.fields(LighthouseConfig)), "full_attn_layers"]
+"""What `given_fields` takes."""
+
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -206,3 +211,46 @@ def _flavor_of(checkpoint: Path, flavor: str | None) -> str:
             f"{differences[flavor]}; {remedy}"
         )
     return flavor or fitting[0]
+
+
+def given_fields(model: TrainedModel, assignments: list[str], seq_len: int) -> Lighthouse:
+    """The fields of the run with those of --lighthouse, each "FIELD=VALUE".
+
+    Args:
+        seq_len: tokens of the sequences that the model will see.
+
+    Raises:
+        ValueError: one that is wrong, or fields that do not fit `seq_len`.
+    """
+    changes = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        if name not in LIGHTHOUSE_FIELDS:
+            raise ValueError(
+                f"--lighthouse must set one of {', '.join(LIGHTHOUSE_FIELDS)}, got {assignment!r}; "
+                "write FIELD=VALUE"
+            )
+        current = getattr(model.lighthouse, name)
+        try:
+            if isinstance(current, list):
+                changes[name] = [int(item) for item in value.split(",") if item]
+            else:
+                changes[name] = type(current)(value)
+        except ValueError:
+            raise ValueError(
+                f"--lighthouse {name} must be like {current!r}, got {value!r}; write a number, or "
+                "several with commas between"
+            ) from None
+    lighthouse = dataclasses.replace(model.lighthouse, **changes)
+    n_layers = model.args.n_layers
+    for layer in lighthouse.full_attn_layers:
+        if not -n_layers <= layer < n_layers:
+            raise ValueError(
+                f"--lighthouse full_attn_layers must be from {-n_layers} to {n_layers - 1}, got "
+                f"{layer}; remove it"
+            )
+    try:
+        lighthouse.attention_config().check_seq_len(seq_len)
+    except ValueError as error:
+        raise ValueError(f"--lighthouse for {str(model.folder)!r}: {error}") from None
+    return lighthouse
