@@ -7,8 +7,8 @@ Checks the configuration as training does, for the given number of processes and
 prints lengths, FLOPs, bytes between ranks, memory, and the time that follows from stated rates
 (`torchtitan/experiments/lighthouse/plan.py`, `memory.py`, `gpus.py`). Fields of the TOML can be
 overridden as in training; --json prints the same numbers as one JSON object. A configuration that
-cannot run ends it with one line on stderr and exit code 2. Outputs, checkpoints and a tokenizer may
-be there or not: a plan is not a start. Tensor parallelism is not covered.
+cannot run ends it with one line on stderr and exit code 2. Outputs, checkpoints, tokenizer and data
+may be there or not: a plan is not a start. Tensor parallelism is not covered.
 """
 
 import argparse

@@ -115,8 +115,8 @@ def check_config(
 
     Args:
         device_type: what the run is for, `cuda` or `cpu`; what is here by default.
-        is_start: whether it is to start now, with the outputs, checkpoints and tokenizer that are
-            there.
+        is_start: whether it is to start now, with the outputs, checkpoints, tokenizer and data that
+            are there.
 
     Raises:
         ValueError: the first rule that is broken.
@@ -133,8 +133,10 @@ def check_config(
     _check_context_parallel(config, device_type)
     if is_start or Path(config.model.hf_assets_path).exists():
         _check_tokenizer(config)
-    check_data(config)
-    _check_prepared(config)
+    paths = (config.training.dataset_path, config.validation.dataset_path)
+    if is_start or all(path is None or Path(path).expanduser().exists() for path in paths):
+        check_data(config)
+        _check_prepared(config)
     _check_checkpoint(config, world_size, is_start)
 
 
