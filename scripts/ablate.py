@@ -49,6 +49,7 @@ from torchtitan.experiments.lighthouse.command_line import (
 )
 from torchtitan.experiments.lighthouse.interruption import EXIT_CODE, SIGNALS
 from torchtitan.experiments.lighthouse.report import figures, read_run
+from torchtitan.experiments.lighthouse.whole_file import write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -313,10 +314,7 @@ def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
     path = cell.folder / "cell.json"
     if not path.exists():
         cell.folder.mkdir(parents=True, exist_ok=True)
-        # One that is there is whole.
-        begun = path.with_suffix(".tmp")
-        begun.write_text(json.dumps(settings, indent=2) + "\n")
-        begun.replace(path)
+        write_json(path, settings)
     elif read_settings(path) != settings:
         raise ValueError(
             f"--out must be a folder of the same configuration, got {str(cell.folder)!r} with "

@@ -478,6 +478,21 @@ def test_refuses_a_path_that_is_missing_or_empty(tmp_path, name, section):
     assert_one_line(error, field, *DATASETS[name].split_patterns(split), str(tmp_path), ": add ")
 
 
+def test_data_for_a_later_run_need_not_be_there_but_what_is_there_must_be_right(tmp_path):
+    config = make_config("jsonl", str(tmp_path / "nowhere"))
+    config.validation.enable = True
+    config.validation.dataset, config.validation.dataset_path = "jsonl", str(tmp_path)
+    with pytest.raises(ValueError) as error:
+        check_data(config, must_exist=False)
+    assert_one_line(error, "validation.dataset_path", "*.jsonl", str(tmp_path))
+    config.validation.dataset_path = str(tmp_path / "nowhere")
+    check_data(config, must_exist=False)
+    config.training.dataset = "jsonlines"
+    with pytest.raises(ValueError) as error:
+        check_data(config, must_exist=False)
+    assert_one_line(error, "training.dataset", "'jsonlines'", "did you mean 'jsonl'?")
+
+
 @pytest.mark.parametrize("name", ["python_stdlib", "c4"])
 def test_refuses_a_path_that_would_be_ignored(tmp_path, name):
     with pytest.raises(ValueError) as error:

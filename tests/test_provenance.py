@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
-from runs import command_line, train, write_corpus
+from runs import command_line, train, trainer_of, write_corpus
 from torchtitan.experiments.lighthouse import FLAVORS, checks
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.provenance import (
@@ -15,6 +15,7 @@ from torchtitan.experiments.lighthouse.provenance import (
     record_of,
     write_record,
 )
+from torchtitan.experiments.lighthouse.train import TwoStageTrainer
 from torchtitan.models.llama3 import Transformer
 
 
@@ -60,6 +61,15 @@ CHANGES = {
     "training.global_batch_size": ({"training__local_batch_size": 2}, "1, got 2"),
     "lr_scheduler.total_steps": ({"lr_scheduler__total_steps": 9}, "7, got 9"),
     "optimizer.name": ({"optimizer__name": "Adam"}, "'AdamW', got 'Adam'"),
+    "optimizer.lr": ({"optimizer__lr": 5e-3}, "0.01, got 0.005; set it to 0.01"),
+    "optimizer.beta1": ({"optimizer__beta1": 0.8}, "0.9, got 0.8"),
+    "optimizer.beta2": ({"optimizer__beta2": 0.9}, "0.95, got 0.9"),
+    "optimizer.eps": ({"optimizer__eps": 1e-7}, "1e-08, got 1e-07"),
+    "optimizer.weight_decay": ({"optimizer__weight_decay": 0.2}, "0.1, got 0.2"),
+    "lr_scheduler.warmup_steps": ({"lr_scheduler__warmup_steps": 1}, "2, got 1"),
+    "lr_scheduler.decay_ratio": ({"lr_scheduler__decay_ratio": 0.5}, "0.7, got 0.5"),
+    "lr_scheduler.decay_type": ({"lr_scheduler__decay_type": "sqrt"}, "'linear', got 'sqrt'"),
+    "lr_scheduler.min_lr_factor": ({"lr_scheduler__min_lr_factor": 0.1}, "0.0, got 0.1"),
 }
 
 
@@ -73,6 +83,48 @@ def test_a_change_stops_the_run_unless_it_is_accepted(run, tmp_path, name):
     assert message.startswith(f"{name} must be that of {path}, {part}") and "\n" not in message
     assert f'accept the change with checkpoint.accept_changes = ["{name}"]' in message
     check(run, tmp_path / "accepted", "--checkpoint.accept_changes", name, **overrides)
+
+
+class _RatesTrainer(TwoStageTrainer):
+    """Keeps the hyperparameters that each step is trained with."""
+
+    def __init__(self, job_config):
+        self.hyperparameters = {}
+        super().__init__(job_config)
+
+    def train_step(self, data_iterator):
+        (group,) = self.optimizers.optimizers[0].param_groups
+        names = ("lr", "betas", "eps", "weight_decay")
+        self.hyperparameters[self.step] = {name: group[name] for name in names}
+        super().train_step(data_iterator)
+
+
+def hyperparameters_of(args: list[str]) -> dict[int, dict]:
+    with trainer_of(checks.load_config(args), _RatesTrainer) as trainer:
+        trainer.train()
+        return trainer.hyperparameters
+
+
+def test_an_accepted_change_of_the_optimizer_is_felt_from_the_next_step_on(run, tmp_path):
+    changed = {
+        "optimizer__lr": 5e-3,
+        "optimizer__beta1": 0.8,
+        "optimizer__eps": 1e-7,
+        "optimizer__weight_decay": 0.2,
+        "lr_scheduler__decay_ratio": 0.5,
+    }
+    expected = hyperparameters_of(command_line(tmp_path / "throughout", run[1], **changed))
+    assert len({values["lr"] for values in expected.values()}) > 3
+    shutil.copytree(run[0], tmp_path / "run")
+    names = ",".join(name.replace("__", ".") for name in changed)
+    args = command_line(tmp_path / "run", run[1], **changed)
+    resumed = hyperparameters_of([*args, "--checkpoint.accept_changes", names])
+    assert list(resumed) == [3, 4, 5, 6, 7]
+    assert resumed == {step: expected[step] for step in resumed}
+    # Another run that goes on from the checkpoint has its own.
+    options = {"checkpoint__initial_load_path": run[0] / "checkpoint" / "step-2"}
+    other = hyperparameters_of(command_line(tmp_path / "other", run[1], **options, **changed))
+    assert other == resumed
 
 
 def test_a_longer_run_needs_the_length_of_its_schedule(run, tmp_path):

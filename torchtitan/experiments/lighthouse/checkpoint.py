@@ -1,4 +1,4 @@
-"""Checkpoints of a run in two stages: torchtitan's, with six differences.
+"""Checkpoints of a run in two stages: torchtitan's, with seven differences.
 
 - One is saved at the stage switch, whatever the interval, and never purged: the last state
   trained with Lighthouse, from which a dense run can start.
@@ -7,6 +7,8 @@
 - One can be saved at any step, when the run is asked to stop.
 - Each says what it was trained with (`provenance.py`).
 - A folder without a whole checkpoint stops the run: torchtitan would train from scratch.
+- The hyperparameters of the optimizer are those of the configuration: torchtitan would go on with
+  those that were saved, whatever the configuration says.
 - A save that fails ends the run with one line that names the last good checkpoint.
 """
 
@@ -18,7 +20,9 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpoint import CheckpointManager
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchtitan.components.checkpoint import LR_SCHEDULER, CheckpointManager
 from torchtitan.experiments.lighthouse.checkpoint_files import (
     check_folder,
     checkpoint_faults,
@@ -58,9 +62,16 @@ class TwoStageCheckpointManager(CheckpointManager):
         manager.record = record
 
     def load(self, step: int = -1) -> bool:
-        if self.enable:
-            check_folder(self.folder)
-        return super().load(step)
+        if not self.enable:
+            return super().load(step)
+        check_folder(self.folder)
+        schedulers = list(self.states[LR_SCHEDULER])
+        configured = [_hyperparameters(scheduler.optimizer) for scheduler in schedulers]
+        is_loaded = super().load(step)
+        if is_loaded:
+            for scheduler, values in zip(schedulers, configured, strict=True):
+                _use_hyperparameters(scheduler, values)
+        return is_loaded
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         if not self._should_save(curr_step, last_step):
@@ -148,6 +159,20 @@ class TwoStageCheckpointManager(CheckpointManager):
         for step in steps:
             if step not in kept and step < newest:
                 self.purge_queue.put(self._create_checkpoint_id(step))
+
+
+def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    names = ("initial_lr", "betas", "eps", "weight_decay")
+    return [{name: group[name] for name in names} for group in optimizer.param_groups]
+
+
+def _use_hyperparameters(scheduler: LambdaLR, values: list[dict[str, Any]]) -> None:
+    """From the next step on, the one after `scheduler.last_epoch` others."""
+    groups = scheduler.optimizer.param_groups
+    for group, value, factor in zip(groups, values, scheduler.lr_lambdas, strict=True):
+        group.update(value, lr=value["initial_lr"] * factor(scheduler.last_epoch))
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    scheduler._last_lr = [group["lr"] for group in groups]
 
 
 def _reason(error: BaseException) -> str:

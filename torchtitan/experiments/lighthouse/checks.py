@@ -133,10 +133,8 @@ def check_config(
     _check_context_parallel(config, device_type)
     if is_start or Path(config.model.hf_assets_path).exists():
         _check_tokenizer(config)
-    paths = (config.training.dataset_path, config.validation.dataset_path)
-    if is_start or all(path is None or Path(path).expanduser().exists() for path in paths):
-        check_data(config)
-        _check_prepared(config)
+    check_data(config, must_exist=is_start)
+    _check_prepared(config, must_exist=is_start)
     _check_checkpoint(config, world_size, is_start)
 
 
@@ -846,11 +844,13 @@ def _check_tokenizer(config: JobConfig) -> None:
     )
 
 
-def _check_prepared(config: JobConfig) -> None:
+def _check_prepared(config: JobConfig, must_exist: bool) -> None:
     vocab_size = FLAVORS[config.model.flavor].vocab_size
     for section in ["training"] + ["validation"] * config.validation.enable:
         options = getattr(config, section)
-        if options.dataset == "prepared":
+        if options.dataset != "prepared":
+            continue
+        if must_exist or Path(options.dataset_path).expanduser().exists():
             path = config.model.hf_assets_path
             check_prepared(options.dataset_path, section, path, vocab_size)
 

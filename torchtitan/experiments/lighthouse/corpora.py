@@ -123,13 +123,16 @@ def find_files(name: str, path: str | None, split: str = "train") -> list[Path]:
     )
 
 
-def check_dataset(name: str, path: str | None, section: str = "training") -> None:
+def check_dataset(
+    name: str, path: str | None, section: str = "training", must_exist: bool = True
+) -> None:
     """Checks a dataset's name and path; lists the files and reads no further than a document.
 
     Args:
         name: `<section>.dataset`.
         path: `<section>.dataset_path`.
         section: "training" or "validation", the TOML section that names them.
+        must_exist: whether a path that does not exist is wrong; if not, nothing of it is checked.
 
     Raises:
         ValueError: in one line, for a name not in `DATASETS`, a path that is missing, superfluous
@@ -162,6 +165,8 @@ def check_dataset(name: str, path: str | None, section: str = "training") -> Non
         )
     root = corpus_root(name, path)
     if not root.exists():
+        if not must_exist:
+            return
         raise ValueError(f"{field} must exist, got {str(root)!r}: correct the path")
     if corpus.reader == "prepared":
         return

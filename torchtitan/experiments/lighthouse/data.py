@@ -212,8 +212,11 @@ class TextDataloader(ParallelAwareDataloader):
         return in_one_line(super().__iter__())
 
 
-def check_data(job_config: JobConfig) -> None:
+def check_data(job_config: JobConfig, must_exist: bool = True) -> None:
     """Checks everything about the data that can be told without loading it.
+
+    Args:
+        must_exist: whether paths that do not exist are wrong.
 
     Raises:
         ValueError: what `check_dataset` raises, and for a number of data-loading workers that
@@ -222,7 +225,7 @@ def check_data(job_config: JobConfig) -> None:
     sections = ["training"] + ["validation"] * job_config.validation.enable
     for section in sections:
         options = getattr(job_config, section)
-        check_dataset(options.dataset, options.dataset_path, section)
+        check_dataset(options.dataset, options.dataset_path, section, must_exist)
         _check_num_workers(options.dataloader.num_workers, section, options.dataset)
 
 

@@ -6,8 +6,6 @@ state before and after the switch.
 """
 
 import hashlib
-import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torchtitan.experiments.lighthouse.whole_file import write_json
 
 FILE_NAME = "handover.json"
 
@@ -66,7 +65,5 @@ def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
     path = Path(dump_folder) / FILE_NAME
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(partial, path)
+        write_json(path, record)
     return path

@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -57,6 +56,7 @@ from torchtitan.experiments.lighthouse.readers import (
     document_text,
     where,
 )
+from torchtitan.experiments.lighthouse.whole_file import write_json
 from tqdm import tqdm
 
 SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("hub", "prepared")]
@@ -144,7 +144,7 @@ def prepare(
             (folder / PARTIAL_MANIFEST).unlink(missing_ok=True)
             return manifest
         folder.mkdir(parents=True, exist_ok=True)
-        _save(manifest, folder / PARTIAL_MANIFEST)
+        write_json(folder / PARTIAL_MANIFEST, dataclasses.asdict(manifest))
         (folder / MANIFEST).unlink(missing_ok=True)
     corpus = DATASETS[dataset]
     encoding = _Encoding(
@@ -154,7 +154,7 @@ def prepare(
         manifest = dataclasses.replace(manifest, shards=[*manifest.shards, whole])
         if whole.tokens >= shard_size:
             with _writing(out):
-                _save(manifest, folder / PARTIAL_MANIFEST)
+                write_json(folder / PARTIAL_MANIFEST, dataclasses.asdict(manifest))
     if not manifest.shards:
         raise ValueError(
             f"--dataset-path must hold text, got none for the {split} split in the {len(files)} "
@@ -162,7 +162,7 @@ def prepare(
         )
     # A shard that is shorter than the others is the last: it is entered with the end.
     with _writing(out):
-        _save(manifest, folder / MANIFEST)
+        write_json(folder / MANIFEST, dataclasses.asdict(manifest))
         (folder / PARTIAL_MANIFEST).unlink()
     return manifest
 
@@ -482,16 +482,6 @@ class _PartialShard:
         # What could not be written is told of already.
         with contextlib.suppress(OSError):
             self._file.close()
-
-
-def _save(manifest: Manifest, path: Path) -> None:
-    """Writes a manifest, whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 @contextlib.contextmanager

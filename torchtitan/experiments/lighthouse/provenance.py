@@ -5,7 +5,7 @@ of the configuration that a continued run must share. Three kinds of loading ask
 
     the model alone     the same model and tokenizer
     training state      the same optimizer, too; the data is compared with its position
-    the same run        the same batches, schedule and stages, too
+    the same run        the same batches, hyperparameters of the optimizer, schedule and stages, too
 
 What differs stops the run with the name of the field. `checkpoint.accept_changes` names fields that
 may differ; a model of other shapes never fits. A checkpoint without the file, as torchtitan writes
@@ -15,7 +15,6 @@ it, is compared by the shapes of its parameters.
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torchtitan.experiments.lighthouse import FLAVORS
 from torchtitan.experiments.lighthouse.checkpoint_files import METADATA, read_metadata
 from torchtitan.experiments.lighthouse.job_config import JobConfig
 from torchtitan.experiments.lighthouse.prepared import tokenizer_digest
+from torchtitan.experiments.lighthouse.whole_file import write_json
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 FILE_NAME = "trained_with.json"
@@ -36,7 +36,10 @@ OF_STAGE_1 = tuple(
 )
 OF_STAGES = ("lighthouse.stage1_steps", *OF_STAGE_1)
 OF_RUN = (
-    *("training.seq_len", "training.global_batch_size", "lr_scheduler.total_steps"),
+    *("training.seq_len", "training.global_batch_size"),
+    *(f"optimizer.{name}" for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
+    *("lr_scheduler.total_steps", "lr_scheduler.warmup_steps", "lr_scheduler.decay_ratio"),
+    *("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor"),
     *OF_STAGES,
 )
 FIELDS = (*OF_MODEL, *OF_STATE, *OF_RUN)
@@ -72,9 +75,7 @@ def write_record(path: str | Path, record: dict[str, Any]) -> None:
     """Put the record into the folder of a checkpoint, whole or not at all."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    partial = path / f"{FILE_NAME}.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, path / FILE_NAME)
+    write_json(path / FILE_NAME, record)
 
 
 def check_checkpoint(
