@@ -4,7 +4,6 @@ A script stands in for the trainer: it keeps the arguments it is started with, e
 """
 
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import ablate as ablate_script
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -46,22 +46,16 @@ with (folder / "metrics.jsonl").open("w") as file:
 @pytest.fixture
 def ablate(monkeypatch, tmp_path):
     """Calls the script in this process; returns its exit code."""
-    spec = importlib.util.spec_from_file_location("ablate", ROOT / "scripts" / "ablate.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    monkeypatch.setitem(sys.modules, "ablate", module)
-    spec.loader.exec_module(module)
     (tmp_path / "trainer.py").write_text(TRAINER)
-    monkeypatch.setattr(module, "TRAINER", [str(tmp_path / "trainer.py")])
+    monkeypatch.setattr(ablate_script, "TRAINER", [str(tmp_path / "trainer.py")])
 
     def call(*args, out=tmp_path / "grid", grid=GRID):
         command = ["ablate.py", CONFIG, "--out", out, "--nproc", "1", "--grid", grid, *args]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
         with pytest.raises(SystemExit) as exit:
-            module.main()
+            ablate_script.main()
         return exit.value.code
 
-    call.module = module
     return call
 
 
@@ -92,7 +86,7 @@ def test_the_list_has_every_cell_and_says_why_one_is_illegal(ablate, tmp_path, c
 
 
 def test_the_grid_of_the_paper_on_its_configuration(ablate, tmp_path):
-    module = ablate.module
+    module = ablate_script
     config = ROOT / "train_configs" / "c4_530m_98k.toml"
     cells = module.cells_of(config, [], module.PAPER_GRID, tmp_path, 8)
     assert len(cells) == len({cell.folder for cell in cells}) == 3 * 3 * 3 * 5 * 3
@@ -202,7 +196,7 @@ def test_several_processes_are_started_by_torchrun(ablate, tmp_path, monkeypatch
         def wait(self):
             return 0
 
-    monkeypatch.setattr(ablate.module.subprocess, "Popen", Process)
+    monkeypatch.setattr(ablate_script.subprocess, "Popen", Process)
     assert ablate("--run", "--nproc", "2") == 0
     assert commands[0][1:6] == ["-m", "torch.distributed.run", "--standalone", *commands[0][4:6]]
     assert commands[0][4:6] == ["--nproc-per-node", "2"] and len(commands) == 2

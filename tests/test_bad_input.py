@@ -6,7 +6,7 @@ and neither another process nor the network is asked.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -720,23 +720,9 @@ def call(place, tmp_path):
     return arguments, check
 
 
-@pytest.fixture(scope="module")
-def mains():
-    """The main function of each program, loaded once."""
-    loaded = {"train": train.main}
-
-    def load(name: str):
-        if name not in loaded:
-            path = ROOT / "scripts" / f"{name}.py"
-            spec = importlib.util.spec_from_file_location(f"bad_input_{name}", path)
-            module = importlib.util.module_from_spec(spec)
-            # Its dataclasses look for their module.
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-            loaded[name] = module.main
-        return loaded[name]
-
-    return load
+def main_of(program: str):
+    module = train if program == "train" else importlib.import_module(program)
+    return module.main
 
 
 @pytest.fixture
@@ -754,12 +740,12 @@ def alone(monkeypatch):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_one_line_says_what_to_do(row, call, mains, alone, monkeypatch, capsys):
+def test_one_line_says_what_to_do(row, call, alone, monkeypatch, capsys):
     arguments, check = call
     for name, value in row.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", [row.program, *arguments(row)])
-    main = mains(row.program)
+    main = main_of(row.program)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main()

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import eval_loss
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from torchtitan.experiments.lighthouse.trained import open_trained
 
 from lighthouse import LighthouseConfig
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 SEQ_LEN = 272
 FIELDS = ["num_levels=2", "pooling_factor=2", "topk=128", "full_attn_layers=0,-1"]
 
@@ -32,8 +32,6 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture
 def script(corpus, tmp_path, monkeypatch, capsys):
     """Runs the script on `corpus` and returns its JSON and what it printed."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import eval_loss
 
     def main(*args) -> tuple[dict, str]:
         options = ["--dataset", "text", "--dataset-path", str(corpus), "--output", str(tmp_path)]
@@ -93,8 +91,6 @@ def test_an_exported_folder_has_the_same_loss(checkpoint, script, tmp_path):
 
 
 def test_the_logits_of_a_chunk_at_a_time_are_all_there_is(checkpoint, script, monkeypatch):
-    import eval_loss
-
     whole, _ = script(checkpoint, "--seq-len", 128)
     monkeypatch.setattr(eval_loss, "CHUNK_SIZE", 48)
     chunked, _ = script(checkpoint, "--seq-len", 128)

@@ -6,6 +6,7 @@ import string
 import sys
 from pathlib import Path
 
+import eval_passkey
 import pytest
 import torch
 from models import random_model, save
@@ -18,22 +19,13 @@ from torchtitan.experiments.lighthouse.data import PackedTextDataset
 
 from lighthouse import LighthouseConfig
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 MAX_SEQ_LEN = 300
 WINDOW = 512
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import eval_passkey
-
-    return eval_passkey
-
-
-@pytest.fixture
-def maker(script):
-    return script.DocumentMaker(HuggingFaceTokenizer(BYTE_TOKENIZER_PATH))
+def maker():
+    return eval_passkey.DocumentMaker(HuggingFaceTokenizer(BYTE_TOKENIZER_PATH))
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +35,13 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(script, checkpoint, tmp_path, monkeypatch, capsys):
+def run(checkpoint, tmp_path, monkeypatch, capsys):
     """Runs the script on the checkpoint and returns its JSON."""
 
     def main(*args) -> dict:
         options = [checkpoint, "--output", tmp_path, *args]
         monkeypatch.setattr(sys, "argv", ["eval_passkey.py", *map(str, options)])
-        script.main()
+        eval_passkey.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return main
@@ -113,25 +105,25 @@ def test_a_document_too_short_for_its_parts(maker):
         maker.make(shortest - 1, 0.5, 7, "key")
 
 
-def test_a_sign_may_belong_to_the_digit(script, tmp_path):
+def test_a_sign_may_belong_to_the_digit(tmp_path):
     words = ["What", "is", "the", "pass", "key", "The", "Keep", "it", "in", "mind", "?", "."]
     vocab = ["<unk>", *words, *(f"▁#{i}" for i in range(10)), *(f"▁{word}" for word in words)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    maker = script.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)))
+    maker = eval_passkey.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)))
     assert maker.digit_ids == [vocab.index(f"▁#{i}") for i in range(10)]
     assert maker.make(40, 0.5, 0, "key").prompt[-1] == vocab.index("▁is")
 
 
-def test_a_tokenizer_without_digits(script, tmp_path):
+def test_a_tokenizer_without_digits(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"^--tokenizer must have a token for each digit"):
-        script.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)))
+        eval_passkey.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)))
 
 
-def test_right_answers_are_counted(script, run, monkeypatch):
+def test_right_answers_are_counted(run, monkeypatch):
     def finds_it_near_the_start(model, prompt, rest):
         assert not rest
         text = bytes(prompt).decode()
@@ -143,7 +135,7 @@ def test_right_answers_are_counted(script, run, monkeypatch):
         logits[ord("x")] = 2
         return logits
 
-    monkeypatch.setattr(script, "next_logits", finds_it_near_the_start)
+    monkeypatch.setattr(eval_passkey, "next_logits", finds_it_near_the_start)
     result = run("--lengths", 400, 300, 400)
     assert result["lengths"] == [300, 400] and result["out_of_memory"] == []
     # Where it always says 3, it is right for one key of ten.
@@ -164,14 +156,14 @@ def test_the_model_answers_by_its_last_position(run, checkpoint, maker, tmp_path
     assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_under_lighthouse_attention(script, run, maker, monkeypatch):
+def test_under_lighthouse_attention(run, maker, monkeypatch):
     found = []
 
-    def recorded(model, prompt, rest, next_logits=script.next_logits):
+    def recorded(model, prompt, rest, next_logits=eval_passkey.next_logits):
         found.append((prompt, rest, next_logits(model, prompt, rest)))
         return found[-1][2]
 
-    monkeypatch.setattr(script, "next_logits", recorded)
+    monkeypatch.setattr(eval_passkey, "next_logits", recorded)
     fields = ["num_levels=2", "pooling_factor=2", "topk=128"]
     result = run("--lengths", 120, "--max-seq-len", WINDOW, "--lighthouse", *fields)
     assert result["attention"] == "Lighthouse"
@@ -189,13 +181,13 @@ def test_under_lighthouse_attention(script, run, maker, monkeypatch):
     assert (logits - dense).abs().max() > 1e-3
 
 
-def test_lengths_that_do_not_fit_are_named(script, run, monkeypatch, capsys):
+def test_lengths_that_do_not_fit_are_named(run, monkeypatch, capsys):
     def fails(model, prompt, rest):
         if len(prompt) > 100:
             raise torch.OutOfMemoryError
         return torch.zeros(320)
 
-    monkeypatch.setattr(script, "next_logits", fails)
+    monkeypatch.setattr(eval_passkey, "next_logits", fails)
     result = run("--lengths", 100, 200, 300)
     assert (result["lengths"], result["out_of_memory"]) == ([100], [200, 300])
     with pytest.raises(SystemExit) as exit:
@@ -204,10 +196,10 @@ def test_lengths_that_do_not_fit_are_named(script, run, monkeypatch, capsys):
     assert "error: --lengths must fit into the memory of cpu, got 200" in capsys.readouterr().err
 
 
-def test_lengths_go_as_far_as_the_model_and_the_cpu(script):
+def test_lengths_go_as_far_as_the_model_and_the_cpu():
     def lengths(max_seq_len, device):
         trained = type("Trained", (), {"args": type("Args", (), {"max_seq_len": max_seq_len})})
-        return script.default_lengths(trained, device)
+        return eval_passkey.default_lengths(trained, device)
 
     assert lengths(98304, "cuda") == [4096, 8192, 16384, 32768, 65536, 98304]
     assert lengths(20000, "cuda") == [4096, 8192, 16384]
@@ -215,11 +207,11 @@ def test_lengths_go_as_far_as_the_model_and_the_cpu(script):
     assert lengths(1000, "cpu") == [1000]
 
 
-def test_data_to_train_on(script, maker, tmp_path, monkeypatch):
+def test_data_to_train_on(maker, tmp_path, monkeypatch):
     def make(path: Path) -> list[str]:
         args = ["--make-data", 40, path, "--lengths", 128, "--seed", 3, "--filler-words", 1, 0]
         monkeypatch.setattr(sys, "argv", ["eval_passkey.py", *map(str, args)])
-        script.main()
+        eval_passkey.main()
         return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
     texts = make(tmp_path / "passkey.jsonl")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import export_hf
 import pytest
 import torch
 from models import GQA, random_model, save
@@ -172,8 +173,6 @@ def test_the_script(tmp_path):
 @pytest.fixture
 def script(monkeypatch):
     """The script's `main` in this process, with a command line."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import export_hf
 
     def main(*args):
         monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, args)])

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import plan as plan_script
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,25 +48,15 @@ CONTEXT_1M = ROOT / "train_configs" / "1m_context.toml"
 DEBUG = ROOT / "train_configs" / "debug.toml"
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("plan_script", ROOT / "scripts" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = load_script()
-
-
 def run_script(capsys, *args) -> str:
-    SCRIPT.main([str(arg) for arg in args])
+    plan_script.main([str(arg) for arg in args])
     return capsys.readouterr().out
 
 
 def refused(capsys, *args) -> str:
     """The one line on stderr with which the program ends, with exit code 2."""
     with pytest.raises(SystemExit) as end:
-        SCRIPT.main([str(arg) for arg in args])
+        plan_script.main([str(arg) for arg in args])
     assert end.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1

@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import hashlib
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepare_data import main
 from test_data import assert_one_line, make_corpus, make_texts, write_parquet, write_shards
 from torchtitan.experiments.lighthouse import prepare as prepare_module
 from torchtitan.experiments.lighthouse import readers
@@ -479,16 +479,7 @@ def test_refuses_numbers_below_one(tmp_path, corpus, option):
 # ---- the command line
 
 
-@pytest.fixture(scope="module")
-def main():
-    path = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
-    spec = importlib.util.spec_from_file_location("prepare_data", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def test_the_command_prepares_both_splits_and_verifies(tmp_path, capsys, main):
+def test_the_command_prepares_both_splits_and_verifies(tmp_path, capsys):
     name, path = make_corpus(tmp_path / "corpus", "c4_local", make_texts(20))
     out = ["--out", str(tmp_path / "out")]
     main([*out, "--dataset", name, "--dataset-path", path, "--shard-size", "100"])
@@ -507,7 +498,7 @@ def test_the_command_prepares_both_splits_and_verifies(tmp_path, capsys, main):
     assert error.startswith("error: --out must hold") and error.count("\n") == 1
 
 
-def test_the_command_checks_both_splits_first(tmp_path, capsys, main):
+def test_the_command_checks_both_splits_first(tmp_path, capsys):
     write_shards(tmp_path, "train", make_texts(3), 1)
     out = tmp_path.parent / f"{tmp_path.name}-out"
     with pytest.raises(SystemExit):

@@ -1,12 +1,12 @@
 """What a report says of runs, against metrics whose figures are known."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 from torchtitan.experiments.lighthouse.report import (
     WINDOW,
     crossing_step,
@@ -15,8 +15,6 @@ from torchtitan.experiments.lighthouse.report import (
     smooth,
     switch_of,
 )
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 
 
 def write(folder: Path, *lines: dict) -> Path:
@@ -158,13 +156,10 @@ def test_what_is_no_run(tmp_path):
 @pytest.fixture
 def script(monkeypatch):
     """Runs scripts/report.py with arguments in this process."""
-    spec = importlib.util.spec_from_file_location("report_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def call(*args):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        module.main()
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, args)])
+        report.main()
 
     return call
 
