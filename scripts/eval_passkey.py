@@ -20,11 +20,13 @@ follows from --seed, its length, depth and digit. The head sees the last positio
 run and those given. That takes a whole window: more filler behind the question fills it.
 
 --make-data writes documents of the same form to train on, as JSON lines for training.dataset =
-"jsonl": lengths, depths and digits drawn at random, none of the evaluated ones among them. One
-digit in a thousand tokens teaches a small model little. Two options make it more: --filler-words
-1 2 4 0, how many words a filler repeats, one of them drawn, 0 for a new word each time; repetitions
-teach to copy. And --questions 16: a document asks up to so often, from the needle on. The model
-must be trained with the tokenizer named by --tokenizer, by default that of bytes.
+"jsonl": lengths, depths and digits drawn at random, none of the evaluated ones among them. Windows
+of training.seq_len cut documents of other lengths: give --lengths that one alone, and the digit and
+its questions stand in the same window. One digit in a thousand tokens teaches a small model little.
+Two options make it more: --filler-words 1 2 4 0, how many words a filler repeats, one of them
+drawn, 0 for a new word each time; repetitions teach to copy. And --questions 32: a document asks up
+to so often, from the needle on. The model must be trained with the tokenizer named by --tokenizer,
+by default that of bytes.
 
 Writes passkey.png and passkey.json into --output; the last line printed is the same JSON.
 """

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train on this machine: scripts/run_train.sh CONFIG [overrides ...], for example
 #     scripts/run_train.sh train_configs/debug.toml --training.steps 100
-# Starts a process for each GPU, or one on the CPU where there is none; NPROC=n starts n.
+# Starts a process for each GPU, or one on the CPU where there is none; NPROC=n starts n. One needs no
+# torchrun, which would hide its exit code.
 set -euo pipefail
 if [[ $# == 0 || $1 == -* ]]; then
     echo "error: CONFIG must come first, got '${1:-}'; scripts/run_train.sh CONFIG [overrides ...]" >&2
@@ -24,5 +25,9 @@ if [[ ! $num_processes =~ ^[1-9][0-9]*$ ]]; then
     echo "error: NPROC must be a number of at least 1, got '$num_processes'; correct it" >&2
     exit 2
 fi
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$num_processes" \
-    -m torchtitan.experiments.lighthouse.train --job.config_file "$config" "$@"
+command=("$python")
+if [[ $num_processes != 1 ]]; then
+    command+=(-m torch.distributed.run --standalone --nproc-per-node "$num_processes")
+fi
+exec "${command[@]}" -m torchtitan.experiments.lighthouse.train \
+    --job.config_file "$config" "$@"

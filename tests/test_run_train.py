@@ -38,13 +38,16 @@ def call(checkout: Path, *args: str, **variables: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize(("variables", "num_processes"), [({}, "4"), ({"NPROC": "2"}, "2")])
+@pytest.mark.parametrize(
+    ("variables", "num_processes"), [({}, "4"), ({"NPROC": "2"}, "2"), ({"NPROC": "1"}, "1")]
+)
 def test_a_process_for_each_gpu(checkout, variables, num_processes):
     overrides = ["--training.dataset_path", "c d; $(touch e)"]
     result = call(checkout, "../a b.toml", *overrides, **variables)
     assert result.returncode == 0, result.stderr
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
     assert result.stdout[1:-1].split("><") == [
-        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes],
+        *(torchrun if num_processes != "1" else ()),
         *["-m", "torchtitan.experiments.lighthouse.train"],
         *["--job.config_file", f"{checkout}/a b.toml", *overrides],
     ]
