@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.experiments.lighthouse import checks
 from torchtitan.experiments.lighthouse.gpus import GPUS
-from torchtitan.experiments.lighthouse.memory import stage_memory
+from torchtitan.experiments.lighthouse.memory import kept_tensors, stage_memory
 from torchtitan.experiments.lighthouse.plan import (
     checkpoint_facts,
     flops_per_token,
@@ -431,6 +431,21 @@ BY_OP = {
 EVERY_SECOND = BY_OP | {"activation_checkpoint__selective_ac_option": "2"}
 CHUNKED = {"training__loss_chunk_size": 512}
 COMPILED = {"compile__enable": True}
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "op"])
+def test_dear_scores_are_kept(checkpointing, corpus, tmp_path):
+    def kept(scorer: str, checkpointing: str) -> dict[str, int]:
+        options = {"training__seq_len": 4096, "training__local_batch_size": 2}
+        args = options_of(tmp_path, corpus, **LIGHTHOUSE, **options, lighthouse__scorer=scorer)
+        return kept_tensors(Sizes(checks.load_config(args), 1, "cpu"), True, checkpointing)
+
+    # Of queries and of keys, in fp32: 2 sequences, 2 kv heads, L2 p2, so 2,048 spans.
+    scores = {"scores": 2 * 2 * 2 * 2048 * 4}
+    assert kept("gla", checkpointing) == kept("norm", checkpointing) | scores
+    assert kept("dilated", checkpointing) == kept("gla", checkpointing)
+    # They are not part of what the backward pass needs.
+    assert kept("gla", "none") == kept("norm", "none")
 
 
 @pytest.mark.parametrize(

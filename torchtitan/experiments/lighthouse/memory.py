@@ -195,9 +195,9 @@ def kept_tensors(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[
     """What a layer leaves for its backward pass, in bytes, by name.
 
     Args:
-        checkpointing: `none`: everything. `full`: its input and its selection. `op`: those, the
-            outputs of every second matrix product (wq, wv, w1, w2), what went from rank to rank,
-            and on a GPU those of attention.
+        checkpointing: `none`: everything. `full`: its input, its selection and, where they are
+            dear, the scores. `op`: those, the outputs of every second matrix product (wq, wv, w1,
+            w2), what went from rank to rank, and on a GPU those of attention.
     """
     tensors = layer_tensors(sizes, is_lighthouse)
     if checkpointing == "none":
@@ -208,6 +208,9 @@ def kept_tensors(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[
         if sizes.device_type == "cuda":
             names += ["attended" if tensors["attended"] else "out", "log-sum-exp"]
     kept = {name: tensors[name] for name in names if name in tensors}
+    if is_lighthouse and sizes.attention.scorer != "norm":
+        scored = sizes.attention.num_entries(sizes.seq_len) - sizes.seq_len
+        kept["scores"] = 2 * sizes.batch * sizes.n_kv_heads * scored * _FP32
     if checkpointing == "op":
         row = sizes.rank_tokens * sizes.head_dim * sizes.compute_bytes
         kept["wq"], kept["wv"] = row * sizes.n_heads, row * sizes.n_kv_heads
