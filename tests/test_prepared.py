@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pickle
+import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -455,6 +456,20 @@ def test_refuses_the_data_position_of_streamed_text(tmp_path, place):
         checks.check_config(checks.load_config(args), world_size=1)
     parts = ("training.dataset must be a corpus of documents", str(whole), "got 'prepared'")
     assert_one_line(error, *parts, "set it back", "exclude_from_loading")
+
+
+def test_a_plan_compares_with_the_tokenizer_once_it_is_there(tmp_path, place):
+    tokenizer = tmp_path / "tokenizer"
+    options = {"training__dataset": "prepared", "model__hf_assets_path": tokenizer}
+    config = checks.load_config(command_line(tmp_path / "run", place, **options))
+    checks.check_config(config, world_size=1, is_start=False)
+    shutil.copytree(BYTE_TOKENIZER_PATH, tokenizer)
+    checks.check_config(config, world_size=1, is_start=False)
+    with (tokenizer / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError) as error:
+        checks.check_config(config, world_size=1, is_start=False)
+    assert_one_line(error, "training.dataset_path", "model.hf_assets_path", str(tokenizer))
 
 
 STEPS, STAGE1_STEPS = 6, 3

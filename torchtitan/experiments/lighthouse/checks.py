@@ -850,9 +850,9 @@ def _check_prepared(config: JobConfig, must_exist: bool) -> None:
         options = getattr(config, section)
         if options.dataset != "prepared":
             continue
-        if must_exist or Path(options.dataset_path).expanduser().exists():
-            path = config.model.hf_assets_path
-            check_prepared(options.dataset_path, section, path, vocab_size)
+        paths = (options.dataset_path, config.model.hf_assets_path)
+        if must_exist or all(Path(path).expanduser().exists() for path in paths):
+            check_prepared(options.dataset_path, section, config.model.hf_assets_path, vocab_size)
 
 
 class _Digits(int):
