@@ -138,6 +138,17 @@ def test_a_longer_run_needs_the_length_of_its_schedule(run, tmp_path):
         checks.check_config(config, world_size=1)
 
 
+def test_a_field_that_was_left_out_is_to_be_left_out_again(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    path = folder / "checkpoint" / "step-2"
+    record = json.loads((path / FILE_NAME).read_text())
+    write_record(path, record | {"lr_scheduler.decay_ratio": None})
+    config = checks.load_config(command_line(folder, run[1]))
+    with pytest.raises(ValueError, match=r"decay_ratio must be that of .* got 0\.7; leave it out"):
+        checks.check_config(config, world_size=1)
+
+
 def test_what_no_later_step_feels_may_change(run, tmp_path):
     # No step of stage 1 is to come: it ended with step 2.
     check(run, tmp_path / "dense", lighthouse__stage1_steps=2, lighthouse__topk=384)

@@ -178,4 +178,6 @@ def _said(name: str, was: dict[str, Any], now: dict[str, Any]) -> str:
 def _set_back(name: str, was: dict[str, Any]) -> str:
     if name in OF_MODEL:
         return "name the one it was trained with"
+    if was[name] is None:
+        return "leave it out"
     return f"set it to {was[name]!r}"
