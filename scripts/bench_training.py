@@ -1,24 +1,42 @@
 """Tokens per second of a training run in both stages, on this machine's device.
 
-    scripts/bench_training.py                                # 268M, 98,304 tokens, one GPU
+    scripts/bench_training.py --breakdown                    # 268M, 98,304 tokens, one GPU
     scripts/bench_training.py --flavor debugmodel --seq-len 4096 --topk 128 --device-dtype float32
 
 Trains a few steps with Lighthouse and a few dense through the trainer itself and prints the median
-of each stage, the first steps left out. The last line of the output is one JSON object.
+of each stage, the first steps left out. With `--breakdown`, on a GPU, a second such run is profiled
+and the last step of each stage told apart by what its kernels do. The last line of the output is
+one JSON object.
 """
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
 
 WARM_UP = 2
 """Steps of each stage that are not counted: kernels compile, memory is first taken."""
+
+KINDS = {
+    "score": r"norm_score_pool_kernel",
+    "select": r"select_kernel",
+    "gather": r"_gather_kernel",
+    "gather backward": r"gather_backward_kernel",
+    "scatter back": r"scatter_back_kernel",
+    "scatter back backward": r"scatter_back_backward_kernel",
+    "attention": r"sdpa|flash|fmha",
+    "matrix products": r"gemm|gemv|nvjet|cutlass",
+    "between ranks": r"nccl",
+    "optimizer": r"multi_tensor_apply",
+}
+"""Kinds of kernels by what their names hold, the first that fits; the rest is `other`."""
 
 
 def main() -> None:
@@ -33,8 +51,14 @@ def main() -> None:
     add("--device-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     add("--compile", action="store_true")
     add("--activation-checkpoint", default="selective", choices=["none", "selective", "full"])
+    add("--breakdown", action="store_true", help="profile a second run, on a GPU")
     options = parser.parse_args()
+    if options.breakdown and not torch.cuda.is_available():
+        parser.error("--breakdown needs a GPU, and there is none here; leave it out")
     result = run(options)
+    if options.breakdown:
+        result["breakdown_ms"] = profiled(options)
+        print_breakdown(result["breakdown_ms"])
     print(
         f"{options.flavor}, {options.seq_len:,} tokens: {result['lighthouse']:,.0f} tokens/s with "
         f"Lighthouse, {result['dense']:,.0f} dense: {result['speed_up']:.2f}x; peak memory "
@@ -46,21 +70,7 @@ def main() -> None:
 def run(options: argparse.Namespace) -> dict:
     """Train in a folder of its own and read the metrics."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
-            "--job.dump_folder", folder, "--model.flavor", options.flavor,
-            "--training.seq_len", str(options.seq_len), "--training.local_batch_size", "1",
-            "--training.steps", str(2 * options.steps), "--training.mixed_precision_param",
-            options.device_dtype, "--lighthouse.topk", str(options.topk),
-            "--lighthouse.stage1_steps", str(options.steps),
-            "--activation_checkpoint.mode", options.activation_checkpoint,
-            "--activation_checkpoint.selective_ac_option", "op",
-            "--optimizer.implementation", "foreach", "--metrics.log_freq", "1",
-            *(["--compile.enable"] if options.compile else []),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stdout[-4000:] + done.stderr[-4000:])
+        train(options, folder)
         lines = read_metrics(Path(folder), LOSS)
     rates, memory = [], []
     for stage in (1, 2):
@@ -74,6 +84,57 @@ def run(options: argparse.Namespace) -> dict:
         "speed_up": rates[0] / rates[1],
         "memory_gib": memory,
     }
+
+
+def profiled(options: argparse.Namespace) -> list[dict[str, float]]:
+    """Milliseconds of the kernels of the last step of each stage, by kind."""
+    profiling = [
+        "--profiling.enable_profiling", "--profiling.profile_freq", str(options.steps),
+        "--profiling.profiler_warmup", "1",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        train(options, folder, *profiling)
+        traces = Path(folder) / "profile_traces"
+        return [
+            kernel_times(traces / f"iteration_{step}" / "rank0_trace.json")
+            for step in (options.steps, 2 * options.steps)
+        ]
+
+
+def kernel_times(trace: Path) -> dict[str, float]:
+    """Milliseconds by kind of the kernels, copies included, in a Chrome trace of one step."""
+    times = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            fitting = (kind for kind, names in KINDS.items() if re.search(names, event["name"]))
+            times[next(fitting, "other")] += event["dur"] / 1e3
+    return times
+
+
+def print_breakdown(stages: list[dict[str, float]]) -> None:
+    print(f"{'ms of a step':<24}{'Lighthouse':>12}{'dense':>12}")
+    for kind in stages[0]:
+        print(f"{kind:<24}" + "".join(f"{times[kind]:12.2f}" for times in stages))
+    print(f"{'in all':<24}" + "".join(f"{sum(times.values()):12.2f}" for times in stages))
+
+
+def train(options: argparse.Namespace, folder: str, *overrides: str) -> None:
+    """As many steps of stage 1 as of stage 2."""
+    command = [
+        sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
+        "--job.dump_folder", folder, "--model.flavor", options.flavor,
+        "--training.seq_len", str(options.seq_len), "--training.local_batch_size", "1",
+        "--training.steps", str(2 * options.steps), "--training.mixed_precision_param",
+        options.device_dtype, "--lighthouse.topk", str(options.topk),
+        "--lighthouse.stage1_steps", str(options.steps),
+        "--activation_checkpoint.mode", options.activation_checkpoint,
+        "--activation_checkpoint.selective_ac_option", "op",
+        "--optimizer.implementation", "foreach", "--metrics.log_freq", "1",
+        *(["--compile.enable"] if options.compile else []), *overrides,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout[-4000:] + done.stderr[-4000:])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ mkdir -p "$output"
     | tee "$output/tests.txt"
 for flags in "" "--compile"; do
     # shellcheck disable=SC2086  # no flag at all in the first round
-    "$python" scripts/bench_training.py $flags | tee "$output/training${flags#--}.txt"
+    "$python" scripts/bench_training.py --breakdown $flags | tee "$output/training${flags#--}.txt"
 done
 # A rank's share of the 1M-token run, with the loss in chunks and without.
 for chunk in 2048 0; do

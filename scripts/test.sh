@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Run the tests: scripts/test.sh [arguments of pytest]. Sets up .venv on the first run.
+# Run the tests: scripts/test.sh [arguments of pytest]. Sets up .venv, or VENV, on the first run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
+bin=${VENV:-.venv}/bin
+"$bin/ruff" check .
+"$bin/ruff" format --check .
 # A process for each core, with one thread: small tensors gain nothing from more.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile "$@"
+exec "$bin/python" -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile "$@"

@@ -127,6 +127,8 @@ def main() -> None:
                     "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
                     "narrow_loads": len(re.findall(r"ld\.global\.(?!\S*v4)", ptx)),
                     "narrow_stores": len(re.findall(r"st\.global\.(?!\S*v4)", ptx)),
+                    "shuffles": ptx.count("shfl.sync"),
+                    "shared_loads": ptx.count("ld.shared"),
                 }
                 print(json.dumps(result), flush=True)
 

@@ -73,12 +73,13 @@ def random_maps(batch, n_kv_heads, num_coarsest, num_levels, p, num_selected):
     )
 
 
-def assert_as_exact(actual, plain, exact):
-    """The error is at most twice that of plain PyTorch in the same dtype, up to fp32 rounding."""
+def assert_as_exact(actual, plain, exact, num_added=1):
+    """The error is at most twice that of plain PyTorch in the same dtype, up to fp32 rounding,
+    which grows with the root of the number of terms that are added one by one."""
     assert actual.dtype == plain.dtype
     assert actual.stride() == plain.stride()
     assert not actual.isnan().any()
-    rounding = 4e-7
+    rounding = 1e-7 * max(4, num_added**0.5)
     if DEVICE == "cpu" and actual.dtype == torch.bfloat16:
         # The interpreter cuts fp32 off where a GPU rounds it to bf16.
         rounding = torch.finfo(torch.bfloat16).eps
@@ -96,14 +97,14 @@ def check_norm_score_pool(q, k, v, num_levels, p):
         q.double(), k.double(), v.double(), num_levels, p
     )  # fmt: skip
     for outputs in zip(actual, plain, exact, strict=True):
-        assert_as_exact(*outputs)
+        assert_as_exact(*outputs, num_added=p ** (num_levels - 1))
 
 
 @pytest.mark.parametrize(("p", "num_levels"), SHAPES, ids=SHAPE_IDS)
 def test_norm_score_pool_of_every_shape(p, num_levels, monkeypatch):
     if p ** (num_levels - 1) > 1024:
         # Fewer and larger tiles: the interpreter takes its time per operation, not per element.
-        monkeypatch.setattr(scorers, "_TOKENS", 128)
+        monkeypatch.setattr(scorers, "_ROWS", 128)
     seq_len = 3 * p ** (num_levels - 1)
     q, k, v = (random_bnhd(1, heads, seq_len, 8) for heads in (2, 1, 1))
     check_norm_score_pool(q, k, v, num_levels, p)

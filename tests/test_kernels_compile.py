@@ -52,7 +52,19 @@ def test_every_kernel_compiles_for_every_target(compiled):
 def test_registers_suffice(compiled):
     for result in compiled:
         assert result["REG"] < 255, result
-        assert result["STACK"] == result["LOCAL"] == 0, result
+        # To fit one more program on an SM the assembler may park one value outside the loops.
+        assert result["STACK"] <= 8 and result["LOCAL"] == 0, result
+
+
+def test_rows_are_summed_within_their_threads(compiled):
+    """Only norms and the longest span of a block need other threads."""
+    for result in compiled:
+        if result["kernel"] == "select_kernel":
+            continue
+        # Norms of q and of k, 16 tokens at most, over 64 threads at most (1 KiB), of two warps.
+        has_norms = result["kernel"] == "norm_score_pool_kernel"
+        assert result["shuffles"] <= (2 * 16 * 6 if has_norms else 4), result
+        assert result["shared_loads"] <= (80 if has_norms else 2), result
 
 
 def test_no_atomics(compiled):

@@ -337,15 +337,17 @@ def sent_by_stage(folder: Path, corpus: Path, runs: dict) -> dict[str, list[dict
 
 def sent_in_run(args: list[str]) -> list[dict[str, int]]:
     ring, ranks, result = torch_ring.ft_c, dist.get_world_size(), []
+    # The name in torch 2.13, and that in 2.11.
+    gather_name = next(x for x in ("all_gather_single", "all_gather_tensor") if hasattr(ring, x))
     with trainer_of(checks.load_config(args), TwoStageTrainer) as trainer:
         batches = trainer.batch_generator(trainer.dataloader)
         while trainer.should_continue_training():
             trainer.step += 1
             with Traffic() as traffic:
-                gather_all = traffic.wrapped(ring.all_gather_single, ranks - 1)
+                gather_all = traffic.wrapped(getattr(ring, gather_name), ranks - 1)
                 permute = traffic.wrapped(ring.permute_tensor, 1)
                 with (
-                    mock.patch.object(ring, "all_gather_single", gather_all),
+                    mock.patch.object(ring, gather_name, gather_all),
                     mock.patch.object(ring, "permute_tensor", permute),
                 ):
                     trainer.train_step(batches)

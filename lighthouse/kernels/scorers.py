@@ -1,10 +1,11 @@
 """Norm scores of all levels and the pooled coarsest level, in one pass over q, k and v.
 
 A program takes a few spans of the coarsest level of one kv head: of the query heads of its group
-one after another, then of k, then of v. A tile is [tokens of a span, spans, D] with its first
-dimension within a thread, so that only the norm of a row needs more than one: maxima over the
-tokens of an entry and sums over a span stay in registers. A span longer than a tile is walked in
-blocks, with running sums and maxima. Nothing of level 0 is written.
+one after another, then of k, then of v. It walks all its spans at once, token by token: a row of
+[spans, D] at a time, unrolled, so that only the norm of a row needs more than one thread. Maxima
+over the tokens of an entry and sums over a span stay in registers. (As one tile [tokens, spans, D]
+this is less to write, but Triton up to 3.6 lays its tokens over threads.) Of a span longer than
+16 tokens, 8 are unrolled in a loop with running maxima. Nothing of level 0 is written.
 
 Bytes moved, with b bytes per element and R = B * (H + 2 Hkv) * D * b bytes per token:
 
@@ -16,12 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE_BYTES = 32768
-"""Bytes of a tile that holds whole spans: 16 loads of 16 bytes for each of 128 threads."""
+_ROW_BYTES = 2048
+"""Bytes of a token of all spans of a program: a load of 16 bytes for each of 128 threads."""
 
-_TOKENS = 16
-"""Longest span that a tile holds whole. Longer ones go in halves of that, and half the bytes: a
-loop has to keep its sums and maxima in registers too."""
+_ROWS = 8
+"""Loads that a thread has to make for a tensor, at least, and the tokens of a longer span that are
+unrolled."""
 
 
 @triton.jit
@@ -82,35 +83,45 @@ def _score_pool_head(
     In a group, a head after the first (`has_scores`) raises the scores that are there.
     """
     SPAN: tl.constexpr = POOLING_FACTOR ** (NUM_LEVELS - 1)
+    # Rows of one span that are in flight together.
+    IN_FLIGHT: tl.constexpr = min(BLOCK_T, 4)
     mask_r = offs_r < seq_len // SPAN
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
-    mask = (mask_r[:, None] & mask_d[None, :])[None, :, :]
+    mask = mask_r[:, None] & mask_d[None, :]
     sums = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     best = tl.full((LEVEL_LANES, BLOCK_R), float("-inf"), tl.float32)
+    row_stride = tl.full((), stride_n, tl.int64)
     for start in range(0, SPAN, BLOCK_T):
         first = offs_r * SPAN + start
-        tokens = tl.arange(0, BLOCK_T).to(tl.int64)[:, None] + first[None, :]
-        x_ptrs = x_ptr + tokens[:, :, None] * stride_n + offs_d[None, None, :] * stride_d
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_R, BLOCK_D]
-        sums += tl.sum(x, 0)
+        x_ptrs = x_ptr + first.to(tl.int64)[:, None] * row_stride + offs_d[None, :] * stride_d
+        maxima = ()
+        for group in tl.static_range(0, BLOCK_T, IN_FLIGHT):
+            # The loads of a group stand before their first use: they are in flight together.
+            rows = ()
+            for t in tl.static_range(IN_FLIGHT):
+                rows += (tl.load(x_ptrs + (group + t) * row_stride, mask=mask, other=0.0),)
+            for t in tl.static_range(IN_FLIGHT):
+                x = rows[t].to(tl.float32)  # [BLOCK_R, BLOCK_D]
+                sums += x
+                if HAS_NORMS:
+                    maxima += (tl.sum(x * x, 1),)
         if HAS_NORMS:
-            maxima = tl.sum(x * x, 2)
             level_ptr = scores_ptr
             level_len = seq_len
             for level in tl.static_range(1, NUM_LEVELS):
                 level_len = level_len // POOLING_FACTOR
                 if POOLING_FACTOR**level <= BLOCK_T:
-                    siblings = tl.reshape(
-                        maxima, (maxima.shape[0] // POOLING_FACTOR, POOLING_FACTOR, BLOCK_R)
-                    )
-                    maxima = tl.max(siblings, 1)
-                    index = (first // POOLING_FACTOR**level)[None, :]
-                    index += tl.arange(0, maxima.shape[0])[:, None]
-                    _store_maxima(level_ptr + index, maxima, mask_r[None, :], has_scores, IS_GROUP)
+                    finer = maxima
+                    maxima = ()
+                    for i in tl.static_range(BLOCK_T // POOLING_FACTOR**level):
+                        strongest = _strongest(finer, i * POOLING_FACTOR, POOLING_FACTOR)
+                        maxima += (strongest,)
+                        index = first // POOLING_FACTOR**level + i
+                        _store_maxima(level_ptr + index, strongest, mask_r, has_scores, IS_GROUP)
                 level_ptr += level_len
             if SPAN > BLOCK_T:
-                best = tl.maximum(best, tl.max(maxima, 0)[None, :])
+                best = tl.maximum(best, _strongest(maxima, 0, len(maxima))[None, :])
                 best = _store_running_maxima(
                     scores_ptr, best, start, first, mask_r, has_scores, seq_len, IS_GROUP,
                     NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R,
@@ -121,6 +132,15 @@ def _score_pool_head(
     mean_ptrs = coarsest_ptr + offs_r.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
     mean = (sums * (1.0 / SPAN)).to(coarsest_ptr.dtype.element_ty)
     tl.store(mean_ptrs, mean, mask=mask_r[:, None] & mask_d[None, :])
+
+
+@triton.jit
+def _strongest(scores, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Elementwise maximum of COUNT tensors of a tuple."""
+    strongest = scores[FIRST]
+    for i in tl.static_range(1, COUNT):
+        strongest = tl.maximum(strongest, scores[FIRST + i])
+    return strongest
 
 
 @triton.jit
@@ -167,10 +187,8 @@ def norm_score_pool(
     )
     coarsest = [x.new_empty((*x.shape[:2], coarsest_len, head_dim)) for x in (q, k, v)]
     block_d = triton.next_power_of_2(head_dim)
-    block_t, tile_bytes = (
-        (span, _TILE_BYTES) if span <= _TOKENS else (_TOKENS // 2, _TILE_BYTES // 2)
-    )
-    block_r = max(tile_bytes // (q.element_size() * block_d * block_t), 1)
+    block_t = span if span <= 2 * _ROWS else _ROWS
+    block_r = max(_ROW_BYTES // (q.element_size() * block_d), 1) * max(_ROWS // block_t, 1)
     grid = (triton.cdiv(coarsest_len, block_r) * n_kv_heads, batch)
     with torch.cuda.device_of(q):
         _norm_score_pool_kernel[grid](
