@@ -1,23 +1,69 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: run the GPU tests, then the benchmarks, and print their tables last.
-# scripts/gpu_check.sh [folder for the results]. PYTHON chooses an interpreter in which the project
-# and pytest are installed.
+# scripts/gpu_check.sh [folder for the results] [parts]
+# Parts are tests, training, share and attention, all by default; one that fails does not keep the
+# others from running. The folder gets the output of each and gpu.md, with hardware and versions.
+# PYTHON chooses an interpreter in which the project is installed, with its extra `dev`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 output=${1:-outputs/gpu_check}
+parts=${*:2}
+parts=${parts:-tests training share attention}
 mkdir -p "$output"
+failed=()
 
-"$python" -m pytest tests/test_gpu.py tests/test_kernels.py -m "gpu or not gpu" -q \
-    | tee "$output/tests.txt"
-for flags in "" "--compile"; do
-    # shellcheck disable=SC2086  # no flag at all in the first round
-    "$python" scripts/bench_training.py --breakdown $flags | tee "$output/training${flags#--}.txt"
+# keep NAME COMMAND ...: run it, keep what it prints in NAME.txt.
+keep() {
+    "${@:2}" 2>&1 | tee "$output/$1.txt" || failed+=("$1")
+}
+
+for part in $parts; do
+    case $part in
+        tests)
+            # Of these the time goes into compiling kernels.
+            keep kernels "$python" -m pytest tests/test_kernels.py -q --numprocesses 8
+            keep tests "$python" -m pytest tests/test_gpu.py -m gpu -q
+            ;;
+        training)
+            keep training "$python" scripts/bench_training.py --breakdown
+            keep training-compile "$python" scripts/bench_training.py --breakdown --compile
+            ;;
+        share)
+            # A rank's share of the 1M-token run, with the loss in chunks and without.
+            for chunk in 2048 0; do
+                keep "share-$chunk" "$python" scripts/bench_share.py train_configs/1m_context.toml \
+                    --ranks 32 --training.loss_chunk_size "$chunk"
+            done
+            ;;
+        attention)
+            keep attention "$python" scripts/bench_attention.py --backends cudnn flash \
+                --output "$output" --seq-lens 8192 16384 32768 98304 262144 524288 1048576
+            ;;
+        *)
+            echo "a part must be tests, training, share or attention, got $part" >&2
+            exit 2
+            ;;
+    esac
 done
-# A rank's share of the 1M-token run, with the loss in chunks and without.
-for chunk in 2048 0; do
-    "$python" scripts/bench_share.py train_configs/1m_context.toml --ranks 32 \
-        --training.loss_chunk_size "$chunk" | tee "$output/share-$chunk.txt"
-done
-"$python" scripts/bench_attention.py --backends cudnn flash --output "$output" \
-    --seq-lens 8192 16384 32768 98304 262144 524288 1048576 | tee "$output/attention.txt"
+
+{
+    echo "# On a GPU, $(date +%F)"
+    echo
+    echo "\`scripts/gpu_check.sh\`, commit $(git describe --always --dirty 2>/dev/null || echo unknown):"
+    "$python" -c 'import torch, triton; print(torch.cuda.get_device_name(), "torch", torch.__version__,
+        "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "triton", triton.__version__)' \
+        || echo "no GPU"
+    for text in kernels tests training training-compile share-2048 share-0 attention; do
+        [[ -f $output/$text.txt ]] || continue
+        printf '\n## %s\n\n```\n' "$text"
+        # The last line of a benchmark is its JSON.
+        grep -v '^{' "$output/$text.txt" || true
+        echo '```'
+    done
+} >"$output/gpu.md"
+
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}; see $output" >&2
+    exit 1
+fi

@@ -5,7 +5,6 @@ Whatever the row: the exit code is 2, stderr holds one line and no traceback, no
 and neither another process nor the network is asked.
 """
 
-import contextlib
 import importlib
 import json
 import os
@@ -673,7 +672,8 @@ def place(tmp_path_factory) -> Path:
     (place / "old" / "tokenizer.model").write_bytes(b"an old one")
     (place / "prepared" / "train").mkdir(parents=True)
     (place / "prepared" / "train" / "manifest.json").write_text('{"format": 1}')
-    with contextlib.chdir(place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
         save(random_model(FLAVORS["debugmodel"], 2048), place / "run", "debugmodel")
     (place / "grid" / "topk128").mkdir(parents=True)
     (place / "grid" / "topk128" / "cell.json").write_text('{"fields": {"topk": 128}')

@@ -1,0 +1,54 @@
+"""`scripts/gpu_check.sh` runs every part and tells which failed, with a stand-in for Python."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+STAND_IN = """#!/bin/sh
+echo "called with $*"
+case "$1" in scripts/*) echo '{"json": 1}' ;; esac
+case "$*" in *FAILING*) exit 1 ;; esac
+"""
+SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.sh"
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Calls the script with parts; programs whose arguments hold `failing` fail."""
+
+    def call(*parts: str, failing: str = "none") -> subprocess.CompletedProcess:
+        python = tmp_path / "python"
+        python.write_text(STAND_IN.replace("FAILING", failing))
+        python.chmod(0o755)
+        return subprocess.run(
+            ["bash", str(SCRIPT), str(tmp_path / "out"), *parts],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHON": str(python)},
+        )
+
+    return call
+
+
+def test_all_parts_run_and_are_collected(check, tmp_path):
+    done = check()
+    assert done.returncode == 0, done.stderr
+    calls = [line for line in done.stdout.splitlines() if line.startswith("called")]
+    assert len(calls) == 7 and "bench_attention.py" in calls[-1]
+    report = (tmp_path / "out" / "gpu.md").read_text()
+    assert all(call in report for call in calls) and "json" not in report
+
+
+def test_a_part_that_fails_is_told_and_stops_no_other(check):
+    done = check(failing="test_gpu.py")
+    assert done.returncode == 1
+    assert done.stderr.startswith("failed: tests; see")
+    assert "bench_attention.py" in done.stdout
+
+
+def test_parts_can_be_chosen(check):
+    assert check("share").stdout.count("called") == 2
+    done = check("shares")
+    assert done.returncode == 2 and "got shares" in done.stderr
