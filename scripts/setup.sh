@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv and install the project into it, with the versions of constraints.txt.
-# Does nothing if that is done already. PYTHON chooses the interpreter (3.10 or newer), VENV and
+# Does nothing if that is done already. PYTHON chooses the interpreter (3.11 or newer), VENV and
 # CONSTRAINTS another place and other versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,8 +12,13 @@ wanted=$(cat pyproject.toml "$constraints" | cksum)
 if [[ -f $installed && $(<"$installed") == "$wanted" ]]; then
     exit 0
 fi
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: Python must be 3.11 or newer, got $("$python" --version 2>&1); set PYTHON to one" >&2
+    exit 2
+fi
 echo "Installing into $venv; this takes about two minutes, more if torch is downloaded ..."
-"${PYTHON:-python3}" -m venv "$venv"
+"$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint "$constraints" --editable ".[dev]"
 # On all cores, which pip does on one. Files that do not compile are examples of such.

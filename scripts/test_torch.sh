@@ -8,7 +8,10 @@ case $version in
     2.11.*) triton=3.6.0 ;;
     2.12.0) triton=3.7.0 ;;
     2.12.* | 2.13.*) triton=3.7.1 ;;
-    *) echo "the version of torch must be 2.11 to 2.13, got $version: scripts/test_torch.sh 2.11.0" >&2; exit 2 ;;
+    *)
+        echo "error: the version of torch must be 2.11 to 2.13, got $version; give it first" >&2
+        exit 2
+        ;;
 esac
 export VENV=.venv-torch-$version
 export CONSTRAINTS=$VENV.txt
