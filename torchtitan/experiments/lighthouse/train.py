@@ -9,6 +9,7 @@ the newest checkpoint and finds its stage by the step. SIGTERM and SIGUSR1 end t
 step it is in, with a checkpoint and exit code 75 (`interruption.py`).
 """
 
+import atexit
 import os
 import sys
 import warnings
@@ -229,6 +230,9 @@ def main(args: list[str] | None = None) -> None:
         if rank == "0" or not stop.of_all_ranks:
             where = "" if stop.of_all_ranks else f"rank {rank}: "
             print(f"error: {where}{stop}", file=sys.stderr)
+        # A file that could not be written cannot be closed either: from Python 3.13 on the end of
+        # the process would tell that with a traceback.
+        atexit.register(setattr, sys, "unraisablehook", lambda _: None)
         raise SystemExit(1) from None
     finally:
         if trainer is not None:
