@@ -1,7 +1,7 @@
 """Norm scores of all levels and the pooled coarsest level, in one pass over q, k and v.
 
-A program takes a few spans of the coarsest level of one kv head: of the query heads of its group
-one after another, then of k, then of v. It walks all its spans at once, token by token: a row of
+A program takes a few spans of the coarsest level of one kv head: of k, of v, then of the query heads
+of its group one after another (in this order it needs the fewest registers). It walks all its spans at once, token by token: a row of
 [spans, D] at a time, unrolled, so that only the norm of a row needs more than one thread. Maxima
 over the tokens of an entry and sums over a span stay in registers. (As one tile [tokens, spans, D]
 this is less to write, but Triton up to 3.6 lays its tokens over threads.) Of a span longer than
@@ -52,12 +52,6 @@ def _norm_score_pool_kernel(
     k_scores_ptr += flat_head * num_scores
     coarsest_size = (seq_len // POOLING_FACTOR ** (NUM_LEVELS - 1)).to(tl.int64) * HEAD_DIM
     coarsest_q_ptr += flat_head * GROUP * coarsest_size
-    for g in range(GROUP):
-        _score_pool_head(
-            q_ptr + g * q_stride_h, q_stride_n, q_stride_d, q_scores_ptr, g > 0,
-            coarsest_q_ptr + g * coarsest_size, offs_r, seq_len, True, GROUP > 1,
-            HEAD_DIM, NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R, BLOCK_D,
-        )  # fmt: skip
     _score_pool_head(
         k_ptr, k_stride_n, k_stride_d, k_scores_ptr, False,
         coarsest_k_ptr + flat_head * coarsest_size, offs_r, seq_len, True, False,
@@ -68,6 +62,12 @@ def _norm_score_pool_kernel(
         coarsest_v_ptr + flat_head * coarsest_size, offs_r, seq_len, False, False,
         HEAD_DIM, NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R, BLOCK_D,
     )  # fmt: skip
+    for g in range(GROUP):
+        _score_pool_head(
+            q_ptr + g * q_stride_h, q_stride_n, q_stride_d, q_scores_ptr, g > 0,
+            coarsest_q_ptr + g * coarsest_size, offs_r, seq_len, True, GROUP > 1,
+            HEAD_DIM, NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -96,6 +96,7 @@ def _score_pool_head(
         first = offs_r * SPAN + start
         x_ptrs = x_ptr + first.to(tl.int64)[:, None] * row_stride + offs_d[None, :] * stride_d
         maxima = ()
+        tile_sums = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for group in tl.static_range(0, BLOCK_T, IN_FLIGHT):
             # The loads of a group stand before their first use: they are in flight together.
             rows = ()
@@ -103,9 +104,10 @@ def _score_pool_head(
                 rows += (tl.load(x_ptrs + (group + t) * row_stride, mask=mask, other=0.0),)
             for t in tl.static_range(IN_FLIGHT):
                 x = rows[t].to(tl.float32)  # [BLOCK_R, BLOCK_D]
-                sums += x
+                tile_sums += x
                 if HAS_NORMS:
                     maxima += (tl.sum(x * x, 1),)
+        sums += tile_sums
         if HAS_NORMS:
             level_ptr = scores_ptr
             level_len = seq_len
@@ -131,7 +133,7 @@ def _score_pool_head(
         tl.debug_barrier()
     mean_ptrs = coarsest_ptr + offs_r.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
     mean = (sums * (1.0 / SPAN)).to(coarsest_ptr.dtype.element_ty)
-    tl.store(mean_ptrs, mean, mask=mask_r[:, None] & mask_d[None, :])
+    tl.store(mean_ptrs, mean, mask=mask)
 
 
 @triton.jit
