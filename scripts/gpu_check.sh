@@ -9,7 +9,14 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 output=${1:-outputs/gpu_check}
 parts=${*:2}
-parts=${parts:-tests training share attention}
+known="tests training share attention"
+parts=${parts:-$known}
+for part in $parts; do
+    if [[ " $known " != *" $part "* ]]; then
+        echo "a part must be one of $known, got $part" >&2
+        exit 2
+    fi
+done
 mkdir -p "$output"
 failed=()
 
@@ -39,10 +46,6 @@ for part in $parts; do
         attention)
             keep attention "$python" scripts/bench_attention.py --backends cudnn flash \
                 --output "$output" --seq-lens 8192 16384 32768 98304 262144 524288 1048576
-            ;;
-        *)
-            echo "a part must be tests, training, share or attention, got $part" >&2
-            exit 2
             ;;
     esac
 done

@@ -26,9 +26,9 @@ GQA = TransformerModelArgs(
 """Two key/value heads for six; nothing is as it is by default."""
 
 
-def random_model(args: TransformerModelArgs, max_seq_len: int) -> Transformer:
+def random_model(args: TransformerModelArgs, max_seq_len: int, seed: int = 0) -> Transformer:
     """A model whose attention is far from uniform, so that positions and heads matter."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Transformer(dataclasses.replace(args, max_seq_len=max_seq_len))
     with torch.no_grad():
         model.init_weights()

@@ -21,7 +21,8 @@ PROMPT = list(b"def read_lines(path):\n")
 
 @pytest.fixture(params=["debugmodel", "gqa"])
 def model(request):
-    return random_model({**FLAVORS, "gqa": GQA}[request.param], MAX_SEQ_LEN)
+    # With seed 0 and torch 2.11 one of them repeats five tokens, whatever the prompt.
+    return random_model({**FLAVORS, "gqa": GQA}[request.param], MAX_SEQ_LEN, seed=3)
 
 
 def test_cached_generation_is_uncached_argmax(model):
@@ -30,7 +31,7 @@ def test_cached_generation_is_uncached_argmax(model):
         tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
     assert generate(model, PROMPT, 40, temperature=0) == tokens[len(PROMPT) :]
     # A model that repeats itself would pass with a wrong cache.
-    assert len({*tokens[len(PROMPT) :]}) > 2
+    assert len({*tokens[len(PROMPT) :]}) > 5
 
 
 def test_prefill_is_the_forward_of_the_model(model):

@@ -50,5 +50,6 @@ def test_a_part_that_fails_is_told_and_stops_no_other(check):
 
 def test_parts_can_be_chosen(check):
     assert check("share").stdout.count("called") == 2
-    done = check("shares")
+    done = check("share", "shares")
     assert done.returncode == 2 and "got shares" in done.stderr
+    assert "called" not in done.stdout
