@@ -1,11 +1,12 @@
 """Norm scores of all levels and the pooled coarsest level, in one pass over q, k and v.
 
-A program takes a few spans of the coarsest level of one kv head: of k, of v, then of the query heads
-of its group one after another (in this order it needs the fewest registers). It walks all its spans at once, token by token: a row of
-[spans, D] at a time, unrolled, so that only the norm of a row needs more than one thread. Maxima
-over the tokens of an entry and sums over a span stay in registers. (As one tile [tokens, spans, D]
-this is less to write, but Triton up to 3.6 lays its tokens over threads.) Of a span longer than
-16 tokens, 8 are unrolled in a loop with running maxima. Nothing of level 0 is written.
+A program takes a few spans of the coarsest level of one kv head: of k, of v, then of the query
+heads of its group one after another (in this order it needs the fewest registers). It walks all
+its spans at once, token by token: a row of [spans, D] at a time, unrolled, so that only the norm
+of a row needs more than one thread. Maxima over the tokens of an entry and sums over a span stay
+in registers. (As one tile [tokens, spans, D] this is less to write, but Triton up to 3.6 lays its
+tokens over threads.) Of a span longer than 16 tokens, 8 are unrolled in a loop with running
+maxima. Nothing of level 0 is written.
 
 Bytes moved, with b bytes per element and R = B * (H + 2 Hkv) * D * b bytes per token:
 
