@@ -16,15 +16,20 @@ Letters used for shapes in every module:
     T    strata, k / 128
     S    entries of the sub-sequence that attention sees
     E    entries of all levels together, N + N/p + ... + N/p**(L-1)
+    R    elements of a head that a rotary embedding rotates; R <= D
 """
 
 from lighthouse.attention import LighthouseAttention, lighthouse_attention
 from lighthouse.config import LighthouseConfig
+from lighthouse.ops import OPS_TO_SAVE
+from lighthouse.rotary import RotaryPhases
 from lighthouse.selection import Selection, select
 
 __all__ = [
+    "OPS_TO_SAVE",
     "LighthouseAttention",
     "LighthouseConfig",
+    "RotaryPhases",
     "Selection",
     "lighthouse_attention",
     "select",

@@ -2,7 +2,8 @@
 
     1. score        every span of every level by its strongest token; pool the coarsest level
     2. select       entries in a cascade from the coarsest level down
-    3. gather       their means of q, k and v into a dense sub-sequence in causal order
+    3. gather       their means of q, k and v into a dense sub-sequence in causal order; rotary
+                    q and k at one position, the last of the span
     4. attend       stock causal attention, S instead of N long
     5. scatter back each entry's output to the tokens behind its span
 
@@ -18,13 +19,17 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from lighthouse.config import LighthouseConfig
 from lighthouse.context_parallel import ContextParallel, exchange_edges
 from lighthouse.gather import gather, scatter_back
+from lighthouse.rotary import RotaryPhases
 from lighthouse.scorers import score
 from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import select_spans
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def lighthouse_attention(
@@ -32,6 +37,8 @@ def lighthouse_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     config: LighthouseConfig,
+    *,
+    rotary: RotaryPhases | None = None,
     attend: Callable[..., torch.Tensor] = causal_sdpa,
     context: ContextParallel | None = None,
 ) -> torch.Tensor:
@@ -41,6 +48,9 @@ def lighthouse_attention(
         q: queries, [B, H, N, D], any strides, fp16, bf16, fp32 or fp64.
         k, v: keys and values, [B, Hkv, N, D], in the dtype of q; Hkv divides H (GQA).
         config: fields of the method; N must be legal under it.
+        rotary: the table of the rotary embedding that q and k carry. With it, tokens are rotated
+            to the last position of their span before they are averaged; without it, q and k are
+            averaged as they are, which is right for models without rotary embeddings.
         attend: causal attention, called as `attend(q, k, v, enable_gqa=...)`.
         context: under context parallelism, this rank's place. q, k, v are its shard of N / W
             tokens, and so is the result; `config` is that of the whole sequence, and `attend`
@@ -50,18 +60,22 @@ def lighthouse_attention(
         [B, H, N, D] in the dtype of q, with the strides of a contiguous [B, N, H, D].
 
     Raises:
-        ValueError: shapes that do not fit together, or N that is not legal under `config`.
+        ValueError: shapes, dtypes or devices that do not fit together, an empty input, N that is
+            not legal under `config`, or a table that does not fit.
+        NotImplementedError: forward-mode differentiation, and second derivatives.
     """
-    _check_shapes(q, k, v)
+    _check_inputs(q, k, v)
     seq_len = q.shape[2]
     if context is None:
         config.check_seq_len(seq_len)
     else:
         config = context.shard_config(config, seq_len)
-    scores, coarsest = score(q, k, v, config)
+    if rotary is not None:
+        rotary.check(config.span(config.num_levels - 1), q)
+    scores, coarsest = score(q, k, v, config, rotary)
     is_start = context is None or context.rank == 0
     selection = select_spans(scores, config, seq_len, is_start)
-    sub_q, sub_k, sub_v = gather(q, k, v, coarsest, selection)  # [B, H or Hkv, S, D]
+    sub_q, sub_k, sub_v = gather(q, k, v, coarsest, selection, rotary)  # [B, H or Hkv, S, D]
     sub_out = attend(sub_q, sub_k, sub_v, enable_gqa=q.shape[1] != k.shape[1])
     edges = None if context is None else exchange_edges(sub_out, selection, context)
     return scatter_back(sub_out, selection, edges)  # [B, H, N, D]
@@ -70,9 +84,18 @@ def lighthouse_attention(
 class LighthouseAttention(nn.Module):
     """Wraps a module of causal attention. It has no parameters and no buffers.
 
+    Under activation checkpointing the selection must be kept, not computed again: a near-tie
+    between scores can fall the other way in the recomputation, and gradients are then wrong without
+    an error. Checkpoint a layer with the operations of `lighthouse.OPS_TO_SAVE`:
+
+        context_fn = partial(create_selective_checkpoint_contexts, lighthouse.OPS_TO_SAVE)
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=context_fn)
+
     Args:
         inner: causal attention, called as `inner(q, k, v, enable_gqa=...)`.
         config: fields of the method.
+        rotary: the table of the rotary embedding; it follows the module to another device and
+            keeps its dtype.
         context: this rank's place under context parallelism.
     """
 
@@ -80,28 +103,58 @@ class LighthouseAttention(nn.Module):
         self,
         inner: nn.Module,
         config: LighthouseConfig,
+        rotary: RotaryPhases | None = None,
         context: ContextParallel | None = None,
     ):
         super().__init__()
         self.inner = inner
         self.config = config
+        self.rotary = rotary
         self.context = context
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
         """See `lighthouse_attention`; `enable_gqa` follows from the shapes."""
-        return lighthouse_attention(q, k, v, self.config, self.inner, self.context)
+        return lighthouse_attention(
+            q, k, v, self.config, rotary=self.rotary, attend=self.inner, context=self.context
+        )
+
+    def _apply(self, fn, recurse=True):
+        if self.rotary is not None:
+            self.rotary = self.rotary.to(fn(self.rotary.cos).device)
+        return super()._apply(fn, recurse)
 
 
-def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if q.dim() != 4 or k.shape != v.shape or q.shape[0::2] != k.shape[0::2]:
         raise ValueError(
             "q, k, v must be [B, H, N, D], [B, Hkv, N, D], [B, Hkv, N, D], "
             f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; transpose or reshape them"
         )
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(
+            "q, k, v must not be empty in any dimension, got "
+            f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}; skip an empty batch"
+        )
     if q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(
             "the heads of q must be a multiple of those of k, with one head_dim, "
             f"got q {list(q.shape)} and k {list(k.shape)}; check n_heads and n_kv_heads"
+        )
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            "q, k, v must have one dtype, fp16, bf16, fp32 or fp64, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}; convert them"
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}; move them"
+        )
+    if not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)
+    ):
+        raise NotImplementedError(
+            "Lighthouse Attention has no forward-mode derivatives; differentiate backward, or use "
+            "dense attention"
         )

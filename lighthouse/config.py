@@ -7,7 +7,8 @@ own fields when it is made, `check_seq_len` checks them against a sequence lengt
 from dataclasses import dataclass, replace
 from math import isqrt, lcm
 
-from lighthouse.scorers import SCORERS
+SCORER_NAMES = ("norm", "dilated", "gla")
+"""Names of the scorers, which `scorers.py` implements."""
 
 SELECTED_PER_STRATUM = 128
 """Entries selected per stratum and level: 64 by query score, then 64 by key score (paper, 3)."""
@@ -63,9 +64,9 @@ class LighthouseConfig:
                 f"topk must be a positive multiple of {SELECTED_PER_STRATUM}{limit}, "
                 f"got {self.topk}; nearest: {nearest}"
             )
-        if self.scorer not in SCORERS:
+        if self.scorer not in SCORER_NAMES:
             raise ValueError(
-                f"scorer must be one of {', '.join(SCORERS)}, got {self.scorer!r}; choose one"
+                f"scorer must be one of {', '.join(SCORER_NAMES)}, got {self.scorer!r}; choose one"
             )
         if self.dilation < 1:
             raise ValueError(f"dilation must be at least 1, got {self.dilation}; use 1 or more")

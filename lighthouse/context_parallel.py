@@ -28,6 +28,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from lighthouse.config import LighthouseConfig
+from lighthouse.ops import register
 from lighthouse.selection import Selection
 
 CHUNKS_PER_RANK = {"ulysses": 1, "ring": 2}
@@ -176,16 +177,14 @@ def all_to_all(x: torch.Tensor, group_name: str) -> torch.Tensor:
     return _all_to_all(x, group_name)
 
 
-@torch.library.custom_op("lighthouse::all_to_all", mutates_args=())
-def _all_to_all(x: torch.Tensor, group_name: str) -> torch.Tensor:
+def all_to_all_reference(x: torch.Tensor, group_name: str) -> torch.Tensor:
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
     group = _resolve_process_group(group_name)
     dist.all_to_all_single(received, x.contiguous(), group=group)
     return received
 
 
-@_all_to_all.register_fake
-def _(x, group_name):
+def _all_to_all_fake(x, group_name):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -197,7 +196,13 @@ def _all_to_all_autograd(ctx, dreceived):
     return _all_to_all(dreceived, ctx.group_name), None
 
 
-_all_to_all.register_autograd(_all_to_all_autograd, setup_context=_all_to_all_setup)
+_all_to_all = register(
+    "all_to_all",
+    all_to_all_reference,
+    _all_to_all_fake,
+    backward=_all_to_all_autograd,
+    setup_context=_all_to_all_setup,
+)
 
 all_to_all_op = torch.ops.lighthouse.all_to_all.default
 """The op, for activation checkpointing to save its outputs."""

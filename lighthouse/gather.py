@@ -1,6 +1,7 @@
 """Gather and scatter-back: from tokens to the sub-sequence and back (paper, 3.3 and 3.5).
 
-    gather          sub[s] = mean of x over the p**l tokens that the entry (l, i) in slot s covers
+    gather          sub[s] = mean of x over the p**l tokens that the entry (l, i) in slot s covers,
+                    of q and k rotated to the last of them where a table of phases is given
     scatter-back    out[t] = sum over levels l of sub[slot(l, (t + 1) // p**l - 1)]
 
 Scatter-back shifts an entry's output by p**l - 1 tokens, so that a summary first reaches the
@@ -8,7 +9,7 @@ last token it covers; entry (l, i) thus reaches `i*p**l + p**l - 1 .. i*p**l + 2
 below N. An absent entry adds nothing. Written per token, through the inverse map, scatter-back
 is itself a gather: every output is written once, nothing is added into. The backward passes are
 
-    gather's          dx[t]   = sum over l of dsub[slot(l, t // p**l)] / p**l
+    gather's          dx[t]   = sum over l of dsub[slot(l, t // p**l)] / p**l, rotated back
     scatter-back's    dsub[s] = sum of dout over the tokens that entry s reaches
 
 Where the tokens are chunks of a longer sequence, as under context parallelism, scatter-back stays
@@ -22,6 +23,8 @@ group share the maps of their kv head. Only the two maps are saved for the backw
 import torch
 import torch.nn.functional as F
 
+from lighthouse.ops import register
+from lighthouse.rotary import RotaryPhases, rotate, rotate_to_last, table_arguments
 from lighthouse.scorers import CoarsestLevel
 from lighthouse.selection import Selection
 
@@ -32,20 +35,22 @@ def gather(
     v: torch.Tensor,
     coarsest: CoarsestLevel,
     selection: Selection,
+    rotary: RotaryPhases | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pool q, k and v alike over the selected entries.
+    """Pool q, k and v over the selected entries.
 
     Args:
         q: [B, H, N, D], any strides.
         k, v: [B, Hkv, N, D], any strides.
         coarsest: their means over the coarsest level; the gradient goes to q, k, v.
+        rotary: with it, q and k are pooled at the last position of a span, as in `coarsest`.
 
     Returns:
         [B, H, S, D], [B, Hkv, S, D], [B, Hkv, S, D], contiguous.
     """
     config = selection.config
     return _gather(
-        q, k, v, *coarsest, selection.entry, selection.slot,
+        q, k, v, *coarsest, selection.entry, selection.slot, *table_arguments(rotary),
         config.num_levels, config.pooling_factor,
     )  # fmt: skip
 
@@ -70,8 +75,7 @@ def scatter_back(
     )  # fmt: skip
 
 
-@torch.library.custom_op("lighthouse::gather", mutates_args=())
-def _gather(
+def gather_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -80,71 +84,85 @@ def _gather(
     coarsest_v: torch.Tensor,
     entry: torch.Tensor,
     slot: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
     num_levels: int,
     pooling_factor: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     seq_len = q.shape[2]
+    table, none = (cos, sin, interleaved), (None, None, False)
+    sources = (q, coarsest_q, table), (k, coarsest_k, table), (v, coarsest_v, none)
     subs = tuple(x.new_empty((*x.shape[:2], entry.shape[-1], x.shape[3])) for x in (q, k, v))
     for level, slots, index in _entries_by_level(entry, seq_len, num_levels, pooling_factor):
-        for x, coarse, sub in zip(
-            (q, k, v), (coarsest_q, coarsest_k, coarsest_v), subs, strict=True
-        ):
+        for (x, coarse, phases), sub in zip(sources, subs, strict=True):
             if level == num_levels - 1:
                 pooled = _rows(coarse)
             else:
                 span = pooling_factor**level
-                pooled = _pool_spans(x, index * span, span, mode="mean")
+                pooled = _mean_spans(x, index * span, span, *phases)
             _rows(sub).index_copy_(0, _row_ids(sub, slots).flatten(), pooled)
     return subs
 
 
-@_gather.register_fake
-def _(q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, num_levels, pooling_factor):
+def _gather_fake(q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, *_):
     sub_seq_len = entry.shape[-1]
     return tuple(x.new_empty((*x.shape[:2], sub_seq_len, x.shape[3])) for x in (q, k, v))
 
 
-@torch.library.custom_op("lighthouse::gather_backward", mutates_args=())
-def _gather_backward(
+def gather_backward_reference(
     dsub_q: torch.Tensor,
     dsub_k: torch.Tensor,
     dsub_v: torch.Tensor,
     slot: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
     num_levels: int,
     pooling_factor: int,
     seq_len: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lens = [seq_len // pooling_factor**level for level in range(num_levels)]
-    slots = [
-        of_level.repeat_interleave(pooling_factor**level, -1)
-        for level, of_level in enumerate(slot.split(lens, -1))
-    ]
-    weights = [pooling_factor**-level for level in range(num_levels)]
-    slots = torch.stack(slots, -1)  # [B, Hkv, N, L]
-    return tuple(_sum_slots(dsub, slots, weights) for dsub in (dsub_q, dsub_k, dsub_v))
+    slots = slot.split(lens, -1)
+    table, none = (cos, sin, interleaved), (None, None, False)
+    return (
+        _spread_to_tokens(dsub_q, slots, pooling_factor, *table),
+        _spread_to_tokens(dsub_k, slots, pooling_factor, *table),
+        _spread_to_tokens(dsub_v, slots, pooling_factor, *none),
+    )
 
 
-@_gather_backward.register_fake
-def _(dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len):
+def _gather_backward_fake(dsub_q, dsub_k, dsub_v, *rest):
+    seq_len = rest[-1]
     return tuple(_empty_bnhd(dsub, seq_len) for dsub in (dsub_q, dsub_k, dsub_v))
 
 
+_gather_backward = register(
+    "gather_backward", gather_backward_reference, _gather_backward_fake, kernels="gather"
+)
+
+
 def _gather_setup(ctx, inputs, output):
-    q, *_, slot, num_levels, pooling_factor = inputs
-    ctx.save_for_backward(slot)
-    ctx.sizes = num_levels, pooling_factor, q.shape[2]
+    q, *_, slot, cos, sin, interleaved, num_levels, pooling_factor = inputs
+    ctx.save_for_backward(slot, cos, sin)
+    ctx.sizes = interleaved, num_levels, pooling_factor, q.shape[2]
 
 
 def _gather_autograd(ctx, dsub_q, dsub_k, dsub_v):
-    (slot,) = ctx.saved_tensors
-    return *_gather_backward(dsub_q, dsub_k, dsub_v, slot, *ctx.sizes), *(None,) * 7
+    return *_gather_backward(dsub_q, dsub_k, dsub_v, *ctx.saved_tensors, *ctx.sizes), *(None,) * 10
 
 
-_gather.register_autograd(_gather_autograd, setup_context=_gather_setup)
+_gather = register(
+    "gather",
+    gather_reference,
+    _gather_fake,
+    kernels="gather",
+    backward=_gather_autograd,
+    setup_context=_gather_setup,
+)
 
 
-@torch.library.custom_op("lighthouse::scatter_back", mutates_args=())
-def _scatter_back(
+def scatter_back_reference(
     sub_out: torch.Tensor,
     edges: torch.Tensor | None,
     entry: torch.Tensor,
@@ -173,13 +191,11 @@ def _scatter_back(
     return _sum_slots(sub_out, torch.stack(slots, -1))
 
 
-@_scatter_back.register_fake
-def _(sub_out, edges, entry, slot, num_levels, pooling_factor, seq_len):
+def _scatter_back_fake(sub_out, edges, entry, slot, num_levels, pooling_factor, seq_len):
     return _empty_bnhd(sub_out, seq_len)
 
 
-@torch.library.custom_op("lighthouse::scatter_back_backward", mutates_args=())
-def _scatter_back_backward(
+def scatter_back_backward_reference(
     dout: torch.Tensor, entry: torch.Tensor, num_levels: int, pooling_factor: int, num_chunks: int
 ) -> torch.Tensor:
     seq_len = dout.shape[2]
@@ -187,14 +203,21 @@ def _scatter_back_backward(
     for level, slots, index in _entries_by_level(entry, seq_len, num_levels, pooling_factor):
         span = pooling_factor**level
         starts = index * span + span - 1
-        pooled = _pool_spans(dout, starts, span, mode="sum", chunk_len=seq_len // num_chunks)
+        pooled = _sum_spans(dout, starts, span, seq_len // num_chunks)
         _rows(dsub).index_copy_(0, _row_ids(dsub, slots).flatten(), pooled)
     return dsub
 
 
-@_scatter_back_backward.register_fake
-def _(dout, entry, num_levels, pooling_factor, num_chunks):
+def _scatter_back_backward_fake(dout, entry, *_):
     return dout.new_empty((*dout.shape[:2], entry.shape[-1], dout.shape[3]))
+
+
+_scatter_back_backward = register(
+    "scatter_back_backward",
+    scatter_back_backward_reference,
+    _scatter_back_backward_fake,
+    kernels="gather",
+)
 
 
 def _scatter_back_setup(ctx, inputs, output):
@@ -223,7 +246,14 @@ def _edges_backward(
     return torch.stack(sums, 3).to(dout.dtype)
 
 
-_scatter_back.register_autograd(_scatter_back_autograd, setup_context=_scatter_back_setup)
+_scatter_back = register(
+    "scatter_back",
+    scatter_back_reference,
+    _scatter_back_fake,
+    kernels="gather",
+    backward=_scatter_back_autograd,
+    setup_context=_scatter_back_setup,
+)
 
 
 # The helpers see a tensor as rows of D elements. A row of [B, H, n, D], whatever the order of
@@ -266,11 +296,35 @@ def _entries_by_level(entry, seq_len, num_levels, pooling_factor):
         offset += level_len
 
 
-def _pool_spans(
-    x: torch.Tensor, starts: torch.Tensor, span: int, mode: str, chunk_len: int | None = None
+def _mean_spans(
+    x: torch.Tensor,
+    starts: torch.Tensor,
+    span: int,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
 ) -> torch.Tensor:
-    """Sum or mean of the `span` tokens from each start on; in a sum, tokens behind the chunk of
-    the start count 0.
+    """Mean of the `span` tokens from each start on, rotated to the last one if there is a table.
+
+    Args:
+        x: [B, H, N, D].
+        starts: [B, Hkv, n].
+
+    Returns:
+        [B*H*n, D]
+    """
+    x = _dense(x)
+    ids = _row_ids(x, starts.long()[..., None] + torch.arange(span, device=x.device)).flatten(0, 2)
+    if cos is None or span == 1:
+        return F.embedding_bag(ids, _rows(x), mode="mean")
+    rows = _rows(x)[ids].to(torch.promote_types(x.dtype, torch.float32))  # [B*H*n, span, D]
+    rotated = rotate_to_last(rows, cos, sin, interleaved).flatten(0, 1)
+    ids = torch.arange(ids.numel(), device=x.device).view_as(ids)
+    return F.embedding_bag(ids, rotated, mode="mean").to(x.dtype)
+
+
+def _sum_spans(x: torch.Tensor, starts: torch.Tensor, span: int, chunk_len: int) -> torch.Tensor:
+    """Sum of the `span` tokens from each start on, without those behind the chunk of the start.
 
     Args:
         x: [B, H, N, D].
@@ -282,8 +336,8 @@ def _pool_spans(
     x = _dense(x)
     tokens = starts.long()[..., None] + torch.arange(span, device=x.device)
     ids = _row_ids(x, tokens.clamp(max=x.shape[2] - 1)).flatten(0, 2)
-    if mode == "mean" or span == 1:
-        return F.embedding_bag(ids, _rows(x), mode=mode)
+    if span == 1:
+        return _rows(x)[ids.flatten()]
     inside = tokens // chunk_len == tokens[..., :1] // chunk_len
     inside = inside.repeat_interleave(x.shape[1] // tokens.shape[1], 1)
     return F.embedding_bag(
@@ -291,15 +345,53 @@ def _pool_spans(
     )
 
 
-def _sum_slots(
-    sub: torch.Tensor, slots: torch.Tensor, weights: list[float] | None = None
+def _spread_to_tokens(
+    dsub: torch.Tensor,
+    slots: tuple[torch.Tensor, ...],
+    pooling_factor: int,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
 ) -> torch.Tensor:
-    """Weighted sum over levels of the rows in the slots of every token; slot -1 counts 0.
+    """Gradient of the tokens from that of the sub-sequence, level by level downwards: every entry
+    gives each of its children a p-th of its gradient, rotated back to the last token of the child.
+
+    Args:
+        dsub: [B, H, S, D].
+        slots: of every level, [B, Hkv, N/p**l]; -1 for an entry that is not there.
+
+    Returns:
+        [B, H, N, D] with the strides of a contiguous [B, N, H, D].
+    """
+    dsub = _dense(dsub)
+    accumulate = torch.promote_types(dsub.dtype, torch.float32)
+    # The coarsest level is there as a whole.
+    grad = _rows(dsub)[_row_ids(dsub, slots[-1].long())].to(accumulate)  # [B, H, N/p**(L-1), D]
+    for level in range(len(slots) - 2, -1, -1):
+        children = _empty_bnhd(grad, grad.shape[2] * pooling_factor)
+        spread = children.unflatten(2, (-1, pooling_factor))
+        shares = (grad / pooling_factor)[..., None, :]
+        if cos is None:
+            spread.copy_(shares)
+        else:
+            # Positions from the last token of each child to that of its parent.
+            steps = pooling_factor**level * torch.arange(pooling_factor - 1, -1, -1)
+            for child, step in enumerate(steps.tolist()):
+                spread[..., child, :] = rotate(shares[..., 0, :], cos[step], -sin[step], interleaved)
+        is_present = slots[level] >= 0
+        index = is_present.nonzero()[:, -1].view(*is_present.shape[:2], -1)
+        rows = _rows(dsub)[_row_ids(dsub, slots[level].gather(-1, index).long()).flatten()]
+        _rows(children).index_add_(0, _row_ids(children, index).flatten(), rows.to(accumulate))
+        grad = children
+    return grad.to(dsub.dtype)
+
+
+def _sum_slots(sub: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Sum over levels of the rows in the slots of every token; slot -1 counts 0.
 
     Args:
         sub: [B, H, S, D].
         slots: [B, Hkv, N, L].
-        weights: one for each level; ones by default.
 
     Returns:
         [B, H, N, D] with the strides of a contiguous [B, N, H, D].
@@ -311,57 +403,5 @@ def _sum_slots(
     is_absent = slots.repeat_interleave(sub.shape[1] // slots.shape[1], 1) < 0
     ids = _row_ids(sub, slots.long()).masked_fill_(is_absent, zero_row)
     ids = ids.transpose(1, 2)  # [B, N, H, L]
-    out_shape = (*ids.shape[:3], rows.shape[1])
-    if weights is not None:
-        weights = rows.new_tensor(weights).expand(ids.shape).flatten(0, 2).contiguous()
-    out = F.embedding_bag(ids.flatten(0, 2), rows, mode="sum", per_sample_weights=weights)
-    return out.view(out_shape).transpose(1, 2)
-
-
-# On CUDA the ops run Triton kernels, which compute in fp32; fp64 takes the bodies above. The
-# kernels are imported on first use: a machine without a GPU need not have triton.
-
-
-@_gather.register_kernel("cuda")
-def _(q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, num_levels, pooling_factor):
-    if q.dtype == torch.float64:
-        return _gather._init_fn(
-            q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, num_levels, pooling_factor
-        )
-    from lighthouse.kernels import gather as kernels
-
-    return kernels.gather(
-        q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, num_levels, pooling_factor
-    )
-
-
-@_gather_backward.register_kernel("cuda")
-def _(dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len):
-    if dsub_q.dtype == torch.float64:
-        return _gather_backward._init_fn(
-            dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len
-        )
-    from lighthouse.kernels import gather as kernels
-
-    return kernels.gather_backward(
-        dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len
-    )
-
-
-@_scatter_back.register_kernel("cuda")
-def _(sub_out, edges, entry, slot, num_levels, pooling_factor, seq_len):
-    arguments = sub_out, edges, entry, slot, num_levels, pooling_factor, seq_len
-    if sub_out.dtype == torch.float64:
-        return _scatter_back._init_fn(*arguments)
-    from lighthouse.kernels import gather as kernels
-
-    return kernels.scatter_back(*arguments)
-
-
-@_scatter_back_backward.register_kernel("cuda")
-def _(dout, entry, num_levels, pooling_factor, num_chunks):
-    if dout.dtype == torch.float64:
-        return _scatter_back_backward._init_fn(dout, entry, num_levels, pooling_factor, num_chunks)
-    from lighthouse.kernels import gather as kernels
-
-    return kernels.scatter_back_backward(dout, entry, num_levels, pooling_factor, num_chunks)
+    out = F.embedding_bag(ids.flatten(0, 2), rows, mode="sum")
+    return out.view(*ids.shape[:3], rows.shape[1]).transpose(1, 2)

@@ -11,12 +11,26 @@ import torch
 
 
 def reference_attention(
-    q, k, v, num_levels, pooling_factor, topk, scorer="norm", dilation=4, entries=None
+    q,
+    k,
+    v,
+    num_levels,
+    pooling_factor,
+    topk,
+    scorer="norm",
+    dilation=4,
+    entries=None,
+    rope=None,
+    first_position=0,
 ):
     """The whole layer.
 
     Args:
-        q: [B, H, N, D]; k, v: [B, Hkv, N, D]. Computed in fp64.
+        q: [B, H, N, D]; k, v: [B, Hkv, N, D]. Computed in fp64. With `rope`, q and k are *not*
+            rotated yet.
+        rope: rotary embedding `rope(x, position)` of one row [D]: an entry is rotated by the
+            position of its last token, after its tokens were averaged.
+        first_position: position of the first token.
         entries: selected entries to use instead of scores, `entries[b][g]` as
             `reference_selection` returns them.
 
@@ -26,7 +40,13 @@ def reference_attention(
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     if entries is None:
-        scores = reference_scores(q.detach(), k.detach(), v.detach(), scorer, dilation)
+        scored = [x.detach() for x in (q, k, v)]
+        if rope is not None and scorer != "norm":
+            positions = range(first_position, first_position + q.shape[2])
+            for i in range(2):
+                rows = [rope(scored[i][:, :, t - first_position], t) for t in positions]
+                scored[i] = torch.stack(rows, 2)
+        scores = reference_scores(*scored, scorer, dilation)
     batches = []
     for b in range(q.shape[0]):
         heads = []
@@ -38,7 +58,11 @@ def reference_attention(
             else:
                 order = entries[b][g]
             for head_q in group_q:
-                heads.append(_reference_head(head_q, k[b, g], v[b, g], order, pooling_factor))
+                heads.append(
+                    _reference_head(
+                        head_q, k[b, g], v[b, g], order, pooling_factor, rope, first_position
+                    )
+                )
         batches.append(torch.stack(heads))
     return torch.stack(batches)
 
@@ -143,13 +167,40 @@ def reference_selection(q_scores, k_scores, num_levels, pooling_factor, topk):
     return order
 
 
-def _reference_head(q, k, v, order, pooling_factor):
+def rope_of(frequencies, interleaved):
+    """A rotary embedding for `reference_attention`.
+
+    Args:
+        frequencies: angle per position of each pair, [R/2].
+        interleaved: pairs of elements 2i and 2i+1, or i and i + R/2.
+    """
+    num_pairs = len(frequencies)
+
+    def rope(x, position):
+        """Multiply x, [..., D], by the rotation matrix of the position."""
+        matrix = torch.eye(x.shape[-1], dtype=torch.float64)
+        for i, frequency in enumerate(frequencies.tolist()):
+            a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + num_pairs)
+            cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+            matrix[a, a], matrix[a, b], matrix[b, a], matrix[b, b] = cos, -sin, sin, cos
+        return x @ matrix.T
+
+    return rope
+
+
+def _reference_head(q, k, v, order, pooling_factor, rope, first_position):
     """One head, [N, D] to [N, D], over the entries in `order`."""
     seq_len, head_dim = q.shape
     spans = [(i * pooling_factor**level, pooling_factor**level) for level, i in order]
     sub_q, sub_k, sub_v = (
         torch.stack([x[start : start + span].mean(0) for start, span in spans]) for x in (q, k, v)
     )
+    if rope is not None:
+        last = [first_position + start + span - 1 for start, span in spans]
+        sub_q, sub_k = (
+            torch.stack([rope(row, position) for row, position in zip(sub, last, strict=True)])
+            for sub in (sub_q, sub_k)
+        )
     contributions = [[] for _ in range(seq_len)]
     for s, (start, span) in enumerate(spans):
         logits = sub_k[: s + 1] @ sub_q[s] / math.sqrt(head_dim)

@@ -11,20 +11,20 @@ Scores rank entries and nothing else: they have no gradient and no parameters.
 
 Norms are squared, which ranks the same. One pass over q, k, v gives the scores of `norm` and, on
 the way, the pooled coarsest level, which the gather would otherwise have to read everything again
-for. The other two are dear: activation checkpointing keeps their scores (`scoring_ops`).
+for. The other two are expensive: activation checkpointing keeps their scores (`ops.OPS_TO_SAVE`).
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from lighthouse.config import LighthouseConfig
 from lighthouse.gla import gated_linear_attention
+from lighthouse.ops import register
+from lighthouse.rotary import RotaryPhases, rotate_to_last, table_arguments
 from lighthouse.sdpa import causal_sdpa
-
-if TYPE_CHECKING:
-    from lighthouse.config import LighthouseConfig
 
 
 class Scores(NamedTuple):
@@ -51,30 +51,43 @@ class CoarsestLevel(NamedTuple):
 
 
 def score(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: "LighthouseConfig"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    rotary: RotaryPhases | None = None,
 ) -> tuple[Scores, CoarsestLevel]:
     """Score every span and pool the coarsest level.
 
     Args:
         q: [B, H, N, D], any strides.
         k, v: [B, Hkv, N, D], any strides.
+        rotary: with it, q and k are pooled at the last position of a span. Scores do not use it.
     """
     with torch.no_grad():
-        return SCORERS[config.scorer](q, k, v, config)
+        return SCORERS[config.scorer](q, k, v, config, rotary)
 
 
 def norm_scorer(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: "LighthouseConfig"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    rotary: RotaryPhases | None = None,
 ) -> tuple[Scores, CoarsestLevel]:
     """The L2 norm of q and of k; with GQA, the maximum over a group's query heads."""
     q_scores, k_scores, *coarsest = _norm_score_pool(
-        q, k, v, config.num_levels, config.pooling_factor
+        q, k, v, *table_arguments(rotary), config.num_levels, config.pooling_factor
     )
     return Scores(q_scores, k_scores), CoarsestLevel(*coarsest)
 
 
 def dilated_scorer(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: "LighthouseConfig"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    rotary: RotaryPhases | None = None,
 ) -> tuple[Scores, CoarsestLevel]:
     """Causal softmax attention within each residue class modulo `dilation`, both ways.
 
@@ -86,18 +99,22 @@ def dilated_scorer(
     backward. Attention is fused: nothing of size N * N exists.
     """
     scores = _dilated_scores(q, k, v, config.num_levels, config.pooling_factor, config.dilation)
-    return Scores(*scores), _pool_coarsest(q, k, v, config)
+    return Scores(*scores), _pool_coarsest(q, k, v, config, rotary)
 
 
 def gla_scorer(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: "LighthouseConfig"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    rotary: RotaryPhases | None = None,
 ) -> tuple[Scores, CoarsestLevel]:
     """Gated linear attention over all tokens, both ways; GQA as in `dilated_scorer`.
 
     It costs O(N D**2). In plain PyTorch some eight copies of v in fp32 exist meanwhile.
     """
     scores = _gla_scores(q, k, v, config.num_levels, config.pooling_factor)
-    return Scores(*scores), _pool_coarsest(q, k, v, config)
+    return Scores(*scores), _pool_coarsest(q, k, v, config, rotary)
 
 
 SCORERS = {"norm": norm_scorer, "dilated": dilated_scorer, "gla": gla_scorer}
@@ -131,30 +148,42 @@ def squared_norms(x: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
     return x.square().sum(-1).unflatten(1, (n_kv_heads, -1)).amax(2)
 
 
-@torch.library.custom_op("lighthouse::norm_score_pool", mutates_args=())
-def _norm_score_pool(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_levels: int, pooling_factor: int
+def norm_score_pool_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
+    num_levels: int,
+    pooling_factor: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     n_kv_heads = k.shape[1]
     span = pooling_factor ** (num_levels - 1)
     scores = [pool_scores(squared_norms(x, n_kv_heads), num_levels, pooling_factor) for x in (q, k)]
-    coarsest = [_mean_pool(x, span) for x in (q, k, v)]
-    return *scores, *coarsest
+    coarsest = [mean_pool(x, span, cos, sin, interleaved) for x in (q, k)]
+    return *scores, *coarsest, mean_pool(v, span)
 
 
-@_norm_score_pool.register_fake
-def _(q, k, v, num_levels, pooling_factor):
+def _empty_scores(k: torch.Tensor, num_levels: int, pooling_factor: int) -> list[torch.Tensor]:
     batch, n_kv_heads, seq_len, _ = k.shape
     num_scores = sum(seq_len // pooling_factor**level for level in range(1, num_levels))
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = [q.new_empty((batch, n_kv_heads, num_scores), dtype=dtype) for _ in range(2)]
-    coarsest_len = seq_len // pooling_factor ** (num_levels - 1)
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    return [k.new_empty((batch, n_kv_heads, num_scores), dtype=dtype) for _ in range(2)]
+
+
+def _norm_score_pool_fake(q, k, v, cos, sin, interleaved, num_levels, pooling_factor):
+    coarsest_len = k.shape[2] // pooling_factor ** (num_levels - 1)
     coarsest = [x.new_empty((*x.shape[:2], coarsest_len, x.shape[3])) for x in (q, k, v)]
-    return *scores, *coarsest
+    return *_empty_scores(k, num_levels, pooling_factor), *coarsest
 
 
-@torch.library.custom_op("lighthouse::dilated_scores", mutates_args=())
-def _dilated_scores(
+_norm_score_pool = register(
+    "norm_score_pool", norm_score_pool_reference, _norm_score_pool_fake, kernels="scorers"
+)
+
+
+def dilated_scores_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -170,24 +199,18 @@ def _dilated_scores(
     return _both_ways(attend, q, k, v, num_levels, pooling_factor)
 
 
-@torch.library.custom_op("lighthouse::gla_scores", mutates_args=())
-def _gla_scores(
+def gla_scores_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_levels: int, pooling_factor: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _both_ways(gated_linear_attention, q, k, v, num_levels, pooling_factor)
 
 
-@_dilated_scores.register_fake
-@_gla_scores.register_fake
-def _(q, k, v, num_levels, pooling_factor, *_):
-    num_scores = sum(k.shape[2] // pooling_factor**level for level in range(1, num_levels))
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    shape = (*k.shape[:2], num_scores)
-    return tuple(q.new_empty(shape, dtype=dtype) for _ in range(2))
+def _scores_fake(q, k, v, num_levels, pooling_factor, *_):
+    return tuple(_empty_scores(k, num_levels, pooling_factor))
 
 
-scoring_ops = [torch.ops.lighthouse.dilated_scores.default, torch.ops.lighthouse.gla_scores.default]
-"""Ops with small outputs that are dear to compute, for activation checkpointing to save."""
+_dilated_scores = register("dilated_scores", dilated_scores_reference, _scores_fake, save=True)
+_gla_scores = register("gla_scores", gla_scores_reference, _scores_fake, save=True)
 
 
 def _both_ways(
@@ -222,27 +245,43 @@ def _residue_classes(x: torch.Tensor, dilation: int) -> torch.Tensor:
 
 
 def _pool_coarsest(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: "LighthouseConfig"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: LighthouseConfig,
+    rotary: RotaryPhases | None,
 ) -> CoarsestLevel:
     span = config.span(config.num_levels - 1)
-    return CoarsestLevel(*(_mean_pool(x, span) for x in (q, k, v)))
+    table = table_arguments(rotary)
+    return CoarsestLevel(mean_pool(q, span, *table), mean_pool(k, span, *table), mean_pool(v, span))
 
 
-def _mean_pool(x: torch.Tensor, span: int) -> torch.Tensor:
-    """Means over `span` tokens, accumulated in fp32: [B, H, N, D] to [B, H, N/span, D]."""
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    pooled = x.unflatten(2, (-1, span)).mean(3, dtype=accumulate).to(x.dtype)
-    return pooled.contiguous()
+_CHUNK = 2**18
+"""Elements that `mean_pool` rotates at a time: the caches of a CPU hold them."""
 
 
-# On CUDA the ops run Triton kernels, which compute in fp32; fp64 takes the bodies above. The
-# kernels are imported on first use: a machine without a GPU need not have triton.
+def mean_pool(
+    x: torch.Tensor,
+    span: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """Means over `span` tokens, accumulated in fp32 (fp64 for fp64 input).
 
+    Args:
+        x: [B, H, N, D].
+        cos, sin, interleaved: a table as in `RotaryPhases`; None: no rotation.
 
-@_norm_score_pool.register_kernel("cuda")
-def _(q, k, v, num_levels, pooling_factor):
-    if q.dtype == torch.float64:
-        return _norm_score_pool._init_fn(q, k, v, num_levels, pooling_factor)
-    from lighthouse.kernels import scorers as kernels
-
-    return kernels.norm_score_pool(q, k, v, num_levels, pooling_factor)
+    Returns:
+        [B, H, N/span, D], contiguous.
+    """
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    spans = x.unflatten(2, (-1, span))
+    if cos is None:
+        return spans.mean(3, dtype=accumulate).to(x.dtype).contiguous()
+    pooled = x.new_empty((*x.shape[:2], x.shape[2] // span, x.shape[3]))
+    chunk_len = max(1, _CHUNK // (x.shape[0] * x.shape[1] * span * x.shape[3]))
+    for chunk, out in zip(spans.split(chunk_len, 2), pooled.split(chunk_len, 2), strict=True):
+        out.copy_(rotate_to_last(chunk.to(accumulate), cos, sin, interleaved).mean(3))
+    return pooled

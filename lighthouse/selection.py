@@ -24,14 +24,12 @@ entry of the whole sequence alone. Nothing here has a gradient.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from lighthouse.config import SELECTED_PER_STRATUM, LighthouseConfig
+from lighthouse.ops import register
 from lighthouse.scorers import Scores, pool_scores
-
-if TYPE_CHECKING:
-    from lighthouse.config import LighthouseConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Selection:
     slot: torch.Tensor
     """Slot of each entry, -1 for one that is not in the sub-sequence, [B, Hkv, E], int32."""
 
-    config: "LighthouseConfig"
+    config: LighthouseConfig
     seq_len: int
 
     @property
@@ -68,7 +66,7 @@ class Selection:
         return index
 
 
-def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: "LighthouseConfig") -> Selection:
+def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: LighthouseConfig) -> Selection:
     """Select by scores of the tokens.
 
     Args:
@@ -86,7 +84,7 @@ def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: "LighthouseCo
 
 
 def select_spans(
-    scores: Scores, config: "LighthouseConfig", seq_len: int, is_start: bool = True
+    scores: Scores, config: LighthouseConfig, seq_len: int, is_start: bool = True
 ) -> Selection:
     """Select by scores of the entries above the finest level, as `scorers.score` gives them.
 
@@ -100,8 +98,7 @@ def select_spans(
     return Selection(entry, slot, config, seq_len)
 
 
-@torch.library.custom_op("lighthouse::select", mutates_args=())
-def _select(
+def select_reference(
     q_scores: torch.Tensor,
     k_scores: torch.Tensor,
     num_levels: int,
@@ -112,7 +109,7 @@ def _select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lens = [seq_len // pooling_factor**level for level in range(num_levels)]
     offsets = [sum(lens[:level]) for level in range(num_levels)]
-    num_strata = topk // 128
+    num_strata = topk // SELECTED_PER_STRATUM
     shape = (*q_scores.shape[:2], num_strata)
 
     # Down: candidates and, among them, the positions of the selected, for every level.
@@ -154,8 +151,7 @@ def _select(
     return entry, slot
 
 
-@_select.register_fake
-def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start):
+def _select_fake(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start):
     lens = [seq_len // pooling_factor**level for level in range(num_levels)]
     sub_seq_len = lens[-1] + (num_levels - 1) * pooling_factor * topk
     shape = q_scores.shape[:2]
@@ -163,8 +159,7 @@ def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start):
     return entry, q_scores.new_empty((*shape, sum(lens)), dtype=torch.int32)
 
 
-select_op = torch.ops.lighthouse.select.default
-"""The op, for activation checkpointing to save its outputs."""
+_select = register("select", select_reference, _select_fake, kernels="selection", save=True)
 
 
 def _best_by_q_then_k(q_scores: torch.Tensor, k_scores: torch.Tensor) -> torch.Tensor:
@@ -176,25 +171,11 @@ def _best_by_q_then_k(q_scores: torch.Tensor, k_scores: torch.Tensor) -> torch.T
     Returns:
         Positions, [..., 128], ascending.
     """
-    by_q = q_scores.sort(dim=-1, descending=True, stable=True).indices[..., :64]
+    half = SELECTED_PER_STRATUM // 2
+    by_q = q_scores.sort(dim=-1, descending=True, stable=True).indices[..., :half]
     is_chosen = torch.zeros_like(q_scores, dtype=torch.bool).scatter_(-1, by_q, True)
     order = k_scores.sort(dim=-1, descending=True, stable=True).indices
     is_left = ~is_chosen.gather(-1, order)
-    is_best = is_left & (is_left.cumsum(-1) <= 64)
+    is_best = is_left & (is_left.cumsum(-1) <= half)
     is_chosen.scatter_(-1, order, is_chosen.gather(-1, order) | is_best)
-    return is_chosen.nonzero()[:, -1].view(*q_scores.shape[:-1], 128)
-
-
-# On CUDA the ops run Triton kernels, which compute in fp32; fp64 takes the bodies above. The
-# kernels are imported on first use: a machine without a GPU need not have triton.
-
-
-@_select.register_kernel("cuda")
-def _(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start):
-    if q_scores.dtype == torch.float64:
-        return _select._init_fn(
-            q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start
-        )
-    from lighthouse.kernels import selection as kernels
-
-    return kernels.select(q_scores, k_scores, num_levels, pooling_factor, topk, seq_len, is_start)
+    return is_chosen.nonzero()[:, -1].view(*q_scores.shape[:-1], SELECTED_PER_STRATUM)

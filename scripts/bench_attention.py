@@ -185,8 +185,8 @@ def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> 
     dense_runs["dense forward"] = timed(lambda: attend(q, k, v, gqa))
     dense_runs["dense backward"] = backward(out, (q, k, v))
     del out
-    out = lighthouse_attention(q, k, v, config, attend)
-    layer_forward = timed(lambda: lighthouse_attention(q, k, v, config, attend))
+    out = lighthouse_attention(q, k, v, config, attend=attend)
+    layer_forward = timed(lambda: lighthouse_attention(q, k, v, config, attend=attend))
     layer_backward = backward(out, (q, k, v))
     del out
 

@@ -106,7 +106,7 @@ def evaluate(options: argparse.Namespace) -> dict:
         results.append(measure(model, "dense", transformer, windows))
         if lighthouse is not None:
             config, layers = lighthouse.attention_config(), lighthouse.full_attn_layers
-            use_lighthouse(transformer, config, layers, model.args.n_layers)
+            use_lighthouse(transformer, config, layers, model.args.n_layers, lighthouse.pool_rotary)
             chosen = {name: getattr(lighthouse, name) for name in LIGHTHOUSE_FIELDS}
             results.append(measure(model, "Lighthouse", transformer, windows, fields=chosen))
     return {

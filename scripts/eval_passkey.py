@@ -257,7 +257,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype], max(window, lengths[-1]))
     if options.lighthouse is not None:
         config, layers = lighthouse.attention_config(), lighthouse.full_attn_layers
-        use_lighthouse(model, config, layers, trained.args.n_layers)
+        use_lighthouse(model, config, layers, trained.args.n_layers, lighthouse.pool_rotary)
     answers = {}
     for length in lengths:
         try:

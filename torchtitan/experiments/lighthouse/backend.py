@@ -17,16 +17,14 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
-from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse import OPS_TO_SAVE, LighthouseAttention, LighthouseConfig, RotaryPhases
 from lighthouse.context_parallel import ContextParallel, all_to_all_op
 from lighthouse.costs import scored_positions
-from lighthouse.scorers import scoring_ops
 from lighthouse.sdpa import fused_backends
-from lighthouse.selection import select_op
 
 # What torchtitan's activation checkpointing by op keeps; `save_selections` sees to the other modes.
-# The selections, scores that are dear to compute, and what was sent between ranks.
-_op_sac_save_list.update({select_op, *scoring_ops, all_to_all_op})
+# The selections, scores that are expensive to compute, and what was sent between ranks.
+_op_sac_save_list.update({*OPS_TO_SAVE, all_to_all_op})
 
 
 def use_lighthouse(
@@ -34,6 +32,7 @@ def use_lighthouse(
     config: LighthouseConfig,
     full_attn_layers: list[int],
     n_layers: int,
+    pool_rotary: str = "averaged",
     context: ContextParallel | None = None,
 ) -> None:
     """Wrap the attention of all layers but `full_attn_layers`.
@@ -42,16 +41,25 @@ def use_lighthouse(
         model: a Transformer, or the part of one that a pipeline stage holds.
         full_attn_layers: layers that stay dense; negative ones count from the last.
         n_layers: layers of the whole model.
+        pool_rotary: `aligned` pools q and k at the last position of a span, by the model's own
+            rotary embedding; `averaged` as they are.
         context: this rank's place under context parallelism.
     """
     dense = dense_layers(full_attn_layers, n_layers)
+    rotary = rotary_phases(model, config) if pool_rotary == "aligned" else None
     for name, block in model.layers.items():
         if int(name) not in dense:
             attention = block.attention
             assert not isinstance(attention.inner_attention, LighthouseAttention)
             attention.inner_attention = LighthouseAttention(
-                attention.inner_attention, config, context
+                attention.inner_attention, config, rotary, context
             )
+
+
+def rotary_phases(model: nn.Module, config: LighthouseConfig) -> RotaryPhases:
+    """The first rows of the model's own table, scaling of its frequencies included."""
+    phases = model.freqs_cis[: config.span(config.num_levels - 1)]  # [p**(L-1), D/2], complex
+    return RotaryPhases(phases.real, phases.imag, interleaved=True)
 
 
 def use_dense(model: nn.Module) -> None:
@@ -79,7 +87,7 @@ def save_selections(model: nn.Module) -> None:
 
     A near-tie between scores can fall the other way in the recomputation, which then no longer
     belongs to the outputs that were kept: the gradients would be wrong, in silence. Scores that
-    are dear to compute are kept with them.
+    are expensive to compute are kept with them.
     """
     for module in model.modules():
         if isinstance(module, CheckpointWrapper):
@@ -89,7 +97,7 @@ def save_selections(model: nn.Module) -> None:
 
 
 def _keep_selections():
-    return create_selective_checkpoint_contexts([select_op, *scoring_ops])
+    return create_selective_checkpoint_contexts(OPS_TO_SAVE)
 
 
 def flops_saved_per_token(

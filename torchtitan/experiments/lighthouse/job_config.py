@@ -34,6 +34,11 @@ class Lighthouse:
     dilation: int = 4
     """Stride of the dilated scorer, in tokens."""
 
+    pool_rotary: Literal["averaged", "aligned"] = "averaged"
+    """Rotary phases of pooled entries. averaged: q and k are averaged as they are, each rotated by
+    its own position, as in the code of the paper. aligned: tokens are rotated to the last position
+    of their span first, as its authors have proposed since."""
+
     full_attn_layers: list[int] = field(default_factory=list)
     """Layers that stay dense in stage 1; negative ones count from the last."""
 

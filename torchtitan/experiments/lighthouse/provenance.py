@@ -32,7 +32,10 @@ OF_MODEL = ("model.flavor", "model.hf_assets_path")
 OF_STATE = ("optimizer.name",)
 OF_STAGE_1 = tuple(
     f"lighthouse.{name}"
-    for name in ("num_levels", "pooling_factor", "topk", "scorer", "dilation", "full_attn_layers")
+    for name in (
+        *("num_levels", "pooling_factor", "topk", "scorer", "dilation"),
+        *("pool_rotary", "full_attn_layers"),
+    )
 )
 OF_STAGES = ("lighthouse.stage1_steps", *OF_STAGE_1)
 OF_RUN = (
@@ -112,6 +115,8 @@ def check_checkpoint(
         raise ValueError(
             f"{file} must be JSON, got {error}; remove it to go on without comparing"
         ) from None
+    # Checkpoints from before this field were trained with averaged phases.
+    was.setdefault("lighthouse.pool_rotary", "averaged")
     names = [*OF_MODEL]
     if not model_only:
         left_out = config.checkpoint.exclude_from_loading

@@ -156,6 +156,7 @@ class TwoStageTrainer(Trainer):
                     lighthouse.attention_config(),
                     lighthouse.full_attn_layers,
                     self.model_args.n_layers,
+                    lighthouse.pool_rotary,
                     self.context,
                 )
             else:
