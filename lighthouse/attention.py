@@ -76,7 +76,9 @@ def lighthouse_attention(
     is_start = context is None or context.rank == 0
     selection = select_spans(scores, config, seq_len, is_start)
     sub_q, sub_k, sub_v = gather(q, k, v, coarsest, selection, rotary)  # [B, H or Hkv, S, D]
-    sub_out = attend(sub_q, sub_k, sub_v, enable_gqa=q.shape[1] != k.shape[1])
+    # A branch, so that torch.compile sees a bool where sizes are symbols.
+    enable_gqa = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
+    sub_out = attend(sub_q, sub_k, sub_v, enable_gqa=enable_gqa)
     edges = None if context is None else exchange_edges(sub_out, selection, context)
     return scatter_back(sub_out, selection, edges)  # [B, H, N, D]
 

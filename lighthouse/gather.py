@@ -50,8 +50,8 @@ def gather(
     """
     config = selection.config
     return _gather(
-        q, k, v, *coarsest, selection.entry, selection.slot, *table_arguments(rotary),
-        config.num_levels, config.pooling_factor,
+        q, k, v, *coarsest, selection.entry, selection.slot,
+        config.num_levels, config.pooling_factor, *table_arguments(rotary),
     )  # fmt: skip
 
 
@@ -84,11 +84,11 @@ def gather_reference(
     coarsest_v: torch.Tensor,
     entry: torch.Tensor,
     slot: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    interleaved: bool,
     num_levels: int,
     pooling_factor: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     seq_len = q.shape[2]
     table, none = (cos, sin, interleaved), (None, None, False)
@@ -115,12 +115,12 @@ def gather_backward_reference(
     dsub_k: torch.Tensor,
     dsub_v: torch.Tensor,
     slot: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    interleaved: bool,
     num_levels: int,
     pooling_factor: int,
     seq_len: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lens = [seq_len // pooling_factor**level for level in range(num_levels)]
     slots = slot.split(lens, -1)
@@ -132,8 +132,7 @@ def gather_backward_reference(
     )
 
 
-def _gather_backward_fake(dsub_q, dsub_k, dsub_v, *rest):
-    seq_len = rest[-1]
+def _gather_backward_fake(dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len, *_):
     return tuple(_empty_bnhd(dsub, seq_len) for dsub in (dsub_q, dsub_k, dsub_v))
 
 
@@ -143,13 +142,16 @@ _gather_backward = register(
 
 
 def _gather_setup(ctx, inputs, output):
-    q, *_, slot, cos, sin, interleaved, num_levels, pooling_factor = inputs
+    q, *_, slot, num_levels, pooling_factor, cos, sin, interleaved = inputs
     ctx.save_for_backward(slot, cos, sin)
-    ctx.sizes = interleaved, num_levels, pooling_factor, q.shape[2]
+    ctx.sizes = num_levels, pooling_factor, q.shape[2]
+    ctx.interleaved = interleaved
 
 
 def _gather_autograd(ctx, dsub_q, dsub_k, dsub_v):
-    return *_gather_backward(dsub_q, dsub_k, dsub_v, *ctx.saved_tensors, *ctx.sizes), *(None,) * 10
+    slot, *table = ctx.saved_tensors
+    grads = _gather_backward(dsub_q, dsub_k, dsub_v, slot, *ctx.sizes, *table, ctx.interleaved)
+    return *grads, *(None,) * 10
 
 
 _gather = register(
@@ -377,7 +379,9 @@ def _spread_to_tokens(
             # Positions from the last token of each child to that of its parent.
             steps = pooling_factor**level * torch.arange(pooling_factor - 1, -1, -1)
             for child, step in enumerate(steps.tolist()):
-                spread[..., child, :] = rotate(shares[..., 0, :], cos[step], -sin[step], interleaved)
+                spread[..., child, :] = rotate(
+                    shares[..., 0, :], cos[step], -sin[step], interleaved
+                )
         is_present = slots[level] >= 0
         index = is_present.nonzero()[:, -1].view(*is_present.shape[:2], -1)
         rows = _rows(dsub)[_row_ids(dsub, slots[level].gather(-1, index).long()).flatten()]

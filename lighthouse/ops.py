@@ -55,6 +55,6 @@ def register(
 
 def _refuse_derivative(ctx, *grads):
     raise NotImplementedError(
-        "Lighthouse Attention has first derivatives only; differentiate once, without create_graph, "
-        "or use dense attention where second derivatives are needed"
+        "Lighthouse Attention has first derivatives only; differentiate once, without "
+        "create_graph, or use dense attention where second derivatives are needed"
     )

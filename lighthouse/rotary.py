@@ -70,10 +70,12 @@ class RotaryPhases:
                 "rotary cos and sin must have pooling_factor**(num_levels-1) = "
                 f"{longest_span} rows or more, got {num_rows}; make the table longer"
             )
-        if 2 * num_pairs > q.shape[3]:
+        head_dim = q.shape[3]
+        if head_dim % 2 or 2 * num_pairs > head_dim:
             raise ValueError(
-                f"rotary cos and sin must have at most head_dim / 2 = {q.shape[3] / 2:g} columns, "
-                f"got {num_pairs}; take a column for each pair of elements"
+                "rotary cos and sin must have at most head_dim / 2 columns and head_dim must be "
+                f"even, got {num_pairs} columns and head_dim {head_dim}; take a column for each "
+                "pair of elements"
             )
         if self.cos.device != q.device:
             raise ValueError(

@@ -77,7 +77,7 @@ def norm_scorer(
 ) -> tuple[Scores, CoarsestLevel]:
     """The L2 norm of q and of k; with GQA, the maximum over a group's query heads."""
     q_scores, k_scores, *coarsest = _norm_score_pool(
-        q, k, v, *table_arguments(rotary), config.num_levels, config.pooling_factor
+        q, k, v, config.num_levels, config.pooling_factor, *table_arguments(rotary)
     )
     return Scores(q_scores, k_scores), CoarsestLevel(*coarsest)
 
@@ -99,7 +99,7 @@ def dilated_scorer(
     backward. Attention is fused: nothing of size N * N exists.
     """
     scores = _dilated_scores(q, k, v, config.num_levels, config.pooling_factor, config.dilation)
-    return Scores(*scores), _pool_coarsest(q, k, v, config, rotary)
+    return Scores(*scores), norm_scorer(q, k, v, config, rotary)[1]
 
 
 def gla_scorer(
@@ -114,7 +114,7 @@ def gla_scorer(
     It costs O(N D**2). In plain PyTorch some eight copies of v in fp32 exist meanwhile.
     """
     scores = _gla_scores(q, k, v, config.num_levels, config.pooling_factor)
-    return Scores(*scores), _pool_coarsest(q, k, v, config, rotary)
+    return Scores(*scores), norm_scorer(q, k, v, config, rotary)[1]
 
 
 SCORERS = {"norm": norm_scorer, "dilated": dilated_scorer, "gla": gla_scorer}
@@ -152,11 +152,11 @@ def norm_score_pool_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    interleaved: bool,
     num_levels: int,
     pooling_factor: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     n_kv_heads = k.shape[1]
     span = pooling_factor ** (num_levels - 1)
@@ -172,7 +172,7 @@ def _empty_scores(k: torch.Tensor, num_levels: int, pooling_factor: int) -> list
     return [k.new_empty((batch, n_kv_heads, num_scores), dtype=dtype) for _ in range(2)]
 
 
-def _norm_score_pool_fake(q, k, v, cos, sin, interleaved, num_levels, pooling_factor):
+def _norm_score_pool_fake(q, k, v, num_levels, pooling_factor, *_):
     coarsest_len = k.shape[2] // pooling_factor ** (num_levels - 1)
     coarsest = [x.new_empty((*x.shape[:2], coarsest_len, x.shape[3])) for x in (q, k, v)]
     return *_empty_scores(k, num_levels, pooling_factor), *coarsest
@@ -242,18 +242,6 @@ def _residue_classes(x: torch.Tensor, dilation: int) -> torch.Tensor:
     missing = -x.shape[2] % dilation
     padded = F.pad(x, (0, 0, 0, missing)) if missing else x
     return padded.unflatten(2, (-1, dilation)).movedim(3, 1).flatten(1, 2)
-
-
-def _pool_coarsest(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: LighthouseConfig,
-    rotary: RotaryPhases | None,
-) -> CoarsestLevel:
-    span = config.span(config.num_levels - 1)
-    table = table_arguments(rotary)
-    return CoarsestLevel(mean_pool(q, span, *table), mean_pool(k, span, *table), mean_pool(v, span))
 
 
 _CHUNK = 2**18

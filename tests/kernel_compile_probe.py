@@ -31,9 +31,18 @@ RUNS = {
     "fp16-D80-L4-p8-odd": (torch.float16, 1, 5, 1, 512 * 3 * 1111, 80, 4, 8, 384),
 }
 
+PARTLY_ROTARY = "bf16-D128-L3-p4"
+"""The run that is compiled with a quarter of the head rotated, too."""
 
-def captured_launches(run) -> list[tuple[JITFunction, dict, dict]]:
-    """Every kernel that the launchers start for `run`: function, arguments, options."""
+
+def captured_launches(
+    run, rotary_dim: int = 0, interleaved: bool = False
+) -> list[tuple[JITFunction, dict, dict]]:
+    """Every kernel that the launchers start for `run`: function, arguments, options.
+
+    Args:
+        rotary_dim: elements of a head that are rotated; with some, only the kernels that rotate.
+    """
     launches = []
 
     def capture(self, *args, grid, warmup, **kwargs):
@@ -53,19 +62,28 @@ def captured_launches(run) -> list[tuple[JITFunction, dict, dict]]:
 
     q, k, v = empty(n_heads, seq_len), empty(n_kv_heads, seq_len), empty(n_kv_heads, seq_len)
     levels = num_levels, factor
+    rotary = ()
+    if rotary_dim:
+        rows = config.span(num_levels - 1), rotary_dim // 2
+        table = (torch.empty(rows, dtype=torch.float32, device="meta") for _ in range(2))
+        rotary = *table, interleaved
     launch, JITFunction.run = JITFunction.run, capture
     try:
-        *scores, coarsest_q, coarsest_k, coarsest_v = scorers.norm_score_pool(q, k, v, *levels)
+        *scores, coarsest_q, coarsest_k, coarsest_v = scorers.norm_score_pool(
+            q, k, v, *levels, *rotary
+        )
         entry, slot = selection.select(*scores, *levels, topk, seq_len, True)
         assert entry.shape[-1] == sub_seq_len
         subs = gather.gather(
-            q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, *levels
+            q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, *levels, *rotary
         )  # fmt: skip
-        gather.gather_backward(*subs, slot, *levels, seq_len)
+        gather.gather_backward(*subs, slot, *levels, seq_len, *rotary)
         out = gather.scatter_back(subs[0], None, entry, slot, *levels, seq_len)
         gather.scatter_back_backward(out, entry, *levels, 1)
     finally:
         JITFunction.run = launch
+    if rotary_dim:
+        launches = [launch for launch in launches if "PAIRS" in launch[1]]
     return launches
 
 
@@ -112,12 +130,21 @@ def resources(compiled) -> dict[str, int]:
 
 def main() -> None:
     for name, run in RUNS.items():
-        for kernel, arguments, options in captured_launches(run):
+        head_dim = run[5]
+        variants = {
+            name: captured_launches(run),
+            f"{name}-interleaved": captured_launches(run, head_dim, True),
+            f"{name}-halves": captured_launches(run, head_dim, False),
+        }
+        if name == PARTLY_ROTARY:
+            variants[f"{name}-quarter"] = captured_launches(run, head_dim // 4, False)
+        launches = [(variant, *launch) for variant, x in variants.items() for launch in x]
+        for variant, kernel, arguments, options in launches:
             for capability in map(int, sys.argv[1:]):
                 compiled = compile_launch(kernel, arguments, options, capability)
                 ptx = compiled.asm["ptx"]
                 result = {
-                    "run": name,
+                    "run": variant,
                     "kernel": kernel.__name__.strip("_"),
                     "capability": capability,
                     "warps": options["num_warps"],

@@ -31,7 +31,7 @@ def gradients(mode: str, compiled: bool = False, scorer: str = "norm") -> list[t
         model.init_weights()
     if MODES[mode] is not None:
         apply_ac(model, MODES[mode], op_sac_save_list=_op_sac_save_list)
-    backend.use_lighthouse(model, LighthouseConfig(2, 2, 128, scorer), [], N_LAYERS)
+    backend.use_lighthouse(model, LighthouseConfig(2, 2, 128, scorer), [], N_LAYERS, "aligned")
     backend.save_selections(model)
     if compiled:
         for name, block in model.layers.named_children():

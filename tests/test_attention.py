@@ -212,6 +212,10 @@ def test_module_adds_nothing_to_a_state_dict(scorer):
         (((1, 3, 512, 8), (1, 2, 512, 8), (1, 2, 512, 8)), "multiple"),
         (((1, 2, 512, 4), (1, 2, 512, 8), (1, 2, 512, 8)), "head_dim"),
         (((1, 2, 501, 8), (1, 2, 501, 8), (1, 2, 501, 8)), "seq_len must be a multiple of"),
+        (((0, 2, 512, 8), (0, 2, 512, 8), (0, 2, 512, 8)), "must not be empty"),
+        (((1, 0, 512, 8), (1, 0, 512, 8), (1, 0, 512, 8)), "must not be empty"),
+        (((1, 2, 512, 8), (1, 0, 512, 8), (1, 0, 512, 8)), "must not be empty"),
+        (((1, 2, 512, 0), (1, 2, 512, 0), (1, 2, 512, 0)), "must not be empty"),
     ],
 )
 def test_bad_shapes(shapes, fragment):
@@ -220,11 +224,53 @@ def test_bad_shapes(shapes, fragment):
     assert fragment in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float32, torch.float64),
+        (torch.int32, torch.int32, torch.int32),
+    ],
+    ids=str,
+)
+def test_mixed_and_integer_dtypes_are_refused(dtypes):
+    with pytest.raises(ValueError, match="must have one dtype, fp16, bf16, fp32 or fp64, got "):
+        lighthouse_attention(
+            *(torch.ones(1, 1, 512, 8).to(dtype) for dtype in dtypes), LighthouseConfig(2, 2, 128)
+        )
+
+
+def test_several_devices_are_refused():
+    q = torch.ones(1, 1, 512, 8)
+    with pytest.raises(ValueError, match="must be on one device, got cpu, meta, cpu; move them"):
+        lighthouse_attention(q, q.to("meta"), q, LighthouseConfig(2, 2, 128))
+
+
+def test_forward_mode_is_refused():
+    q = torch.randn(1, 1, 512, 8)
+
+    def layer(x):
+        return lighthouse_attention(q, x, q, LighthouseConfig(2, 2, 128))
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives; differentiate"):
+        torch.func.jvp(layer, (q,), (torch.ones_like(q),))
+
+
+def test_second_derivatives_are_refused():
+    q = torch.randn(1, 1, 512, 8, requires_grad=True)
+    out = lighthouse_attention(q, q, q, LighthouseConfig(2, 2, 128))
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only; differentiate once"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_compiles_in_one_graph(scorer):
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_in_one_graph(scorer, dynamic):
+    torch._dynamo.reset()
     case = (1, 4, 2, 512, 8, 2, 2, 128)
     module = LighthouseAttention(GroupedSdpa(), LighthouseConfig(*case[5:], scorer))
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     results = []
     for run in (module, compiled):
         q, k, v = inputs_of(case, torch.float32)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ranks import launch
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
 
-from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention
+from lighthouse import LighthouseAttention, LighthouseConfig, RotaryPhases, lighthouse_attention
 from lighthouse.context_parallel import (
     ContextParallel,
     UlyssesAttention,
@@ -26,6 +26,9 @@ CONFIG = LighthouseConfig(num_levels=3, pooling_factor=2, topk=1024)
 SEQ_LEN = 8 * 256 * 4
 HEADS = {"GQA": (8, 4), "MHA": (4, 4)}
 HEAD_DIM = 8
+ANGLES = torch.arange(4.0)[:, None] * torch.tensor([1.0, 0.3, 0.1])
+# Rotary heads, with a quarter of them that is not rotated, and heads without rotary embedding.
+ROTARY = {"GQA": RotaryPhases(ANGLES.cos(), ANGLES.sin(), interleaved=True), "MHA": None}
 CASES = [
     (scheme, dtype, heads)
     for scheme in ("ulysses", "ring")
@@ -73,7 +76,9 @@ def run(attention, q, k, v, dout):
 def whole_layer(dtype, heads):
     q, k, v, dout = inputs_of(dtype, heads)
     selection = select_spans(score(q, k, v, CONFIG)[0], CONFIG, SEQ_LEN)
-    out, gradients = run(lambda *x: lighthouse_attention(*x, CONFIG), q, k, v, dout)
+    out, gradients = run(
+        lambda *x: lighthouse_attention(*x, CONFIG, rotary=ROTARY[heads]), q, k, v, dout
+    )
     return Result(out, gradients, selection.entry, selection.slot)
 
 
@@ -85,7 +90,7 @@ def on_rank():
         # torch merges in fp32, which fp64 need not be compared with.
         torch_ring._cp_options.convert_to_f32 = dtype != torch.float64
         q, k, v, dout = (context.shard(x, 2) for x in inputs_of(dtype, heads))
-        layer = LighthouseAttention(attention_of(context), CONFIG, context)
+        layer = LighthouseAttention(attention_of(context), CONFIG, ROTARY[heads], context)
         config = context.shard_config(CONFIG, q.shape[2])
         scores, _ = score(q, k, v, config)
         selection = select_spans(scores, config, q.shape[2], context.rank == 0)

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lighthouse import LighthouseConfig, lighthouse_attention
+from lighthouse import LighthouseConfig, RotaryPhases, lighthouse_attention
 from lighthouse import gather as gather_ops
 from lighthouse import scorers as scorer_ops
 from lighthouse import selection as selection_ops
-from lighthouse.reference import reference_attention, reference_selection
+from lighthouse.reference import reference_attention, reference_selection, rope_of
 
 pytest.importorskip("triton")
 from lighthouse.kernels import gather, scorers, selection
@@ -86,15 +86,22 @@ def assert_as_exact(actual, plain, exact):
     assert error <= 2 * plain_error + rounding * exact.abs().max().item()
 
 
+def phases(rotary_dim, num_rows, interleaved):
+    """cos, sin, interleaved; NaN behind the last row that may be read."""
+    frequencies = 100.0 ** -(torch.arange(0, rotary_dim, 2, device=DEVICE) / rotary_dim)
+    angles = torch.arange(num_rows, device=DEVICE)[:, None] * frequencies
+    behind = torch.full((2, len(frequencies)), torch.nan, device=DEVICE)
+    return torch.cat([angles.cos(), behind]), torch.cat([angles.sin(), behind]), interleaved
+
+
 # ---- norm_score_pool
 
 
-def check_norm_score_pool(q, k, v, num_levels, p):
-    actual = scorers.norm_score_pool(q, k, v, num_levels, p)
-    plain = scorer_ops._norm_score_pool._init_fn(q, k, v, num_levels, p)
-    exact = scorer_ops._norm_score_pool._init_fn(
-        q.double(), k.double(), v.double(), num_levels, p
-    )  # fmt: skip
+def check_norm_score_pool(q, k, v, num_levels, p, rotary=()):
+    inputs, sizes = (q, k, v), (num_levels, p, *rotary)
+    actual = scorers.norm_score_pool(*inputs, *sizes)
+    plain = scorer_ops.norm_score_pool_reference(*inputs, *sizes)
+    exact = scorer_ops.norm_score_pool_reference(*(x.double() for x in inputs), *sizes)
     for outputs in zip(actual, plain, exact, strict=True):
         assert_as_exact(*outputs)
 
@@ -160,7 +167,7 @@ def check_select(q_scores, k_scores, num_levels, p, topk, seq_len):
     for is_start in (False, True):
         arguments = q_scores, k_scores, num_levels, p, topk, seq_len, is_start
         actual = selection.select(*arguments)
-        plain = selection_ops._select._init_fn(*arguments)
+        plain = selection_ops.select_reference(*arguments)
         for ours, theirs in zip(actual, plain, strict=True):
             assert ours.dtype == torch.int32
             assert torch.equal(ours, theirs)
@@ -206,31 +213,33 @@ def test_select_of_strided_scores_of_batches_and_heads():
 # ---- gather and scatter-back
 
 
-def check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, grads=None):
+def check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, grads=None, rotary=()):
     """All four kernels; gradients have the given values, or random ones."""
     seq_len = q.shape[2]
     bodies = gather_ops
-    exact_levels = scorer_ops._norm_score_pool._init_fn(
-        q.double(), k.double(), v.double(), num_levels, p
+    exact_levels = scorer_ops.norm_score_pool_reference(
+        q.double(), k.double(), v.double(), num_levels, p, *rotary
     )[2:]  # fmt: skip
     coarsest = [x.to(q.dtype) for x in exact_levels]
 
-    arguments = entry, slot, num_levels, p
+    arguments = entry, slot, num_levels, p, *rotary
     exact_inputs = [x.double() for x in (q, k, v, *coarsest)]
     actual = gather.gather(q, k, v, *coarsest, *arguments)
-    plain = bodies._gather._init_fn(q, k, v, *coarsest, *arguments)
-    exact = bodies._gather._init_fn(*exact_inputs, *arguments)
+    plain = bodies.gather_reference(q, k, v, *coarsest, *arguments)
+    exact = bodies.gather_reference(*exact_inputs, *arguments)
     for outputs in zip(actual, plain, exact, strict=True):
         assert_as_exact(*outputs)
 
     dsubs = grads or [torch.randn_like(x) for x in actual]
-    arguments = slot, num_levels, p, seq_len
+    arguments = slot, num_levels, p, seq_len, *rotary
     actual = gather.gather_backward(*dsubs, *arguments)
-    plain = bodies._gather_backward._init_fn(*dsubs, *arguments)
-    exact = bodies._gather_backward._init_fn(*(x.double() for x in dsubs), *arguments)
+    plain = bodies.gather_backward_reference(*dsubs, *arguments)
+    exact = bodies.gather_backward_reference(*(x.double() for x in dsubs), *arguments)
     for outputs in zip(actual, plain, exact, strict=True):
         assert_as_exact(*outputs)
 
+    if rotary:
+        return
     sub_out = dsubs[0]
     dout = q
     # One sequence, and as many chunks as there can be: one for each entry of the coarsest level.
@@ -242,14 +251,14 @@ def check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, grads=Non
             exact_edges = edges.double()
         arguments = entry, slot, num_levels, p, seq_len
         actual = gather.scatter_back(sub_out, edges, *arguments)
-        plain = bodies._scatter_back._init_fn(sub_out, edges, *arguments)
-        exact = bodies._scatter_back._init_fn(sub_out.double(), exact_edges, *arguments)
+        plain = bodies.scatter_back_reference(sub_out, edges, *arguments)
+        exact = bodies.scatter_back_reference(sub_out.double(), exact_edges, *arguments)
         assert_as_exact(actual, plain, exact)
 
         arguments = entry, num_levels, p, num_chunks
         actual = gather.scatter_back_backward(dout, *arguments)
-        plain = bodies._scatter_back_backward._init_fn(dout, *arguments)
-        exact = bodies._scatter_back_backward._init_fn(dout.double(), *arguments)
+        plain = bodies.scatter_back_backward_reference(dout, *arguments)
+        exact = bodies.scatter_back_backward_reference(dout.double(), *arguments)
         assert_as_exact(actual, plain, exact)
 
 
@@ -269,6 +278,36 @@ def test_gather_and_scatter_back_of_heads_and_dtypes(n_heads, n_kv_heads, head_d
     heads = n_heads, n_kv_heads, n_kv_heads
     q, k, v = (random_bnhd(2, n, 5 * 4, head_dim, dtype) for n in heads)
     check_gather_and_scatter_back(q, k, v, entry, slot, 3, 2)
+
+
+# H, Hkv, D, R, interleaved, p, L
+ROTARY_CASES = [
+    (2, 1, 16, 16, True, 2, 3),
+    (2, 1, 16, 16, False, 2, 3),
+    (1, 1, 80, 80, True, 4, 3),
+    (1, 1, 80, 20, False, 4, 3),
+    (1, 1, 128, 128, True, 8, 2),
+    (1, 1, 128, 32, False, 2, 5),
+    (3, 1, 8, 6, True, 4, 4),
+    (1, 1, 2, 2, False, 8, 3),
+]
+ROTARY_IDS = [
+    f"H{h}-Hkv{g}-D{d}-R{r}-{'interleaved' if i else 'halves'}-p{p}-L{num_levels}"
+    for h, g, d, r, i, p, num_levels in ROTARY_CASES
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", ROTARY_CASES, ids=ROTARY_IDS)
+def test_rotary_phases(case, dtype):
+    n_heads, n_kv_heads, head_dim, rotary_dim, interleaved, p, num_levels = case
+    span = p ** (num_levels - 1)
+    rotary = phases(rotary_dim, span, interleaved)
+    entry, slot = random_maps(1, n_kv_heads, 3, num_levels, p, 2)
+    heads = n_heads, n_kv_heads, n_kv_heads
+    q, k, v = (random_bnhd(1, n, 3 * span, head_dim, dtype) for n in heads)
+    check_norm_score_pool(q, k, v, num_levels, p, rotary)
+    check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, rotary=rotary)
 
 
 def any_strides(kind, batch, n_heads, length, head_dim):
@@ -291,6 +330,9 @@ def test_any_strides(kind):
     check_norm_score_pool(q, k, v, num_levels, p)
     dsubs = [any_strides(kind, 2, heads, entry.shape[-1], 16) for heads in (2, 1, 1)]
     check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, dsubs)
+    for rotary in (phases(16, 4, True), phases(8, 4, False)):
+        check_norm_score_pool(q, k, v, num_levels, p, rotary)
+        check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, dsubs, rotary)
 
 
 # ---- the whole layer
@@ -306,12 +348,23 @@ def cuda_ops():
             yield name, op, op._backend_fns["cuda"]
 
 
+@pytest.mark.parametrize("is_rotary", [False, True], ids=["averaged", "aligned"])
 @pytest.mark.parametrize("n_kv_heads", [1, 2], ids=["GQA", "MHA"])
-def test_layer_and_gradients_match_the_reference(n_kv_heads):
+def test_layer_and_gradients_match_the_reference(n_kv_heads, is_rotary):
     config = LighthouseConfig(num_levels=3, pooling_factor=2, topk=128)
     seq_len, head_dim = 4 * 129, 16
     inputs = [random_bnhd(1, heads, seq_len, head_dim) for heads in (2, n_kv_heads, n_kv_heads)]
     dout = random_bnhd(1, 2, seq_len, head_dim)
+    frequencies = torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)
+    angles = torch.arange(4, device=DEVICE)[:, None] * frequencies.to(DEVICE)
+    rotary = RotaryPhases(angles.cos(), angles.sin(), interleaved=True) if is_rotary else None
+    rope = rope_of(frequencies, interleaved=True) if is_rotary else None
+
+    def reference(q, k, v):
+        if is_rotary:
+            # The reference takes q and k as they were before their rotation.
+            q, k = (torch.stack([rope(x[:, :, t], -t) for t in range(seq_len)], 2) for x in (q, k))
+        return reference_attention(q, k, v, 3, 2, 128, rope=rope)
 
     def out_and_gradients(attention, device, dtype):
         leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
@@ -328,10 +381,10 @@ def test_layer_and_gradients_match_the_reference(n_kv_heads):
 
             library.impl(name, launch, DEVICE.upper(), allow_override=True)
         actual = out_and_gradients(
-            lambda *x: lighthouse_attention(*x, config), DEVICE, torch.float32
+            lambda *x: lighthouse_attention(*x, config, rotary=rotary), DEVICE, torch.float32
         )
     assert sorted(launched) == sorted(name for name, *_ in cuda_ops())
-    exact = out_and_gradients(lambda *x: reference_attention(*x, 3, 2, 128), "cpu", torch.float64)
+    exact = out_and_gradients(reference, "cpu", torch.float64)
     for ours, theirs in zip(actual, exact, strict=True):
         torch.testing.assert_close(ours.double().cpu(), theirs, rtol=1e-5, atol=1e-5)
 

@@ -23,6 +23,13 @@ KERNELS = {
     "scatter_back_kernel",
     "scatter_back_backward_kernel",
 }
+KERNELS_WITH_PHASES = {"norm_score_pool_kernel", "gather_kernel", "gather_backward_kernel"}
+
+HALVES = ("-halves", "-quarter")
+
+
+def is_rotary(run: str) -> bool:
+    return run.endswith(("-interleaved", "-halves", "-quarter"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,12 @@ def compiled(tmp_path_factory):
 
 def test_every_kernel_compiles_for_every_target(compiled):
     runs = {result["run"] for result in compiled}
-    expected = {(run, name, int(c)) for run in runs for name in KERNELS for c in CAPABILITIES}
+    expected = {
+        (run, name, int(c))
+        for run in runs
+        for name in (KERNELS_WITH_PHASES if is_rotary(run) else KERNELS)
+        for c in CAPABILITIES
+    }
     assert {(x["run"], x["kernel"], x["capability"]) for x in compiled} == expected
 
 
@@ -63,7 +75,9 @@ def test_rows_are_summed_within_their_threads(compiled):
         # Norms of q and of k, 16 tokens at most, over 64 threads at most (1 KiB), of two warps.
         has_norms = result["kernel"] == "norm_score_pool_kernel"
         assert result["shuffles"] <= (2 * 16 * 6 if has_norms else 4), result
-        assert result["shared_loads"] <= (80 if has_norms else 2), result
+        # Cosines of fp32 pairs lie four to a thread, neighbouring pairs two.
+        is_fp32 = result["run"] == "fp32-D256-L5-p2-interleaved"
+        assert result["shared_loads"] <= (80 if has_norms else 48 if is_fp32 else 2), result
 
 
 def test_no_atomics(compiled):
@@ -75,8 +89,14 @@ def test_rows_move_in_16_bytes_per_thread(compiled):
     for result in compiled:
         if result["kernel"] == "select_kernel":
             continue
+        if result["kernel"] == "norm_score_pool_kernel" and not result["run"].endswith(HALVES):
+            # It reads nothing but rows, and the table; only groups of heads read scores too.
+            is_alone = "gqa" not in result["run"] and "odd" not in result["run"]
+            is_wide = not result["run"].startswith("fp32") or not is_rotary(result["run"])
+            assert result["narrow_loads"] <= (0 if is_alone and is_wide else 64), result
+        if result["kernel"] == "norm_score_pool_kernel" and result["run"].endswith(HALVES):
+            # Halves of rows move in 8 bytes per thread.
+            assert result["wide_loads"] >= 12 and result["narrow_loads"] <= 64, result
+            continue
         assert result["wide_loads"] >= 12, result
         assert result["wide_stores"] >= 3, result
-        if result["kernel"] == "norm_score_pool_kernel" and result["run"] == "bf16-D128-L3-p4":
-            # It reads nothing but rows; only groups of heads read scores too.
-            assert result["narrow_loads"] == 0, result

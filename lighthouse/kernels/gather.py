@@ -22,12 +22,23 @@ R' = B * H * D * b, and C = k p**(L-1) tokens below the selected entries of the 
     scatter-back            read S R', written N R'
     scatter-back backward   read N R', written S R'
 
-and the maps, 4 B Hkv S by slot or 4 B Hkv E by token.
+and the maps, 4 B Hkv S by slot or 4 B Hkv E by token, and the table of phases of gather and its
+backward pass, 4 R p**(L-1), where q and k are rotated to the last token of a span.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from lighthouse.kernels.rotary import (
+    NO_PAIRS,
+    load_pairs,
+    load_phases,
+    pair_sizes,
+    rotate,
+    store_pairs,
+    table_pointers,
+)
 
 _TILE = 4096
 """Elements of a block of slots or tokens: 32 rows of 128, 32 elements for each of 128 threads."""
@@ -36,7 +47,7 @@ _TILE = 4096
 @triton.jit
 def _gather_kernel(
     q_ptr, k_ptr, v_ptr, coarsest_q_ptr, coarsest_k_ptr, coarsest_v_ptr, entry_ptr,
-    sub_q_ptr, sub_k_ptr, sub_v_ptr,
+    cos_ptr, sin_ptr, sub_q_ptr, sub_k_ptr, sub_v_ptr,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d,
     k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d,
@@ -44,6 +55,7 @@ def _gather_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
     block, batch, head, flat_head = _block_batch_head(n_kv_heads)
     offs_s = block * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -67,42 +79,59 @@ def _gather_kernel(
         _gather_rows(
             q_ptr + g * q_stride_h, coarsest_q_ptr + flat_q_head * coarsest_size,
             sub_q_ptr + flat_q_head * sub_size, q_stride_n, q_stride_d,
-            first, num_rows, index, mask_c, offs_s, mask_s,
-            HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D,
+            cos_ptr, sin_ptr, first, num_rows, index, mask_c, offs_s, mask_s,
+            HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D, PAIRS, NUM_PAIRS,
         )  # fmt: skip
     _gather_rows(
         k_ptr, coarsest_k_ptr + flat_head * coarsest_size,
         sub_k_ptr + flat_head * sub_size, k_stride_n, k_stride_d,
-        first, num_rows, index, mask_c, offs_s, mask_s,
-        HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D,
+        cos_ptr, sin_ptr, first, num_rows, index, mask_c, offs_s, mask_s,
+        HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D, PAIRS, NUM_PAIRS,
     )  # fmt: skip
     _gather_rows(
         v_ptr, coarsest_v_ptr + flat_head * coarsest_size,
         sub_v_ptr + flat_head * sub_size, v_stride_n, v_stride_d,
-        first, num_rows, index, mask_c, offs_s, mask_s,
-        HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D,
+        cos_ptr, sin_ptr, first, num_rows, index, mask_c, offs_s, mask_s,
+        HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D, NO_PAIRS, NUM_PAIRS,
     )  # fmt: skip
 
 
 @triton.jit
 def _gather_rows(
-    x_ptr, coarsest_ptr, sub_ptr, stride_n, stride_d,
+    x_ptr, coarsest_ptr, sub_ptr, stride_n, stride_d, cos_ptr, sin_ptr,
     first, num_rows, index, mask_c, offs_s, mask_s,
     HEAD_DIM: tl.constexpr, NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    mask_d = offs_d < HEAD_DIM
-    coarsest_ptrs = coarsest_ptr + index.to(tl.int64)[:, None] * HEAD_DIM + offs_d
-    copied = tl.load(coarsest_ptrs, mask=mask_c[:, None] & mask_d, other=0.0)
-    sums = _add_rows(
-        copied.to(tl.float32), x_ptr, stride_n, stride_d, first, num_rows,
-        POOLING_FACTOR ** (NUM_LEVELS - 2), HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
+    MAX_ROWS: tl.constexpr = POOLING_FACTOR ** (NUM_LEVELS - 2)
     # Spans are powers of two: the quotient is exact. It is one for a copied row.
-    mean = sums * (1.0 / tl.maximum(num_rows, 1).to(tl.float32))[:, None]
-    sub_ptrs = sub_ptr + offs_s.to(tl.int64)[:, None] * HEAD_DIM + offs_d
-    tl.store(sub_ptrs, mean.to(sub_ptr.dtype.element_ty), mask=mask_s[:, None] & mask_d)
+    share = (1.0 / tl.maximum(num_rows, 1).to(tl.float32))[:, None]
+    coarsest_ptrs = coarsest_ptr + index.to(tl.int64)[:, None] * HEAD_DIM
+    sub_ptrs = sub_ptr + offs_s.to(tl.int64)[:, None] * HEAD_DIM
+    if PAIRS == NO_PAIRS:
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        mask_d = offs_d < HEAD_DIM
+        copied = tl.load(coarsest_ptrs + offs_d, mask=mask_c[:, None] & mask_d, other=0.0)
+        sums = _add_rows(
+            copied.to(tl.float32), x_ptr, stride_n, stride_d, first, num_rows,
+            MAX_ROWS, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        mean = (sums * share).to(sub_ptr.dtype.element_ty)
+        tl.store(sub_ptrs + offs_d, mean, mask=mask_s[:, None] & mask_d)
+    else:
+        BLOCK_P: tl.constexpr = BLOCK_D // 2
+        a, b = load_pairs(
+            coarsest_ptrs, 1, mask_c[:, None], PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P
+        )  # fmt: skip
+        a, b = _add_rotated_rows(
+            a.to(tl.float32), b.to(tl.float32),
+            x_ptr, stride_n, stride_d, cos_ptr, sin_ptr, first, num_rows,
+            MAX_ROWS, PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P,
+        )  # fmt: skip
+        store_pairs(
+            sub_ptrs, a * share, b * share, mask_s[:, None], PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P
+        )  # fmt: skip
 
 
 @triton.jit
@@ -137,7 +166,7 @@ def _scatter_back_backward_kernel(
 
 @triton.jit
 def _gather_backward_kernel(
-    dsub_q_ptr, dsub_k_ptr, dsub_v_ptr, slot_ptr, dq_ptr, dk_ptr, dv_ptr,
+    dsub_q_ptr, dsub_k_ptr, dsub_v_ptr, slot_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_stride_b, q_stride_h, q_stride_s, q_stride_d,
     k_stride_b, k_stride_h, k_stride_s, k_stride_d,
     v_stride_b, v_stride_h, v_stride_s, v_stride_d,
@@ -145,6 +174,7 @@ def _gather_backward_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
     block, batch, head, flat_head = _block_batch_head(n_kv_heads)
     offs_s = block * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -159,23 +189,60 @@ def _gather_backward_kernel(
     dsub_v_ptr += batch * v_stride_b + head * v_stride_h
     token = batch * seq_len + offs_s
     for g in range(GROUP):
-        dq = _sum_slots(
-            dsub_q_ptr + g * q_stride_h, q_stride_s, q_stride_d, slots,
+        row = (token * n_kv_heads + head) * GROUP + g
+        _spread_rows(
+            dsub_q_ptr + g * q_stride_h, q_stride_s, q_stride_d, cos_ptr, sin_ptr,
+            dq_ptr, row, slots, offs_s, mask_s,
+            HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D, PAIRS, NUM_PAIRS,
+        )  # fmt: skip
+    row = token * n_kv_heads + head
+    _spread_rows(
+        dsub_k_ptr, k_stride_s, k_stride_d, cos_ptr, sin_ptr, dk_ptr, row, slots, offs_s, mask_s,
+        HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D, PAIRS, NUM_PAIRS,
+    )  # fmt: skip
+    _spread_rows(
+        dsub_v_ptr, v_stride_s, v_stride_d, cos_ptr, sin_ptr, dv_ptr, row, slots, offs_s, mask_s,
+        HEAD_DIM, NUM_LEVELS, POOLING_FACTOR, BLOCK_S, BLOCK_D, NO_PAIRS, NUM_PAIRS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _spread_rows(
+    dsub_ptr, stride_s, stride_d, cos_ptr, sin_ptr, dx_ptr, row, slots, offs_s, mask_s,
+    HEAD_DIM: tl.constexpr, NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of tokens of one head: of every level the row in the slot of the token,
+    times p**-level, rotated back from the last token of the entry."""
+    if PAIRS == NO_PAIRS:
+        dx = _sum_slots(
+            dsub_ptr, stride_s, stride_d, slots,
             HEAD_DIM, NUM_LEVELS, 1.0 / POOLING_FACTOR, BLOCK_S, BLOCK_D,
         )  # fmt: skip
-        row = (token * n_kv_heads + head) * GROUP + g
-        _store_rows(dq_ptr, dq, row, mask_s, HEAD_DIM, BLOCK_D)
-    row = token * n_kv_heads + head
-    dk = _sum_slots(
-        dsub_k_ptr, k_stride_s, k_stride_d, slots,
-        HEAD_DIM, NUM_LEVELS, 1.0 / POOLING_FACTOR, BLOCK_S, BLOCK_D,
-    )  # fmt: skip
-    _store_rows(dk_ptr, dk, row, mask_s, HEAD_DIM, BLOCK_D)
-    dv = _sum_slots(
-        dsub_v_ptr, v_stride_s, v_stride_d, slots,
-        HEAD_DIM, NUM_LEVELS, 1.0 / POOLING_FACTOR, BLOCK_S, BLOCK_D,
-    )  # fmt: skip
-    _store_rows(dv_ptr, dv, row, mask_s, HEAD_DIM, BLOCK_D)
+        _store_rows(dx_ptr, dx, row, mask_s, HEAD_DIM, BLOCK_D)
+    else:
+        BLOCK_P: tl.constexpr = BLOCK_D // 2
+        da = tl.zeros((BLOCK_S, BLOCK_P), tl.float32)
+        db = da
+        for level in tl.static_range(NUM_LEVELS):
+            slot = slots[level]
+            mask = (slot >= 0)[:, None]
+            row_ptrs = dsub_ptr + slot.to(tl.int64)[:, None] * stride_s
+            a, b = load_pairs(row_ptrs, stride_d, mask, PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P)
+            if level == 0:
+                da += a
+                db += b
+            else:
+                to_last = POOLING_FACTOR**level - 1 - offs_s % POOLING_FACTOR**level
+                cos, sin = load_phases(cos_ptr, sin_ptr, to_last[:, None], mask, NUM_PAIRS, BLOCK_P)
+                a, b = rotate(a, b, cos, -sin)
+                da += a * (1.0 / POOLING_FACTOR**level)
+                db += b * (1.0 / POOLING_FACTOR**level)
+        store_pairs(
+            dx_ptr + row[:, None] * HEAD_DIM, da, db, mask_s[:, None],
+            PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -259,6 +326,32 @@ def _add_rows(
             x = tl.load(x_ptrs + (start + j) * row_stride, mask=mask, other=0.0)
             acc += x.to(tl.float32)
     return acc
+
+
+@triton.jit
+def _add_rotated_rows(
+    acc_a, acc_b, x_ptr, stride_n, stride_d, cos_ptr, sin_ptr, first, num_rows,
+    MAX_ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """`_add_rows` for rows as pairs, each rotated to the position of the last one."""
+    UNROLL: tl.constexpr = min(MAX_ROWS, 4)
+    row_ptrs = x_ptr + first.to(tl.int64)[:, None] * stride_n
+    row_stride = tl.full((), stride_n, tl.int64)
+    most = MAX_ROWS if MAX_ROWS == UNROLL else tl.max(num_rows, 0)
+    for start in range(0, most, UNROLL):
+        for j in tl.static_range(UNROLL):
+            to_last = (num_rows - 1 - start - j)[:, None]
+            mask = to_last >= 0
+            a, b = load_pairs(
+                row_ptrs + (start + j) * row_stride, stride_d, mask,
+                PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P,
+            )  # fmt: skip
+            cos, sin = load_phases(cos_ptr, sin_ptr, to_last, mask, NUM_PAIRS, BLOCK_P)
+            a, b = rotate(a, b, cos, sin)
+            acc_a += a
+            acc_b += b
+    return acc_a, acc_b
 
 
 @triton.jit
@@ -347,6 +440,9 @@ def gather(
     slot: torch.Tensor,
     num_levels: int,
     pooling_factor: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `lighthouse::gather`; `slot` is not read."""
     batch, n_heads, seq_len, _ = q.shape
@@ -354,14 +450,14 @@ def gather(
     sub_seq_len = entry.shape[-1]
     subs = [x.new_empty((*x.shape[:2], sub_seq_len, x.shape[3])) for x in (q, k, v)]
     coarsest = [x.contiguous() for x in (coarsest_q, coarsest_k, coarsest_v)]
-    sizes = _sizes(q, num_levels, pooling_factor)
+    sizes = _sizes(q, num_levels, pooling_factor, cos)
     grid = (triton.cdiv(sub_seq_len, sizes["BLOCK_S"]) * n_kv_heads, batch)
     with torch.cuda.device_of(q):
         _gather_kernel[grid](
-            q, k, v, *coarsest, entry.contiguous(), *subs,
+            q, k, v, *coarsest, entry.contiguous(), *table_pointers(cos, sin, q), *subs,
             *q.stride(), *k.stride(), *v.stride(),
             n_kv_heads, seq_len, sub_seq_len,
-            GROUP=n_heads // n_kv_heads, **sizes,
+            GROUP=n_heads // n_kv_heads, **sizes, **pair_sizes(cos, interleaved),
         )  # fmt: skip
     return tuple(subs)
 
@@ -374,19 +470,22 @@ def gather_backward(
     num_levels: int,
     pooling_factor: int,
     seq_len: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `lighthouse::gather_backward`."""
     batch, n_heads = dsub_q.shape[:2]
     n_kv_heads, num_entries = slot.shape[1:]
     grads = [_empty_bnhd(x, seq_len) for x in (dsub_q, dsub_k, dsub_v)]
-    sizes = _sizes(dsub_q, num_levels, pooling_factor)
+    sizes = _sizes(dsub_q, num_levels, pooling_factor, cos)
     grid = (triton.cdiv(seq_len, sizes["BLOCK_S"]) * n_kv_heads, batch)
     with torch.cuda.device_of(dsub_q):
         _gather_backward_kernel[grid](
-            dsub_q, dsub_k, dsub_v, slot.contiguous(), *grads,
+            dsub_q, dsub_k, dsub_v, slot.contiguous(), *table_pointers(cos, sin, dsub_q), *grads,
             *dsub_q.stride(), *dsub_k.stride(), *dsub_v.stride(),
             n_kv_heads, seq_len, num_entries,
-            GROUP=n_heads // n_kv_heads, **sizes,
+            GROUP=n_heads // n_kv_heads, **sizes, **pair_sizes(cos, interleaved),
         )  # fmt: skip
     return tuple(grads)
 
@@ -435,14 +534,18 @@ def scatter_back_backward(
     return dsub
 
 
-def _sizes(x: torch.Tensor, num_levels: int, pooling_factor: int) -> dict[str, int]:
+def _sizes(
+    x: torch.Tensor, num_levels: int, pooling_factor: int, cos: torch.Tensor | None = None
+) -> dict[str, int]:
     head_dim = x.shape[-1]
+    # Cosines and sines take registers, too.
+    tile = _TILE if cos is None else _TILE // 2
     block_d = triton.next_power_of_2(head_dim)
     return {
         "HEAD_DIM": head_dim,
         "NUM_LEVELS": num_levels,
         "POOLING_FACTOR": pooling_factor,
-        "BLOCK_S": max(_TILE // block_d, 1),
+        "BLOCK_S": max(tile // block_d, 1),
         "BLOCK_D": block_d,
         "num_warps": 4,
     }

@@ -12,11 +12,25 @@ Bytes moved, with b bytes per element and R = B * (H + 2 Hkv) * D * b bytes per 
 
     read     N R
     written  N R / p**(L-1), and 8 B Hkv (E - N) of scores
+
+and 4 R p**(L-1) of a table of phases, where q and k are rotated to the last token of a span.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from lighthouse.kernels.rotary import (
+    HALVES,
+    NO_PAIRS,
+    load_pairs,
+    load_phases,
+    pair_sizes,
+    rotate,
+    split_pairs,
+    store_pairs,
+    table_pointers,
+)
 
 _ROW_BYTES = 2048
 """Bytes of a token of all spans of a program: a load of 16 bytes for each of 128 threads."""
@@ -28,7 +42,7 @@ unrolled."""
 
 @triton.jit
 def _norm_score_pool_kernel(
-    q_ptr, k_ptr, v_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr,
     q_scores_ptr, k_scores_ptr,
     coarsest_q_ptr, coarsest_k_ptr, coarsest_v_ptr,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d,
@@ -38,6 +52,7 @@ def _norm_score_pool_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     NUM_LEVELS: tl.constexpr, LEVEL_LANES: tl.constexpr, POOLING_FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
     # Heads are fastest: neighbours read neighbouring rows of [B, N, H, D].
     pid = tl.program_id(0)
@@ -54,30 +69,34 @@ def _norm_score_pool_kernel(
     coarsest_size = (seq_len // POOLING_FACTOR ** (NUM_LEVELS - 1)).to(tl.int64) * HEAD_DIM
     coarsest_q_ptr += flat_head * GROUP * coarsest_size
     _score_pool_head(
-        k_ptr, k_stride_n, k_stride_d, k_scores_ptr, False,
+        k_ptr, k_stride_n, k_stride_d, cos_ptr, sin_ptr, k_scores_ptr, False,
         coarsest_k_ptr + flat_head * coarsest_size, offs_r, seq_len, True, False,
         HEAD_DIM, NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R, BLOCK_D,
+        PAIRS, NUM_PAIRS,
     )  # fmt: skip
     _score_pool_head(
-        v_ptr, v_stride_n, v_stride_d, k_scores_ptr, False,
+        v_ptr, v_stride_n, v_stride_d, cos_ptr, sin_ptr, k_scores_ptr, False,
         coarsest_v_ptr + flat_head * coarsest_size, offs_r, seq_len, False, False,
         HEAD_DIM, NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R, BLOCK_D,
+        NO_PAIRS, NUM_PAIRS,
     )  # fmt: skip
     for g in range(GROUP):
         _score_pool_head(
-            q_ptr + g * q_stride_h, q_stride_n, q_stride_d, q_scores_ptr, g > 0,
+            q_ptr + g * q_stride_h, q_stride_n, q_stride_d, cos_ptr, sin_ptr, q_scores_ptr, g > 0,
             coarsest_q_ptr + g * coarsest_size, offs_r, seq_len, True, GROUP > 1,
             HEAD_DIM, NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R, BLOCK_D,
+            PAIRS, NUM_PAIRS,
         )  # fmt: skip
 
 
 @triton.jit
 def _score_pool_head(
-    x_ptr, stride_n, stride_d, scores_ptr, has_scores, coarsest_ptr, offs_r, seq_len,
-    HAS_NORMS: tl.constexpr, IS_GROUP: tl.constexpr,
+    x_ptr, stride_n, stride_d, cos_ptr, sin_ptr, scores_ptr, has_scores, coarsest_ptr, offs_r,
+    seq_len, HAS_NORMS: tl.constexpr, IS_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, NUM_LEVELS: tl.constexpr, LEVEL_LANES: tl.constexpr,
     POOLING_FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One head: scores if HAS_NORMS, and means of the coarsest level.
 
@@ -85,30 +104,63 @@ def _score_pool_head(
     """
     SPAN: tl.constexpr = POOLING_FACTOR ** (NUM_LEVELS - 1)
     # Rows of one span that are in flight together.
-    IN_FLIGHT: tl.constexpr = min(BLOCK_T, 4)
+    IN_FLIGHT: tl.constexpr = min(BLOCK_T, 4 if PAIRS == NO_PAIRS else 8)
+    BLOCK_P: tl.constexpr = max(BLOCK_D // 2, 1)
     mask_r = offs_r < seq_len // SPAN
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     mask = mask_r[:, None] & mask_d[None, :]
-    sums = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    # Of rows with pairs, the sums of the first and of the second elements.
+    sums = tl.zeros((BLOCK_R, BLOCK_D if PAIRS == NO_PAIRS else BLOCK_P), tl.float32)
+    second_sums = sums
     best = tl.full((LEVEL_LANES, BLOCK_R), float("-inf"), tl.float32)
     row_stride = tl.full((), stride_n, tl.int64)
     for start in range(0, SPAN, BLOCK_T):
         first = offs_r * SPAN + start
-        x_ptrs = x_ptr + first.to(tl.int64)[:, None] * row_stride + offs_d[None, :] * stride_d
+        row_ptrs = x_ptr + first.to(tl.int64)[:, None] * row_stride
+        x_ptrs = row_ptrs + offs_d[None, :] * stride_d
         maxima = ()
-        tile_sums = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        tile_sums = tl.zeros_like(sums)
+        second_tile_sums = tile_sums
         for group in tl.static_range(0, BLOCK_T, IN_FLIGHT):
             # The loads of a group stand before their first use: they are in flight together.
             rows = ()
             for t in tl.static_range(IN_FLIGHT):
-                rows += (tl.load(x_ptrs + (group + t) * row_stride, mask=mask, other=0.0),)
+                offset = (group + t) * row_stride
+                if PAIRS == HALVES:
+                    rows += (
+                        load_pairs(
+                            row_ptrs + offset, stride_d, mask_r[:, None],
+                            PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P,
+                        ),
+                    )  # fmt: skip
+                else:
+                    rows += (tl.load(x_ptrs + offset, mask=mask, other=0.0),)
             for t in tl.static_range(IN_FLIGHT):
-                x = rows[t].to(tl.float32)  # [BLOCK_R, BLOCK_D]
-                tile_sums += x
+                if PAIRS == NO_PAIRS:
+                    x = rows[t].to(tl.float32)  # [BLOCK_R, BLOCK_D]
+                    tile_sums += x
+                    norm = x * x
+                else:
+                    if PAIRS == HALVES:
+                        a = rows[t][0].to(tl.float32)
+                        b = rows[t][1].to(tl.float32)
+                        norm = a * a + b * b
+                    else:
+                        x = rows[t].to(tl.float32)
+                        norm = x * x
+                        a, b = split_pairs(x)
+                    to_last = tl.zeros((BLOCK_R, 1), tl.int32) + (SPAN - 1 - start - group - t)
+                    cos, sin = load_phases(
+                        cos_ptr, sin_ptr, to_last, mask_r[:, None], NUM_PAIRS, BLOCK_P
+                    )
+                    a, b = rotate(a, b, cos, sin)
+                    tile_sums += a
+                    second_tile_sums += b
                 if HAS_NORMS:
-                    maxima += (tl.sum(x * x, 1),)
+                    maxima += (tl.sum(norm, 1),)
         sums += tile_sums
+        second_sums += second_tile_sums
         if HAS_NORMS:
             level_ptr = scores_ptr
             level_len = seq_len
@@ -132,9 +184,15 @@ def _score_pool_head(
     if HAS_NORMS and IS_GROUP:
         # The next head of the group reads what other threads have written.
         tl.debug_barrier()
-    mean_ptrs = coarsest_ptr + offs_r.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
-    mean = (sums * (1.0 / SPAN)).to(coarsest_ptr.dtype.element_ty)
-    tl.store(mean_ptrs, mean, mask=mask)
+    mean_ptrs = coarsest_ptr + offs_r.to(tl.int64)[:, None] * HEAD_DIM
+    if PAIRS == NO_PAIRS:
+        mean = (sums * (1.0 / SPAN)).to(coarsest_ptr.dtype.element_ty)
+        tl.store(mean_ptrs + offs_d[None, :], mean, mask=mask)
+    else:
+        store_pairs(
+            mean_ptrs, sums * (1.0 / SPAN), second_sums * (1.0 / SPAN), mask_r[:, None],
+            PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -177,7 +235,14 @@ def _store_maxima(scores_ptrs, maxima, mask, has_scores, IS_GROUP: tl.constexpr)
 
 
 def norm_score_pool(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_levels: int, pooling_factor: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_levels: int,
+    pooling_factor: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `lighthouse::norm_score_pool`; q, k, v are bf16, fp16 or fp32, with any strides."""
     batch, n_heads, seq_len, head_dim = q.shape
@@ -190,17 +255,20 @@ def norm_score_pool(
     )
     coarsest = [x.new_empty((*x.shape[:2], coarsest_len, head_dim)) for x in (q, k, v)]
     block_d = triton.next_power_of_2(head_dim)
-    block_t = span if span <= 2 * _ROWS else _ROWS
+    pairs = pair_sizes(cos, interleaved)
+    # Half rows in separate tiles need more registers: fewer tokens at a time.
+    is_long = span > (_ROWS if pairs["PAIRS"] == HALVES.value else 2 * _ROWS)
+    block_t = _ROWS if is_long else span
     block_r = max(_ROW_BYTES // (q.element_size() * block_d), 1) * max(_ROWS // block_t, 1)
     grid = (triton.cdiv(coarsest_len, block_r) * n_kv_heads, batch)
     with torch.cuda.device_of(q):
         _norm_score_pool_kernel[grid](
-            q, k, v, q_scores, k_scores, *coarsest,
+            q, k, v, *table_pointers(cos, sin, q), q_scores, k_scores, *coarsest,
             *q.stride(), *k.stride(), *v.stride(),
             n_kv_heads, seq_len, num_scores,
             GROUP=n_heads // n_kv_heads, HEAD_DIM=head_dim,
             NUM_LEVELS=num_levels, LEVEL_LANES=triton.next_power_of_2(num_levels),
             POOLING_FACTOR=pooling_factor, BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_D=block_d,
-            num_warps=4,
+            **pairs, num_warps=4,
         )  # fmt: skip
     return q_scores, k_scores, *coarsest
