@@ -66,8 +66,12 @@ def dense_costs(shape: Shape) -> dict[str, Cost]:
     }
 
 
-def layer_costs(shape: Shape, config: LighthouseConfig) -> dict[str, Cost]:
-    """Every step of a Lighthouse layer, forward and backward, in order."""
+def layer_costs(shape: Shape, config: LighthouseConfig, rotary_dim: int = 0) -> dict[str, Cost]:
+    """Every step of a Lighthouse layer, forward and backward, in order.
+
+    Args:
+        rotary_dim: elements of a head that pooling rotates, R; 0: q and k are averaged as they are.
+    """
     seq_len, row = shape.seq_len, shape.head_dim * shape.itemsize
     q_heads, kv_heads = shape.batch * shape.n_heads, shape.batch * shape.n_kv_heads
     heads = q_heads + 2 * kv_heads
@@ -81,15 +85,19 @@ def layer_costs(shape: Shape, config: LighthouseConfig) -> dict[str, Cost]:
     scores_read = 2 * 4 * kv_heads * (coarsest + (config.num_levels - 2) * candidates)
     entry_map, slot_map = 4 * kv_heads * sub, 4 * kv_heads * entries
     attend = dense_costs(shape._replace(seq_len=sub))
+    # Cosines and sines in fp32, for each offset in the longest span and in those below it.
+    table = 4 * rotary_dim * config.span(config.num_levels - 1)
+    finer_table = 4 * rotary_dim * config.span(config.num_levels - 2)
+    score_bytes = heads * (seq_len + coarsest) * row + scores + table
     return {
-        "score": Cost(heads * (seq_len + coarsest) * row + scores, scoring_flops(shape, config)),
+        "score": Cost(score_bytes, scoring_flops(shape, config)),
         "select": Cost(scores_read + entry_map + slot_map),
-        "gather": Cost(heads * (gathered + coarsest + sub) * row + entry_map),
+        "gather": Cost(heads * (gathered + coarsest + sub) * row + entry_map + finer_table),
         "attend": attend["attend"],
         "scatter back": Cost(q_heads * (sub + seq_len) * row + slot_map),
         "scatter back backward": Cost(q_heads * (seq_len + sub) * row + entry_map),
         "attend backward": attend["attend backward"],
-        "gather backward": Cost(heads * (sub + seq_len) * row + slot_map),
+        "gather backward": Cost(heads * (sub + seq_len) * row + slot_map + table),
     }
 
 

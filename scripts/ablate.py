@@ -64,7 +64,10 @@ PAPER_GRID = {
 }
 """Scorers, sizes and stages of the paper (arXiv 2605.06554)."""
 
-FIELDS = ["scorer", "pooling_factor", "num_levels", "topk", "dilation", "stage1_steps", "seed"]
+FIELDS = [
+    *("scorer", "pooling_factor", "num_levels", "topk", "dilation", "pool_rotary"),
+    *("stage1_steps", "seed"),
+]
 """What a cell is told apart by: fields of [lighthouse], and debug.seed."""
 
 COLUMNS = {
@@ -156,7 +159,8 @@ def read_grid(text: str) -> dict[str, list]:
             raise ValueError(f"--grid: {name} is not a field; use {', '.join(known)}")
         if not isinstance(values, list) or not values:
             raise ValueError(f"--grid: {name} must be a list of values, got {values!r}; write one")
-        kind = str if name == "scorer" else (int, float) if name == "stage1_share" else int
+        is_text = name in ("scorer", "pool_rotary")
+        kind = str if is_text else (int, float) if name == "stage1_share" else int
         for value in values:
             if not isinstance(value, kind) or isinstance(value, bool):
                 expected = "text" if kind is str else "numbers"
@@ -227,7 +231,8 @@ def name_of(fields: dict[str, Any], steps: int, grid: dict[str, list]) -> str:
     name = "{scorer}-p{pooling_factor}-L{num_levels}-k{topk}".format(**fields)
     dilation = f"-d{fields['dilation']}" if "dilation" in grid else ""
     seed = f"-s{fields['seed']}" if "seed" in grid else ""
-    return f"{name}{dilation}-{stage1_steps}+{steps - stage1_steps}{seed}"
+    rotary = f"-{fields['pool_rotary']}" if "pool_rotary" in grid else ""
+    return f"{name}{dilation}{rotary}-{stage1_steps}+{steps - stage1_steps}{seed}"
 
 
 def list_cells(cells: list[Cell]) -> None:

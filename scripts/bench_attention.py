@@ -23,7 +23,7 @@ import matplotlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lighthouse import LighthouseConfig, lighthouse_attention
+from lighthouse import LighthouseConfig, RotaryPhases, lighthouse_attention
 from lighthouse.costs import Shape, attention_flops, floor_seconds, layer_costs
 from lighthouse.gather import gather, scatter_back
 from lighthouse.scorers import SCORERS, score
@@ -43,8 +43,9 @@ def main() -> None:
     print(describe(device))
     rows = []
     for seq_len in options.seq_lens:
-        for backend in options.backends if device.type == "cuda" else ["flash"]:
-            row = measure_layer(seq_len, backend, options, device)
+        backends = options.backends if device.type == "cuda" else ["flash"]
+        for backend, pool_rotary in itertools.product(backends, options.pool_rotary):
+            row = measure_layer(seq_len, backend, pool_rotary, options, device)
             rows.append(row)
             print_steps(row)
     table = summary_table(rows)
@@ -74,6 +75,7 @@ def parse() -> argparse.Namespace:
     add("--pooling-factor", type=int, default=4)
     add("--topk", type=int, default=None, help="default: the legal value nearest N/64")
     add("--scorer", default="norm", choices=list(SCORERS))
+    add("--pool-rotary", nargs="+", default=["averaged"], choices=["averaged", "aligned"])
     add("--dtype", default=None, choices=["bfloat16", "float16", "float32"])
     add("--backends", nargs="+", default=["cudnn"], choices=list(BACKENDS))
     add("--runs", type=int, default=None, help="per time; default 20 on a GPU, 3 on the CPU")
@@ -137,7 +139,9 @@ def time_on_gpu(run) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> dict:
+def measure_layer(
+    seq_len: int, backend: str, pool_rotary: str, options, device: torch.device
+) -> dict:
     """Times of one length, in seconds."""
     topk = options.topk or max(128, seq_len // 64 // 128 * 128)
     fields = (options.num_levels, options.pooling_factor)
@@ -178,6 +182,9 @@ def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> 
         grads = tuple(torch.randn_like(x) for x in outputs)
         return timed(lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True))
 
+    rotary = None
+    if pool_rotary == "aligned":
+        rotary = rotary_phases(config, shape.head_dim, device)
     gqa = shape.n_heads != shape.n_kv_heads
     q, k, v = (random(h, seq_len) for h in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads))
     dense_runs = {}
@@ -185,29 +192,31 @@ def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> 
     dense_runs["dense forward"] = timed(lambda: attend(q, k, v, gqa))
     dense_runs["dense backward"] = backward(out, (q, k, v))
     del out
-    out = lighthouse_attention(q, k, v, config, attend=attend)
-    layer_forward = timed(lambda: lighthouse_attention(q, k, v, config, attend=attend))
+    out = lighthouse_attention(q, k, v, config, rotary=rotary, attend=attend)
+    layer_forward = timed(
+        lambda: lighthouse_attention(q, k, v, config, rotary=rotary, attend=attend)
+    )
     layer_backward = backward(out, (q, k, v))
     del out
 
-    scores, coarsest = score(q, k, v, config)
+    scores, coarsest = score(q, k, v, config, rotary)
     selection = select_spans(scores, config, seq_len)
-    subs = gather(q, k, v, coarsest, selection)
+    subs = gather(q, k, v, coarsest, selection, rotary)
     leaves = tuple(x.detach().requires_grad_() for x in subs)
     sub_out = attend(*leaves, gqa)
     sub_leaf = sub_out.detach().requires_grad_()
     result = scatter_back(sub_leaf, selection)
     steps = {
-        "score": timed(lambda: score(q, k, v, config)),
+        "score": timed(lambda: score(q, k, v, config, rotary)),
         "select": timed(lambda: select_spans(scores, config, seq_len)),
-        "gather": timed(lambda: gather(q, k, v, coarsest, selection)),
+        "gather": timed(lambda: gather(q, k, v, coarsest, selection, rotary)),
         "attend": timed(lambda: attend(*leaves, gqa)),
         "scatter back": timed(lambda: scatter_back(sub_leaf, selection)),
         "scatter back backward": backward(result, (sub_leaf,)),
         "attend backward": backward(sub_out, leaves),
         "gather backward": backward(subs, (q, k, v)),
     }
-    costs = layer_costs(shape, config)
+    costs = layer_costs(shape, config, 0 if rotary is None else shape.head_dim)
     copies = {name: timed(copy_of(cost.bytes, device)) for name, cost in costs.items()}
     # Of the largest copy, which no cache holds.
     largest = max(costs, key=lambda name: costs[name].bytes)
@@ -225,6 +234,7 @@ def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> 
         "seq_len": seq_len,
         "topk": config.topk,
         "scorer": config.scorer,
+        "pool_rotary": pool_rotary,
         "sub_seq_len": config.sub_seq_len(seq_len),
         "shape": shape._asdict(),
         "dtype": options.dtype,
@@ -245,6 +255,14 @@ def measure_layer(seq_len: int, backend: str, options, device: torch.device) -> 
         },
         "bandwidth": bandwidth,
     }
+
+
+def rotary_phases(config: LighthouseConfig, head_dim: int, device: torch.device) -> RotaryPhases:
+    """The table of a Llama with theta 500,000."""
+    frequencies = 500_000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
+    offsets = torch.arange(config.span(config.num_levels - 1), device=device)
+    angles = offsets[:, None] * frequencies
+    return RotaryPhases(angles.cos(), angles.sin(), interleaved=True)
 
 
 def copy_of(num_bytes: int, device: torch.device):
@@ -269,16 +287,17 @@ def print_steps(row: dict) -> None:
 def summary_table(rows: list[dict]) -> str:
     """The whole layer, a row for each length, as markdown."""
     lines = [
-        "| N | topk | S | dense by | forward ms | dense ms | speed-up | backward ms | dense ms "
+        "| N | topk | S | pooling | dense by | forward ms | dense ms | speed-up | backward ms | dense ms "
         "| forward+backward | forward / floor | both / floor |",
-        "|" + "---|" * 12,
+        "|" + "---|" * 13,
     ]
     for row in rows:
         both = row["forward"] + row["backward"]
         dense = row["dense forward"] + row["dense backward"]
         floor = row["forward floor"] + row["backward floor"]
         cells = [
-            f"{row['seq_len']:,}", row["topk"], f"{row['sub_seq_len']:,}", row["backend"],
+            f"{row['seq_len']:,}", row["topk"], f"{row['sub_seq_len']:,}",
+            row["pool_rotary"], row["backend"],
             f"{1e3 * row['forward']:.2f}", f"{1e3 * row['dense forward']:.2f}",
             f"{row['dense forward'] / row['forward']:.1f}x",
             f"{1e3 * row['backward']:.2f}", f"{1e3 * row['dense backward']:.2f}",
@@ -307,24 +326,29 @@ def break_even(rows: list[dict]) -> str:
 def plot(rows: list[dict], path: Path) -> None:
     """Time of the layer and of dense attention over the length, and their ratio."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    lengths = [row["seq_len"] for row in rows]
-    for label, forward, backward in (
-        ("dense", "dense forward", "dense backward"),
-        ("Lighthouse", "forward", "backward"),
-        ("floor of Lighthouse", "forward floor", "backward floor"),
-    ):
-        both = [1e3 * (row[forward] + row[backward]) for row in rows]
-        left.loglog(lengths, both, marker="o", label=label)
-    left.set(xlabel="tokens", ylabel="forward + backward, ms")
-    left.legend()
-    for label, ours, dense in (
-        ("forward", "forward", "dense forward"),
-        ("backward", "backward", "dense backward"),
-    ):
-        right.semilogx(lengths, [r[dense] / r[ours] for r in rows], marker="o", label=label)
+    series = {}
+    for row in rows:
+        series.setdefault(f"{row['pool_rotary']}, {row['backend']}", []).append(row)
+    for name, of_series in series.items():
+        lengths = [row["seq_len"] for row in of_series]
+        for label, forward, backward in (
+            ("dense", "dense forward", "dense backward"),
+            ("Lighthouse", "forward", "backward"),
+            ("floor of Lighthouse", "forward floor", "backward floor"),
+        ):
+            both = [1e3 * (row[forward] + row[backward]) for row in of_series]
+            left.loglog(lengths, both, marker="o", label=f"{label} ({name})")
+        for label, ours, dense in (
+            ("forward", "forward", "dense forward"),
+            ("backward", "backward", "dense backward"),
+        ):
+            ratios = [row[dense] / row[ours] for row in of_series]
+            right.semilogx(lengths, ratios, marker="o", label=f"{label} ({name})")
     right.axhline(1, color="black", linewidth=0.8)
+    left.set(xlabel="tokens", ylabel="forward + backward, ms")
     right.set(xlabel="tokens", ylabel="speed-up over dense attention")
-    right.legend()
+    for axes in (left, right):
+        axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

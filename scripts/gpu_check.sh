@@ -45,7 +45,8 @@ for part in $parts; do
             ;;
         attention)
             keep attention "$python" scripts/bench_attention.py --backends cudnn flash \
-                --output "$output" --seq-lens 8192 16384 32768 98304 262144 524288 1048576
+                --pool-rotary averaged aligned --output "$output" \
+                --seq-lens 8192 16384 32768 98304 262144 524288 1048576
             ;;
     esac
 done

@@ -86,6 +86,15 @@ def test_outputs_counted_are_the_tensors(n_kv_heads):
     assert costs["gather backward"].bytes == size(*subs, q, k, k, selection.slot)
 
 
+def test_phases_add_their_table():
+    config, shape = LighthouseConfig(3, 4, 1536), Shape(1, 8, 8, 98304, 128, 2)
+    averaged, aligned = layer_costs(shape, config), layer_costs(shape, config, rotary_dim=64)
+    added = {name: aligned[name].bytes - cost.bytes for name, cost in averaged.items()}
+    # 32 cosines and 32 sines of 4 bytes, for offsets 0 to 15, or 0 to 3.
+    expected = {"score": 16 * 256, "gather": 4 * 256, "gather backward": 16 * 256}
+    assert {name: n for name, n in added.items() if n} == expected
+
+
 def test_floor_takes_the_larger_of_bytes_and_flops():
     costs = dense_costs(Shape(1, 1, 1, 1024, 64, 2))
     by_bytes = floor_seconds(costs, bandwidth=1.0, rate=1e30)

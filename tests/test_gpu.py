@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_scorers import BY_ATTENTION, BY_ATTENTION_IDS, plain_scores
 
-from lighthouse import LighthouseConfig, lighthouse_attention
+from lighthouse import LighthouseConfig, RotaryPhases, lighthouse_attention
 from lighthouse.gather import gather, scatter_back
 from lighthouse.scorers import score
 from lighthouse.sdpa import causal_sdpa
@@ -37,6 +37,12 @@ def inputs(seq_len: int, n_heads: int = 8, n_kv_heads: int = 8, dtype=torch.bflo
     return [random(1, h, seq_len, 128, dtype=dtype, seed=i) for i, h in enumerate(heads)]
 
 
+def phases(interleaved: bool, num_rows: int = 16, rotary_dim: int = 128) -> RotaryPhases:
+    frequencies = 500_000.0 ** -(torch.arange(0, rotary_dim, 2, device="cuda") / rotary_dim)
+    angles = torch.arange(num_rows, device="cuda")[:, None] * frequencies
+    return RotaryPhases(angles.cos(), angles.sin(), interleaved)
+
+
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
 def test_selection_at_98k_is_that_of_the_cpu(n_kv_heads):
     q, k, v = inputs(98304, n_kv_heads=n_kv_heads)
@@ -60,7 +66,8 @@ def test_selection_of_many_ties_is_that_of_the_cpu(seed):
     assert torch.equal(selection.slot.cpu(), expected.slot)
 
 
-def test_layer_and_gradients_at_16k_are_as_exact_as_their_attention():
+@pytest.mark.parametrize("pairs", [None, "interleaved", "halves"])
+def test_layer_and_gradients_at_16k_are_as_exact_as_their_attention(pairs):
     """At most twice the error of the PyTorch bodies on the same selection, in bf16."""
     config, seq_len = LighthouseConfig(3, 4, 256), 16384
     q, k, v = inputs(seq_len, 4, 2)
@@ -69,8 +76,9 @@ def test_layer_and_gradients_at_16k_are_as_exact_as_their_attention():
     def run(q, k, v, dout):
         # Scores of the bf16 inputs on the GPU: one selection for all.
         selection = select_spans(type(scores)(*(x.to(q.device) for x in scores)), config, seq_len)
-        _, coarsest = score(q, k, v, config)
-        subs = gather(q, k, v, coarsest, selection)
+        rotary = None if pairs is None else phases(pairs == "interleaved").to(q.device)
+        _, coarsest = score(q, k, v, config, rotary)
+        subs = gather(q, k, v, coarsest, selection, rotary)
         out = scatter_back(causal_sdpa(*subs, enable_gqa=True), selection)
         return [out, *torch.autograd.grad(out, (q, k, v), dout)]
 
@@ -123,13 +131,15 @@ def test_data_path_is_bitwise_repeatable():
         assert torch.equal(first, second)
 
 
-def test_layer_is_bitwise_repeatable_with_a_deterministic_attention():
+@pytest.mark.parametrize("is_aligned", [False, True], ids=["averaged", "aligned"])
+def test_layer_is_bitwise_repeatable_with_a_deterministic_attention(is_aligned):
+    rotary = phases(interleaved=True) if is_aligned else None
     torch.use_deterministic_algorithms(True)
     try:
         runs = []
         for _ in range(2):
             q, k, v = inputs(98304)
-            out = lighthouse_attention(q, k, v, PAPER)
+            out = lighthouse_attention(q, k, v, PAPER, rotary=rotary)
             runs.append([out, *torch.autograd.grad(out.sum(), (q, k, v))])
         for first, second in zip(*runs, strict=True):
             assert torch.equal(first, second)

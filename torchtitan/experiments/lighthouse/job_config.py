@@ -4,7 +4,7 @@ A TOML file sets fields, the command line overrides them: `--lighthouse.topk 512
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torchtitan.config import job_config as titan
 from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
@@ -13,6 +13,14 @@ from lighthouse import LighthouseConfig
 
 SAVED_CONFIG = "config.json"
 """File in the dump folder of a run that keeps its configuration."""
+
+
+PoolRotary = Literal["averaged", "aligned"]
+POOL_ROTARY = get_args(PoolRotary)
+"""How q and k with rotary embeddings are pooled."""
+
+POOL_ROTARY_BEFORE = "averaged"
+"""`lighthouse.pool_rotary` of checkpoints and configurations that were saved without the field."""
 
 
 @dataclass
@@ -34,7 +42,7 @@ class Lighthouse:
     dilation: int = 4
     """Stride of the dilated scorer, in tokens."""
 
-    pool_rotary: Literal["averaged", "aligned"] = "averaged"
+    pool_rotary: PoolRotary = "averaged"
     """Rotary phases of pooled entries. averaged: q and k are averaged as they are, each rotated by
     its own position, as in the code of the paper. aligned: tokens are rotated to the last position
     of their span first, as its authors have proposed since."""

@@ -195,6 +195,7 @@ def attention_facts(sizes: Sizes) -> dict[str, object]:
         "pooling_factor": config.pooling_factor,
         "topk": config.topk,
         "scorer": config.scorer,
+        "pool_rotary": sizes.config.lighthouse.pool_rotary,
         "sub_seq_len": config.sub_seq_len(seq_len),
         "square": (config.sub_seq_len(seq_len) / seq_len) ** 2,
         "level_lens": [config.level_len(level, seq_len) for level in range(config.num_levels)],
@@ -271,7 +272,10 @@ def recomputed_flops_per_token(sizes: Sizes, stage: int) -> float:
 def attention_costs(sizes: Sizes, is_lighthouse: bool) -> dict[str, Cost]:
     """Bytes and FLOPs of each step of attention, of all ranks that share a sequence, in order."""
     shape = sizes.attention_shape(sizes.seq_len)
-    return layer_costs(shape, sizes.attention) if is_lighthouse else dense_costs(shape)
+    if not is_lighthouse:
+        return dense_costs(shape)
+    is_aligned = sizes.config.lighthouse.pool_rotary == "aligned"
+    return layer_costs(shape, sizes.attention, sizes.head_dim if is_aligned else 0)
 
 
 def logged_flops_per_token(sizes: Sizes, stage: int) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torchtitan.experiments.lighthouse import FLAVORS
 from torchtitan.experiments.lighthouse.checkpoint_files import METADATA, read_metadata
-from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.experiments.lighthouse.job_config import POOL_ROTARY_BEFORE, JobConfig
 from torchtitan.experiments.lighthouse.prepared import tokenizer_digest
 from torchtitan.experiments.lighthouse.whole_file import write_json
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
@@ -115,8 +115,7 @@ def check_checkpoint(
         raise ValueError(
             f"{file} must be JSON, got {error}; remove it to go on without comparing"
         ) from None
-    # Checkpoints from before this field were trained with averaged phases.
-    was.setdefault("lighthouse.pool_rotary", "averaged")
+    was.setdefault("lighthouse.pool_rotary", POOL_ROTARY_BEFORE)
     names = [*OF_MODEL]
     if not model_only:
         left_out = config.checkpoint.exclude_from_loading

@@ -27,13 +27,21 @@ from torchtitan.experiments.lighthouse.checkpoint_files import (
     whole_steps,
 )
 from torchtitan.experiments.lighthouse.command_line import open_tokenizer
-from torchtitan.experiments.lighthouse.job_config import SAVED_CONFIG, Lighthouse
+from torchtitan.experiments.lighthouse.job_config import (
+    POOL_ROTARY,
+    POOL_ROTARY_BEFORE,
+    SAVED_CONFIG,
+    Lighthouse,
+)
 from torchtitan.experiments.lighthouse.provenance import shape_difference
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 from lighthouse import LighthouseConfig
 
-LIGHTHOUSE_FIELDS = [*(f.name for f in dataclasses.fields(LighthouseConfig)), "full_attn_layers"]
+LIGHTHOUSE_FIELDS = [
+    *(f.name for f in dataclasses.fields(LighthouseConfig)),
+    *("pool_rotary", "full_attn_layers"),
+]
 """What `given_fields` takes."""
 
 
@@ -159,7 +167,8 @@ def open_trained(
     if max_seq_len < 1:
         raise ValueError(f"--max-seq-len must be at least 1, got {max_seq_len}; use 1 or more")
     open_tokenizer("--tokenizer", tokenizer_path)
-    saved, known = settings.get("lighthouse", {}), dataclasses.fields(Lighthouse)
+    saved = {"pool_rotary": POOL_ROTARY_BEFORE, **settings.get("lighthouse", {})}
+    known = dataclasses.fields(Lighthouse)
     return TrainedModel(
         folder=folder,
         args=dataclasses.replace(args, max_seq_len=max_seq_len),
@@ -242,6 +251,11 @@ def given_fields(model: TrainedModel, assignments: list[str], seq_len: int) -> L
                 "several with commas between"
             ) from None
     lighthouse = dataclasses.replace(model.lighthouse, **changes)
+    if lighthouse.pool_rotary not in POOL_ROTARY:
+        raise ValueError(
+            f"--lighthouse pool_rotary must be one of {', '.join(POOL_ROTARY)}, got "
+            f"{lighthouse.pool_rotary!r}; choose one"
+        )
     n_layers = model.args.n_layers
     for layer in lighthouse.full_attn_layers:
         if not -n_layers <= layer < n_layers:
