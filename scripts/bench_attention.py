@@ -287,8 +287,8 @@ def print_steps(row: dict) -> None:
 def summary_table(rows: list[dict]) -> str:
     """The whole layer, a row for each length, as markdown."""
     lines = [
-        "| N | topk | S | pooling | dense by | forward ms | dense ms | speed-up | backward ms | dense ms "
-        "| forward+backward | forward / floor | both / floor |",
+        "| N | topk | S | pooling | dense by | forward ms | dense ms | speed-up | backward ms "
+        "| dense ms | forward+backward | forward / floor | both / floor |",
         "|" + "---|" * 13,
     ]
     for row in rows:

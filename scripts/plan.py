@@ -97,7 +97,8 @@ def facts(result: Plan) -> str:
         dense = attention["dense_layers"]
         lines += [
             f"attention   L{attention['num_levels']} p{attention['pooling_factor']} "
-            f"k{attention['topk']} {attention['scorer']} {attention['pool_rotary']}: S {attention['sub_seq_len']:,}"
+            f"k{attention['topk']} {attention['scorer']} {attention['pool_rotary']}: "
+            f"S {attention['sub_seq_len']:,}"
             f"{', a multiple of 128' if attention['is_aligned_to_128'] else ''}; "
             f"S²/N² {attention['square']:.2%}",
             f"strata      {attention['strata']} a level, {attention['strata_per_rank']} a rank, "

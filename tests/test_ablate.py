@@ -129,7 +129,9 @@ def test_run_and_collect(ablate, tmp_path, capsys):
     with (tmp_path / "grid" / "table.csv").open() as file:
         assert [row["final_held_out_loss"] for row in csv.DictReader(file)] == ["2.25", "2.5"]
     table = (tmp_path / "grid" / "table.md").read_text().splitlines()
-    assert table[2].startswith("| norm | 4 | 3 | 128 | 4 | 15 | 0 | finished | 2.2500 | 3.0000 |")
+    assert table[2].startswith(
+        "| norm | 4 | 3 | 128 | 4 | averaged | 15 | 0 | finished | 2.2500 | 3.0000 |"
+    )
     assert (tmp_path / "grid" / "fields.png").read_bytes().startswith(b"\x89PNG")
 
     # A finished cell is not started again; one of another configuration is not touched.
@@ -249,8 +251,9 @@ def test_seeds_and_dense_runs_are_cells_and_seeds_are_averaged(ablate, tmp_path)
     assert ablate("--collect", grid=grid) == 0
     table = (tmp_path / "grid" / "table.md").read_text()
     dense, two_stages = table.split("\n\n")[1].splitlines()[2:]
-    assert dense.startswith("| norm | 4 | 3 | 128 | 4 | 0 | 3 | 2.6000 (2.0000 to 3.3000) |")
-    assert two_stages.startswith("| norm | 4 | 3 | 128 | 4 | 30 | 2 | 2.5000 (2.5000 to 2.5000) |")
+    shared = "| norm | 4 | 3 | 128 | 4 | averaged |"
+    assert dense.startswith(f"{shared} 0 | 3 | 2.6000 (2.0000 to 3.3000) |")
+    assert two_stages.startswith(f"{shared} 30 | 2 | 2.5000 (2.5000 to 2.5000) |")
 
 
 def test_a_grid_from_a_file(ablate, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Lighthouse put around the attention of a model and taken away again, and what it saves."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -10,8 +12,10 @@ from torchtitan.experiments.lighthouse.backend import (
     use_lighthouse,
 )
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
 from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse.reference import reference_attention, rope_of
 
 N_LAYERS = 4
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, topk=128)
@@ -35,6 +39,52 @@ def wrapped_layers(model: Transformer) -> list[int]:
         for name, block in model.layers.items()
         if isinstance(block.attention.inner_attention, LighthouseAttention)
     ]
+
+
+def test_phases_are_those_of_the_model_with_its_scaling():
+    scaling = RoPEScalingArgs(scaling_factor=8.0, original_max_position_embeddings=64)
+    tables = []
+    for args in (MODEL_ARGS, dataclasses.replace(MODEL_ARGS, rope_scaling_args=scaling)):
+        model = Transformer(args)
+        with torch.no_grad():
+            model.init_weights()
+        use_lighthouse(model, CONFIG, [0], N_LAYERS, "aligned")
+        assert model.layers["0"].attention.inner_attention.__class__ is not LighthouseAttention
+        rotary = model.layers["1"].attention.inner_attention.rotary
+        assert rotary.interleaved and rotary.cos.shape == (2, MODEL_ARGS.dim // 4 // 2)
+        table = torch.complex(rotary.cos, rotary.sin)
+        assert torch.equal(table, model.freqs_cis[:2])
+        tables.append(table)
+        use_dense(model)
+        use_lighthouse(model, CONFIG, [0], N_LAYERS)
+        assert model.layers["1"].attention.inner_attention.rotary is None
+    assert not torch.equal(*tables)
+
+
+def test_aligned_layers_attend_by_the_rotary_embedding_of_the_model(model):
+    """A layer of the model as a whole is the reference from its unrotated q and k."""
+    attention = model.layers["0"].attention
+    x = 10 * torch.randn(1, 512, MODEL_ARGS.dim)
+    seen = []
+    attention.wo.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        for pool_rotary in ("aligned", "averaged"):
+            use_lighthouse(model, CONFIG, [], N_LAYERS, pool_rotary)
+            attention(x, model.freqs_cis, None)
+            use_dense(model)
+        q, k, v = (
+            w(x).unflatten(-1, (-1, 8)).transpose(1, 2)
+            for w in (attention.wq, attention.wk, attention.wv)
+        )
+        frequencies = MODEL_ARGS.rope_theta ** -(torch.arange(0, 8, 2).double() / 8)
+        rope = rope_of(frequencies, interleaved=True)
+        expected = reference_attention(q, k, v, 2, 2, 128, rope=rope)
+    aligned, averaged = (
+        (out.unflatten(-1, (-1, 8)).transpose(1, 2).double() - expected).norm() / expected.norm()
+        for out in seen
+    )
+    # The model computes the angle of a position in fp32.
+    assert aligned < 1e-4 and averaged > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,10 @@ CHANGES = {
     "lighthouse.num_levels": ({"lighthouse__num_levels": 3}, "2, got 3"),
     "lighthouse.pooling_factor": ({"lighthouse__pooling_factor": 4}, "2, got 4"),
     "lighthouse.scorer": ({"lighthouse__scorer": "gla"}, "'norm', got 'gla'"),
+    "lighthouse.pool_rotary": (
+        {"lighthouse__pool_rotary": "aligned"},
+        "'averaged', got 'aligned'; set it to 'averaged'",
+    ),
     "lighthouse.full_attn_layers": ({"lighthouse__full_attn_layers": [0]}, "[0, -1], got [0]"),
     "lighthouse.stage1_steps": ({"lighthouse__stage1_steps": 1}, "-1, got 1"),
     "training.seq_len": ({"training__seq_len": 1024}, "768, got 1024"),
@@ -83,6 +87,18 @@ def test_a_change_stops_the_run_unless_it_is_accepted(run, tmp_path, name):
     assert message.startswith(f"{name} must be that of {path}, {part}") and "\n" not in message
     assert f'accept the change with checkpoint.accept_changes = ["{name}"]' in message
     check(run, tmp_path / "accepted", "--checkpoint.accept_changes", name, **overrides)
+
+
+def test_checkpoints_from_before_the_field_were_trained_with_averaged_phases(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "old")
+    file = tmp_path / "old" / "checkpoint" / "step-2" / FILE_NAME
+    record = json.loads(file.read_text())
+    assert record.pop("lighthouse.pool_rotary") == "averaged"
+    file.write_text(json.dumps(record))
+    old = tmp_path / "old", run[1]
+    check(old, tmp_path / "averaged", lighthouse__pool_rotary="averaged")
+    with pytest.raises(ValueError, match=r"lighthouse\.pool_rotary must be .* got 'aligned'"):
+        check(old, tmp_path / "aligned", lighthouse__pool_rotary="aligned")
 
 
 class _RatesTrainer(TwoStageTrainer):

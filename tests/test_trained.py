@@ -28,6 +28,8 @@ def test_a_run_says_what_it_is(tmp_path):
     trained = open_trained(folder)
     assert (trained.flavor, trained.args.max_seq_len) == ("quickstart", 64)
     assert trained.lighthouse.topk == 256 and trained.lighthouse.num_levels == 3
+    # A configuration without the field was trained with averaged phases, whatever the default is.
+    assert trained.lighthouse.pool_rotary == "averaged"
     assert open_trained(folder, max_seq_len=128).load().freqs_cis.shape[0] == 128
 
 
