@@ -14,8 +14,9 @@ from torchtitan.experiments.lighthouse.backend import (
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
-from lighthouse import LighthouseAttention, LighthouseConfig
+from lighthouse import LighthouseAttention, LighthouseConfig, select
 from lighthouse.reference import reference_attention, rope_of
+from lighthouse.scorers import squared_norms
 
 N_LAYERS = 4
 CONFIG = LighthouseConfig(num_levels=2, pooling_factor=2, topk=128)
@@ -62,29 +63,35 @@ def test_phases_are_those_of_the_model_with_its_scaling():
 
 
 def test_aligned_layers_attend_by_the_rotary_embedding_of_the_model(model):
-    """A layer of the model as a whole is the reference from its unrotated q and k."""
+    """What a layer gets is the reference from its unrotated q and k."""
     attention = model.layers["0"].attention
-    x = 10 * torch.randn(1, 512, MODEL_ARGS.dim)
-    seen = []
-    attention.wo.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x = torch.randn(1, 512, MODEL_ARGS.dim)
+    errors = {}
     with torch.no_grad():
-        for pool_rotary in ("aligned", "averaged"):
-            use_lighthouse(model, CONFIG, [], N_LAYERS, pool_rotary)
-            attention(x, model.freqs_cis, None)
-            use_dense(model)
+        # As large as those of a trained model.
+        attention.wq.weight *= 10
+        attention.wk.weight *= 10
         q, k, v = (
             w(x).unflatten(-1, (-1, 8)).transpose(1, 2)
             for w in (attention.wq, attention.wk, attention.wv)
         )
-        frequencies = MODEL_ARGS.rope_theta ** -(torch.arange(0, 8, 2).double() / 8)
-        rope = rope_of(frequencies, interleaved=True)
-        expected = reference_attention(q, k, v, 2, 2, 128, rope=rope)
-    aligned, averaged = (
-        (out.unflatten(-1, (-1, 8)).transpose(1, 2).double() - expected).norm() / expected.norm()
-        for out in seen
-    )
-    # The model computes the angle of a position in fp32.
-    assert aligned < 1e-4 and averaged > 1e-2
+        rope = rope_of(model.freqs_cis[1].angle(), interleaved=True)
+        for pool_rotary in ("aligned", "averaged"):
+            use_lighthouse(model, CONFIG, [], N_LAYERS, pool_rotary)
+            seen = []
+            attention.inner_attention.register_forward_hook(
+                lambda module, qkv, out, seen=seen: seen.extend([*qkv, out])
+            )
+            attention(x, model.freqs_cis, None)
+            use_dense(model)
+            selection = select(*(squared_norms(y, 2) for y in seen[:2]), CONFIG)
+            levels_and_indices = zip(selection.level[0], selection.index[0], strict=True)
+            entries = [
+                list(zip(*map(torch.Tensor.tolist, y), strict=True)) for y in levels_and_indices
+            ]
+            expected = reference_attention(q, k, v, 2, 2, 128, entries=[entries], rope=rope)
+            errors[pool_rotary] = (seen[3].double() - expected).norm() / expected.norm()
+    assert errors["aligned"] < 1e-4 and errors["averaged"] > 1e-2, errors
 
 
 @pytest.mark.parametrize(
