@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse.backend import rotary_phases
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.generate import hidden_states
-from torchtitan.experiments.lighthouse.trained import open_trained
+from torchtitan.experiments.lighthouse.apply_lighthouse import rotary_phases
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.inference.generate import hidden_states
+from torchtitan.experiments.lighthouse.inference.load_model import open_trained
 
 from lighthouse import LighthouseAttention
 from lighthouse.gather import gather

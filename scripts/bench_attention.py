@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Time a layer of Lighthouse Attention, step by step, against dense attention and the floor.
 
     scripts/bench_attention.py --device cpu --seq-lens 8192 16384 32768

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """One rank's share of a run on many: tokens per second and peak memory, on one device.
 
     scripts/bench_share.py train_configs/1m_context.toml --ranks 32 --training.loss_chunk_size 0

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Tokens per second of a training run in both stages, on this machine's device.
 
     scripts/bench_training.py --breakdown                    # 268M, 98,304 tokens, one GPU

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write a checkpoint as a folder that transformers loads as a Llama, and check that it does.
 
     scripts/export_hf.py outputs/debug/checkpoint/step-40 exported
@@ -12,13 +13,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from torchtitan.experiments.lighthouse.command_line import (
+from torchtitan.experiments.lighthouse.inference.hf_export import TOLERANCE, check_export, export
+from torchtitan.experiments.lighthouse.inference.load_model import add_arguments, open_trained
+from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_output_folder,
     told_in_one_line,
 )
-from torchtitan.experiments.lighthouse.export import TOLERANCE, check_export, export
-from torchtitan.experiments.lighthouse.trained import add_arguments, open_trained
 
 
 def main() -> None:

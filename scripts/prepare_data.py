@@ -1,27 +1,27 @@
+#!/usr/bin/env python3
 """Tokenize a corpus once, for training on it with `training.dataset = "prepared"`.
 
     scripts/prepare_data.py --dataset c4_local --dataset-path FOLDER --out OUT --workers 16
     scripts/prepare_data.py --out OUT --verify
 
 Stopped or killed at any moment, the same command goes on from the last whole shard. `--verify`
-compares every shard with its checksum. `torchtitan/experiments/lighthouse/prepared.py` says what is
-written.
+compares every shard with its checksum. `data/tokenized.py` of the package says what is written.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.command_line import Parser, told_in_one_line
-from torchtitan.experiments.lighthouse.prepare import (
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.tokenize import (
     SHARD_SIZE,
     SOURCES,
     prepare,
     source_files,
     verify,
 )
-from torchtitan.experiments.lighthouse.prepared import Manifest
+from torchtitan.experiments.lighthouse.data.tokenized import Manifest
+from torchtitan.experiments.lighthouse.runtime.command_line import Parser, told_in_one_line
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train in two stages and dense on the same text, compare, and write down what came of it.
 
     outputs/quickstart/report.md      settings, losses at the switch and at the end, speed
@@ -22,11 +23,17 @@ import matplotlib
 import numpy as np
 import tomli
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.corpora import open_documents
-from torchtitan.experiments.lighthouse.generate import generate, load_dense_model
+from torchtitan.experiments.lighthouse.analysis.run_metrics import (
+    WINDOW,
+    Run,
+    read_run,
+    smooth,
+    switch_of,
+)
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.datasets import open_documents
+from torchtitan.experiments.lighthouse.inference.generate import generate, load_dense_model
 from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
-from torchtitan.experiments.lighthouse.report import WINDOW, Run, read_run, smooth, switch_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train for a long time and watch what the process holds: memory, open files, threads, processes.
 
     scripts/soak.py train_configs/debug.toml --out outputs/soak --minutes 60 \\
@@ -21,9 +22,9 @@ import time
 from pathlib import Path
 
 import matplotlib
-from torchtitan.experiments.lighthouse.command_line import Parser, check_output_folder
-from torchtitan.experiments.lighthouse.interruption import EXIT_CODE
 from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
+from torchtitan.experiments.lighthouse.runtime.command_line import Parser, check_output_folder
+from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

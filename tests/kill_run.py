@@ -34,7 +34,10 @@ import torchtitan.train
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.tensor import DTensor
-from torchtitan.experiments.lighthouse import checkpoint, cpu, data, handover, metrics, train
+from torchtitan.experiments.lighthouse import metrics, train
+from torchtitan.experiments.lighthouse.checkpoint import manager, stage_switch
+from torchtitan.experiments.lighthouse.data import packing
+from torchtitan.experiments.lighthouse.runtime import cpu_device
 
 OUTSIDE = "at any moment, from outside"
 LATE = "after a save that takes longer than the next step"
@@ -208,7 +211,7 @@ def be_rank(request: Request, rank: int) -> int:
     os.environ |= {"WORLD_SIZE": str(request.world_size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(request.port)}
     # A rate to report: measuring it takes longer than a step.
-    cpu.measure_peak_flops = lambda: 1e12
+    cpu_device.measure_peak_flops = lambda: 1e12
     torchtitan.train.time = SimpleNamespace(
         perf_counter=time.perf_counter, sleep=lambda seconds: None
     )
@@ -278,7 +281,7 @@ class Watch:
                 for parameter, state in optimizer.state.items()
                 for key, value in state.items()
             },
-            "data": handover.data_positions(trainer),
+            "data": stage_switch.data_positions(trainer),
         }
         (self.folder / f"final-{self.rank}.json").write_text(json.dumps(final))
 
@@ -296,14 +299,14 @@ class Watch:
             self._load_too_little(self.request.fault)
 
     def _load_too_little(self, part: str) -> None:
-        states_to_load = checkpoint.TwoStageCheckpointManager._states_to_load
+        states_to_load = manager.TwoStageCheckpointManager._states_to_load
 
         def fewer(*args):
             states = states_to_load(*args)
             del states[part]
             return states
 
-        checkpoint.TwoStageCheckpointManager._states_to_load = fewer
+        manager.TwoStageCheckpointManager._states_to_load = fewer
 
     def _hook_saves(self) -> None:
         mkdir, rename = filesystem.FileSystem.mkdir, filesystem.FileSystem.rename
@@ -373,11 +376,11 @@ class Watch:
         shutil.rmtree = watched_rmtree
 
     def _hook_the_switch(self) -> None:
-        replace, write_handover = os.replace, handover.write_handover
+        replace, write_handover = os.replace, stage_switch.write_handover
         use_dense = train.backend.use_dense
 
         def watched_replace(source, target, *args, **options):
-            if Path(os.fspath(target)).name == handover.FILE_NAME:
+            if Path(os.fspath(target)).name == stage_switch.FILE_NAME:
                 self.reach("before the rename of the handover")
             replace(source, target, *args, **options)
 
@@ -390,13 +393,13 @@ class Watch:
             use_dense(part)
             self.reach("within the switch")
 
-        os.replace, handover.write_handover = watched_replace, watched_write_handover
+        os.replace, stage_switch.write_handover = watched_replace, watched_write_handover
         train.backend.use_dense = watched_use_dense
 
     def _hook_the_rest(self) -> None:
         read_data = filesystem.FileSystemReader.read_data
-        open_documents = data.open_documents
-        load = checkpoint.TwoStageCheckpointManager.load
+        open_documents = packing.open_documents
+        load = manager.TwoStageCheckpointManager.load
         log = metrics.StagedLogger.log
 
         def watched_open_documents(*args):
@@ -423,8 +426,8 @@ class Watch:
             log(logger, values, step)
 
         filesystem.FileSystemReader.read_data = watched_read_data
-        data.open_documents = watched_open_documents
-        checkpoint.TwoStageCheckpointManager.load = watched_load
+        packing.open_documents = watched_open_documents
+        manager.TwoStageCheckpointManager.load = watched_load
         metrics.StagedLogger.log = watched_log
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.job_config import SAVED_CONFIG
+from torchtitan.experiments.lighthouse.config.job_config import SAVED_CONFIG
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 GQA = TransformerModelArgs(

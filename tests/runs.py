@@ -25,8 +25,12 @@ import torch.distributed as dist
 import torchtitan.train
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
-from torchtitan.experiments.lighthouse import checks, cpu, handover, metrics
-from torchtitan.experiments.lighthouse.corpora import is_held_out
+from torchtitan.experiments.lighthouse import metrics
+from torchtitan.experiments.lighthouse.checkpoint import stage_switch
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.data.datasets import is_held_out
+from torchtitan.experiments.lighthouse.preflight import check_config
+from torchtitan.experiments.lighthouse.runtime import cpu_device
 from torchtitan.experiments.lighthouse.train import TwoStageTrainer
 
 STEPS = 7
@@ -156,7 +160,7 @@ def train(
     look: Callable[[Any], None] | None = None,
 ) -> Run:
     """Train in this process, as one rank of a group if there is one; ``look`` sees the trainer."""
-    config = checks.load_config(args)
+    config = load_config(args)
     with trainer_of(config, trainer_class) as trainer:
         trainer.train()
         # Rank 0 writes the losses.
@@ -181,14 +185,14 @@ def train(
                 for parameter, state in states.items()
                 for key, value in state.items()
             },
-            epoch=handover.data_positions(trainer)[0]["epoch"],
+            epoch=stage_switch.data_positions(trainer)[0]["epoch"],
         )
 
 
 @contextlib.contextmanager
 def trainer_of(config, trainer_class: type = RecordedTrainer):
     """A trainer on the CPU, closed in the end, whose ``train`` does not sleep."""
-    cpu.install()
+    cpu_device.install()
     alone = not dist.is_initialized()
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -197,9 +201,9 @@ def trainer_of(config, trainer_class: type = RecordedTrainer):
         mock.patch.dict(os.environ, env if alone else {}),
         mock.patch.object(torchtitan.train, "time", awake),
         # A rate to compare with: measuring it takes longer than a step.
-        mock.patch.object(cpu, "measure_peak_flops", lambda: 1e12),
+        mock.patch.object(cpu_device, "measure_peak_flops", lambda: 1e12),
     ):
-        checks.check_config(config, world_size=int(os.environ["WORLD_SIZE"]))
+        check_config(config, world_size=int(os.environ["WORLD_SIZE"]))
         trainer, num_threads = None, torch.get_num_threads()
         # Sums depend on it, and a model as small as this one is no faster with more.
         torch.set_num_threads(1)

@@ -12,8 +12,8 @@ import threading
 import time
 from pathlib import Path
 
-import ablate as ablate_script
 import pytest
+from torchtitan.experiments.lighthouse.analysis import sweep
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "train_configs" / "debug.toml"
@@ -47,13 +47,13 @@ with (folder / "metrics.jsonl").open("w") as file:
 def ablate(monkeypatch, tmp_path):
     """Calls the script in this process; returns its exit code."""
     (tmp_path / "trainer.py").write_text(TRAINER)
-    monkeypatch.setattr(ablate_script, "TRAINER", [str(tmp_path / "trainer.py")])
+    monkeypatch.setattr(sweep, "TRAINER", [str(tmp_path / "trainer.py")])
 
     def call(*args, out=tmp_path / "grid", grid=GRID):
         command = ["ablate.py", CONFIG, "--out", out, "--nproc", "1", "--grid", grid, *args]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
         with pytest.raises(SystemExit) as exit:
-            ablate_script.main()
+            sweep.main()
         return exit.value.code
 
     return call
@@ -86,7 +86,7 @@ def test_the_list_has_every_cell_and_says_why_one_is_illegal(ablate, tmp_path, c
 
 
 def test_the_grid_of_the_paper_on_its_configuration(ablate, tmp_path):
-    module = ablate_script
+    module = sweep
     config = ROOT / "train_configs" / "c4_530m_98k.toml"
     cells = module.cells_of(config, [], module.PAPER_GRID, tmp_path, 8)
     assert len(cells) == len({cell.folder for cell in cells}) == 3 * 3 * 3 * 5 * 3
@@ -198,7 +198,7 @@ def test_several_processes_are_started_by_torchrun(ablate, tmp_path, monkeypatch
         def wait(self):
             return 0
 
-    monkeypatch.setattr(ablate_script.subprocess, "Popen", Process)
+    monkeypatch.setattr(sweep.subprocess, "Popen", Process)
     assert ablate("--run", "--nproc", "2") == 0
     assert commands[0][1:6] == ["-m", "torch.distributed.run", "--standalone", *commands[0][4:6]]
     assert commands[0][4:6] == ["--nproc-per-node", "2"] and len(commands) == 2

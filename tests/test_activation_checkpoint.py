@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.experiments.lighthouse import backend
+from torchtitan.experiments.lighthouse import apply_lighthouse
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 
@@ -31,8 +31,10 @@ def gradients(mode: str, compiled: bool = False, scorer: str = "norm") -> list[t
         model.init_weights()
     if MODES[mode] is not None:
         apply_ac(model, MODES[mode], op_sac_save_list=_op_sac_save_list)
-    backend.use_lighthouse(model, LighthouseConfig(2, 2, 128, scorer), [], N_LAYERS, "aligned")
-    backend.save_selections(model)
+    apply_lighthouse.use_lighthouse(
+        model, LighthouseConfig(2, 2, 128, scorer), [], N_LAYERS, "aligned"
+    )
+    apply_lighthouse.save_selections(model)
     if compiled:
         for name, block in model.layers.named_children():
             model.layers.register_module(
@@ -87,7 +89,7 @@ def test_scores_by_attention_once_a_layer(scorer, mode, compiled, count_selectio
 
 
 def test_without_it_the_selection_is_recomputed(count_selections, monkeypatch):
-    monkeypatch.setattr(backend, "save_selections", lambda model: None)
+    monkeypatch.setattr(apply_lighthouse, "save_selections", lambda model: None)
     gradients("full")
     assert len(count_selections) == 2 * N_LAYERS
 

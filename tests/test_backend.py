@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
-from torchtitan.experiments.lighthouse.backend import (
+from torchtitan.experiments.lighthouse.apply_lighthouse import (
     flops_saved_per_token,
     use_dense,
     use_fused_attention,

@@ -23,8 +23,9 @@ import pytest
 import torch
 from models import random_model, save
 from runs import write_corpus
-from torchtitan.experiments.lighthouse import FLAVORS, train
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse import train
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.tools.logging import logger
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse.byte_tokenizer import (
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import (
     BYTE_TOKENIZER_PATH,
     EOS_ID,
     EOS_TOKEN,

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
-from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager
-from torchtitan.experiments.lighthouse.checkpoint_files import (
+from torchtitan.experiments.lighthouse.checkpoint.files import (
     check_folder,
     check_safe,
     checkpoint_steps,
     fault,
     is_whole,
 )
-from torchtitan.experiments.lighthouse.stop import Stop
+from torchtitan.experiments.lighthouse.checkpoint.manager import TwoStageCheckpointManager
+from torchtitan.experiments.lighthouse.runtime.errors import Stop
 
 
 def make(folder: Path, *steps: int, torn: tuple[int, ...] = ()) -> None:

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed.checkpoint as dcp
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.checks import check_config, load_config
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.metrics import LOSS
+from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.models.llama3 import Transformer
 from torchtitan.tools import utils
 

@@ -16,9 +16,9 @@ import torch
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.corpora import find_files, permutation
-from torchtitan.experiments.lighthouse.data import (
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.datasets import find_files, permutation
+from torchtitan.experiments.lighthouse.data.packing import (
     DATASETS,
     PackedTextDataset,
     build_dataloader,

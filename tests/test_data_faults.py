@@ -35,12 +35,12 @@ from test_data import (
 )
 from test_prepared import write_prepared
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse import corpora, faults, prepared, readers
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.data import build_dataloader, check_dataset
-from torchtitan.experiments.lighthouse.faults import Dropped, retrying
-from torchtitan.experiments.lighthouse.prepare import prepare
-from torchtitan.experiments.lighthouse.prepared import PreparedDataset
+from torchtitan.experiments.lighthouse.data import datasets, readers, retry, tokenized
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.packing import build_dataloader, check_dataset
+from torchtitan.experiments.lighthouse.data.retry import Dropped, retrying
+from torchtitan.experiments.lighthouse.data.tokenize import prepare
+from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
 
 TOKENIZER = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
 SEQ_LEN = 16
@@ -50,7 +50,7 @@ SEQ_LEN = 16
 def waits(monkeypatch) -> list[float]:
     """The seconds waited, in which nothing happens."""
     waits = []
-    monkeypatch.setattr(faults, "sleep", waits.append)
+    monkeypatch.setattr(retry, "sleep", waits.append)
     return waits
 
 
@@ -157,7 +157,7 @@ def flaky_files(monkeypatch):
         FlakyFile.count()
         return io.BufferedReader(FlakyFile(path), 64)
 
-    for module in (readers, prepared):
+    for module in (readers, tokenized):
         monkeypatch.setattr(module, "open", flaky_open, raising=False)
     yield FlakyFile
     FlakyFile.fail_at([10**9])
@@ -492,7 +492,7 @@ def test_a_file_that_changes_ends_the_run(tmp_path, waits, kind, change):
         windows = map(PreparedDataset(str(tmp_path), SEQ_LEN).__getitem__, itertools.count())
     else:
         name, path = make_corpus(tmp_path, kind, make_texts(40))
-        files = corpora.find_files(name, path)
+        files = datasets.find_files(name, path)
         dataset = open_dataset(name, path)
         windows = iter(dataset)
     expected = take(windows, 100)
@@ -532,7 +532,7 @@ def test_a_file_that_vanishes_is_waited_for(tmp_path, monkeypatch, kind, comes_b
         expected = [dataset[place] for place in range(50)]
     else:
         name, path = make_corpus(tmp_path, kind, make_texts(40))
-        files = corpora.find_files(name, path)
+        files = datasets.find_files(name, path)
         expected = take(open_dataset(name, path), 50)
         windows = iter(open_dataset(name, path))
     waits = []
@@ -543,7 +543,7 @@ def test_a_file_that_vanishes_is_waited_for(tmp_path, monkeypatch, kind, comes_b
             for file in files:
                 file.with_suffix(".away").rename(file)
 
-    monkeypatch.setattr(faults, "sleep", sleep)
+    monkeypatch.setattr(retry, "sleep", sleep)
     seen = take(windows, 2)
     for file in files:
         file.rename(file.with_suffix(".away"))
@@ -585,11 +585,11 @@ def test_the_fingerprint_is_that_of_the_position(tmp_path):
         name, path = make_corpus(tmp_path / kind, kind, make_texts(12))
         for split in ("train", "validation"):
             dataset = open_dataset(name, path, split=split)
-            assert corpora.fingerprint(name, path, split) == dataset.state_dict()["corpus"]
-    former = corpora.fingerprint("text", str(tmp_path / "text"))
-    assert former != corpora.fingerprint("text", str(tmp_path / "text"), "validation")
+            assert datasets.fingerprint(name, path, split) == dataset.state_dict()["corpus"]
+    former = datasets.fingerprint("text", str(tmp_path / "text"))
+    assert former != datasets.fingerprint("text", str(tmp_path / "text"), "validation")
     (tmp_path / "text" / "zzz.txt").write_text(make_texts(13)[12], encoding="utf-8")
-    assert corpora.fingerprint("text", str(tmp_path / "text")) != former
+    assert datasets.fingerprint("text", str(tmp_path / "text")) != former
 
 
 # ---- workers

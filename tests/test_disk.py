@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 from runs import command_line, write_corpus
-from torchtitan.experiments.lighthouse import checks
-from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
+from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.preflight import check_config
 
 # Three values of four bytes for each parameter of the debug model.
 CHECKPOINT = 3 * 4 * 1_131_648
@@ -35,7 +36,7 @@ def test_room_for_the_checkpoints_that_will_be_there(
     tmp_path, corpus, monkeypatch, options, num_checkpoints
 ):
     options = {"checkpoint__interval": 2, **options}
-    config = checks.load_config(command_line(tmp_path / "new" / "run", corpus, **options))
+    config = load_config(command_line(tmp_path / "new" / "run", corpus, **options))
     asked = []
 
     def disk_usage(path):
@@ -44,10 +45,10 @@ def test_room_for_the_checkpoints_that_will_be_there(
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     free = num_checkpoints * CHECKPOINT
-    checks.check_config(config, world_size=1)
+    check_config(config, world_size=1)
     free -= 1
     with pytest.raises(ValueError) as error:
-        checks.check_config(config, world_size=1)
+        check_config(config, world_size=1)
     message = str(error.value)
     room = f"must have room for {num_checkpoints} more checkpoints of 0.01 GB"
     assert message.startswith(f"job.dump_folder {room}, got 0.") and "\n" not in message

@@ -4,18 +4,18 @@ import json
 import sys
 from pathlib import Path
 
-import eval_loss
 import pytest
 import torch
 import torch.nn.functional as F
 from models import random_model, save
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.backend import use_lighthouse
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.data import PackedTextDataset
-from torchtitan.experiments.lighthouse.export import export
-from torchtitan.experiments.lighthouse.trained import open_trained
+from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.inference import loss_by_position as eval_loss
+from torchtitan.experiments.lighthouse.inference.hf_export import export
+from torchtitan.experiments.lighthouse.inference.load_model import open_trained
 
 from lighthouse import LighthouseConfig
 

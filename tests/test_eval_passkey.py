@@ -6,16 +6,16 @@ import string
 import sys
 from pathlib import Path
 
-import eval_passkey
 import pytest
 import torch
 from models import random_model, save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.backend import use_lighthouse
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID
-from torchtitan.experiments.lighthouse.data import PackedTextDataset
+from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.inference import passkey as eval_passkey
 
 from lighthouse import LighthouseConfig
 

@@ -13,10 +13,14 @@ from models import GQA, random_model, save
 from runs import command_line, train, write_corpus
 from safetensors.torch import load_file
 from test_byte_tokenizer import TEXTS
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID, EOS_TOKEN
-from torchtitan.experiments.lighthouse.export import check_export, export
-from torchtitan.experiments.lighthouse.trained import open_trained
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import (
+    BYTE_TOKENIZER_PATH,
+    EOS_ID,
+    EOS_TOKEN,
+)
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.inference.hf_export import check_export, export
+from torchtitan.experiments.lighthouse.inference.load_model import open_trained
 from torchtitan.models.llama3.model.model import precompute_freqs_cis
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -191,7 +195,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(random, script, tmp_path, capsys)
 
 
 def test_a_difference_is_exit_code_1(random, script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("torchtitan.experiments.lighthouse.export.TOLERANCE", 0.0)
+    monkeypatch.setattr("torchtitan.experiments.lighthouse.inference.hf_export.TOLERANCE", 0.0)
     with pytest.raises(SystemExit) as exit:
         script(random.folder, tmp_path / "out")
     assert exit.value.code == 1

@@ -15,11 +15,11 @@ from runs import (
     losses_of,
     train,
 )
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
-from torchtitan.experiments.lighthouse.finite import SKIPPED, gradient_norm
+from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.metrics import read_metrics
-from torchtitan.experiments.lighthouse.stop import Stop
+from torchtitan.experiments.lighthouse.runtime.errors import Stop
+from torchtitan.experiments.lighthouse.runtime.nonfinite import SKIPPED, gradient_norm
 from torchtitan.models.llama3 import Transformer
 
 BAD_STEP = 3

@@ -22,9 +22,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import command_line, losses_of, trainer_of
-from torchtitan.experiments.lighthouse import checks
-from torchtitan.experiments.lighthouse.checks import check_config
-from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.config.rule_helpers import leaves
+from torchtitan.experiments.lighthouse.preflight import check_config
 
 from lighthouse import LighthouseConfig, lighthouse_attention
 from lighthouse.config import LONGEST, nearest_multiple, nearest_power_of_two
@@ -264,7 +265,7 @@ def base(corpus, tmp_path_factory) -> JobConfig:
     folder = tmp_path_factory.mktemp("runs") / "run"
     options = {"model__flavor": "quickstart", "lr_scheduler__total_steps": 9}
     options |= {"training__steps": 2, "lighthouse__stage1_steps": 1, "checkpoint__enable": False}
-    return checks.load_config(command_line(folder, corpus, **options))
+    return load_config(command_line(folder, corpus, **options))
 
 
 def changed(base: JobConfig, values: dict[str, Any]) -> JobConfig:
@@ -298,7 +299,7 @@ def values_of(annotation: Any) -> st.SearchStrategy:
     }[annotation]
 
 
-FIELDS = dict(checks._leaves(JobConfig))
+FIELDS = dict(leaves(JobConfig))
 
 
 @both_efforts
@@ -335,7 +336,7 @@ def test_any_file_is_accepted_or_refused_in_one_line(effort, tmp_path):
         path.write_text(
             "".join(f"{name} = {toml(value)}\n" for name, value in dict(values).items())
         )
-        message = refusal(checks.load_config, ["--job.config_file", str(path)])
+        message = refusal(load_config, ["--job.config_file", str(path)])
         fits = all(fits_type(value, FIELDS[name]) for name, value in dict(values).items())
         is_module = any(name == "job.custom_config_module" and value for name, value in values)
         assert (message is None) == fits or is_module, (message, values)

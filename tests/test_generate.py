@@ -5,9 +5,9 @@ import torch
 from models import GQA, random_model, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.backend import use_fused_attention
-from torchtitan.experiments.lighthouse.generate import (
+from torchtitan.experiments.lighthouse.apply_lighthouse import use_fused_attention
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.inference.generate import (
     generate,
     hidden_states,
     key_value_cache,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torchtitan.experiments.lighthouse.handover import (
+from torchtitan.experiments.lighthouse.checkpoint.stage_switch import (
     data_positions,
     digest,
     state_digests,

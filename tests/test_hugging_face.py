@@ -10,9 +10,12 @@ import torch
 from models import GQA, random_model, save
 from ranks import launch
 from runs import STEPS, command_line, train, trainer_of
-from torchtitan.experiments.lighthouse import FLAVORS, checks, hugging_face
-from torchtitan.experiments.lighthouse.export import export
-from torchtitan.experiments.lighthouse.trained import open_trained
+from torchtitan.experiments.lighthouse.checkpoint import hf_llama
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.inference.hf_export import export
+from torchtitan.experiments.lighthouse.inference.load_model import open_trained
+from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.models.llama3 import Transformer
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
@@ -55,7 +58,7 @@ def loaded_parameters(args: list[str]) -> dict[str, torch.Tensor]:
     """The parameters that a run starts from, whole."""
     with pytest.MonkeyPatch.context() as patch:
         register(patch)
-        with trainer_of(checks.load_config(args)) as trainer:
+        with trainer_of(load_config(args)) as trainer:
             trainer.checkpointer.load()
             parameters = trainer.model_parts[0].state_dict()
             whole = {}
@@ -106,31 +109,31 @@ def test_ranks_load_their_shards(flavor, num_ranks, tmp_path, corpus):
 
 @pytest.mark.parametrize("flavor", list(FLAVORS))
 def test_the_configuration_survives_the_way_there_and_back(flavor, tmp_path):
-    expected = hugging_face.to_config(FLAVORS[flavor])
+    expected = hf_llama.to_config(FLAVORS[flavor])
     (tmp_path / "config.json").write_text(json.dumps(expected))
-    assert hugging_face.to_config(hugging_face.from_config(tmp_path)) == expected
+    assert hf_llama.to_config(hf_llama.from_config(tmp_path)) == expected
 
 
 def test_the_file_of_transformers_5_is_understood(tmp_path):
     # Not at the top: ranks import this module, too.
     from transformers import LlamaConfig
 
-    expected = hugging_face.to_config(GQA)
+    expected = hf_llama.to_config(GQA)
     # Written in its own way, with `rope_parameters`; it changes what it is given.
     LlamaConfig.from_dict(copy.deepcopy(expected)).save_pretrained(tmp_path)
     assert "rope_scaling" not in json.loads((tmp_path / "config.json").read_text())
-    assert hugging_face.read_config(tmp_path) == expected
+    assert hf_llama.read_config(tmp_path) == expected
 
 
 def test_no_scaling_of_rope_is_a_factor_of_one(tmp_path):
-    config = {**hugging_face.to_config(GQA), "rope_scaling": None}
+    config = {**hf_llama.to_config(GQA), "rope_scaling": None}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    args = hugging_face.from_config(tmp_path)
+    args = hf_llama.from_config(tmp_path)
     assert args.rope_scaling_args.scaling_factor == 1
     (tmp_path / "model.safetensors").touch()
     unscaled = RoPEScalingArgs(scaling_factor=1.0, low_freq_factor=2.0)
     flavor = dataclasses.replace(GQA, rope_scaling_args=unscaled)
-    hugging_face.check_flavor(tmp_path, flavor, "gqa")
+    hf_llama.check_flavor(tmp_path, flavor, "gqa")
 
 
 @pytest.mark.parametrize(
@@ -148,10 +151,10 @@ def test_no_scaling_of_rope_is_a_factor_of_one(tmp_path):
     ids=lambda value: next(iter(value), "no_weights") if isinstance(value, dict) else "",
 )
 def test_a_folder_that_cannot_be_trained_on(change, words, tmp_path):
-    config = {**hugging_face.to_config(GQA), **change}
+    config = {**hf_llama.to_config(GQA), **change}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError) as error:
-        hugging_face.check_flavor(tmp_path, GQA, "gqa")
+        hf_llama.check_flavor(tmp_path, GQA, "gqa")
     message = str(error.value)
     assert "\n" not in message and ";" in message
     assert all(word in message for word in words), message
@@ -159,9 +162,9 @@ def test_a_folder_that_cannot_be_trained_on(change, words, tmp_path):
 
 def test_the_check_stands_before_the_start(tmp_path, corpus):
     _, folder = exported("gqa", tmp_path)
-    config = checks.load_config(imported(tmp_path / "dump", corpus, folder, "debugmodel"))
+    config = load_config(imported(tmp_path / "dump", corpus, folder, "debugmodel"))
     with pytest.raises(ValueError, match=r"^checkpoint.initial_load_path must hold a model of fla"):
-        checks.check_config(config, world_size=1)
-    config = checks.load_config(imported(tmp_path / "dump", corpus, folder / "none", "gqa"))
+        check_config(config, world_size=1)
+    config = load_config(imported(tmp_path / "dump", corpus, folder / "none", "gqa"))
     with pytest.raises(ValueError, match=r"^checkpoint.initial_load_path must be the folder"):
-        checks.check_config(config, world_size=1)
+        check_config(config, world_size=1)

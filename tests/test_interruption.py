@@ -23,8 +23,8 @@ from runs import (
     losses_of,
     train,
 )
-from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
-from torchtitan.experiments.lighthouse.interruption import EXIT_CODE, SIGNALS, Interruption
+from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
+from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS, Interruption
 
 IN_STAGE_1, IN_STAGE_2 = STAGE1_STEPS - 1, STAGE1_STEPS + 2
 

@@ -26,9 +26,9 @@ from kill_run import LATE, MOMENTS, OUTSIDE, Answer, Kill, Request
 from runs import command_line, write_corpus
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.experiments.lighthouse import metrics
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.checkpoint import checkpoint_steps
-from torchtitan.experiments.lighthouse.prepare import prepare
+from torchtitan.experiments.lighthouse.checkpoint.manager import checkpoint_steps
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.tokenize import prepare
 
 STEPS, SWITCH, INTERVAL = 12, 5, 2
 FIRST_SAVE, LAST_SAVE = INTERVAL, STEPS

@@ -17,8 +17,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_loss
-from torchtitan.experiments.lighthouse import FLAVORS, metrics
-from torchtitan.experiments.lighthouse.checks import load_config
+from torchtitan.experiments.lighthouse import metrics
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.loss import build_loss, chunked_cross_entropy
 
 # Of the last bit, and carried on by what comes after it; a wrong factor is orders beyond.

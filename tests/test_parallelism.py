@@ -17,7 +17,8 @@ import pytest
 import torch
 from ranks import launch
 from runs import RecordedTrainer, command_line, losses_of, train, trainer_of
-from torchtitan.experiments.lighthouse import checks, metrics
+from torchtitan.experiments.lighthouse import metrics
+from torchtitan.experiments.lighthouse.config.load import load_config
 
 CONFIGS = Path(__file__).parents[1] / "train_configs"
 STEPS, STAGE1_STEPS = 20, 12
@@ -162,7 +163,7 @@ class Layouts:
 def layouts(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("layouts")
     options = {**OPTIONS, "checkpoint__create_seed_checkpoint": True}
-    with trainer_of(checks.load_config(command_line(folder / "seed", corpus, **options))) as seed:
+    with trainer_of(load_config(command_line(folder / "seed", corpus, **options))) as seed:
         seed.checkpointer.save(0, last_step=True)
     return Layouts(folder, corpus)
 

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import plan as plan_script
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,10 +22,9 @@ from runs import command_line, trainer_of
 from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchtitan.experiments.lighthouse import checks
-from torchtitan.experiments.lighthouse.gpus import GPUS
-from torchtitan.experiments.lighthouse.memory import kept_tensors, stage_memory
-from torchtitan.experiments.lighthouse.plan import (
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.planner import render as plan_script
+from torchtitan.experiments.lighthouse.planner.estimate import (
     checkpoint_facts,
     flops_per_token,
     logged_flops_per_token,
@@ -34,7 +32,10 @@ from torchtitan.experiments.lighthouse.plan import (
     recomputed_flops_per_token,
     step_traffic,
 )
-from torchtitan.experiments.lighthouse.sizes import Sizes
+from torchtitan.experiments.lighthouse.planner.gpus import GPUS
+from torchtitan.experiments.lighthouse.planner.memory import kept_tensors, stage_memory
+from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
+from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.train import TwoStageTrainer
 
 from lighthouse import LighthouseConfig
@@ -64,8 +65,8 @@ def refused(capsys, *args) -> str:
 
 
 def sizes_of(path: Path, world_size: int, *overrides: str, device_type: str = "cuda") -> Sizes:
-    config = checks.load_config(["--job.config_file", str(path), *overrides])
-    checks.check_config(config, world_size, device_type, is_start=False)
+    config = load_config(["--job.config_file", str(path), *overrides])
+    check_config(config, world_size, device_type, is_start=False)
     return Sizes(config, world_size, device_type)
 
 
@@ -339,7 +340,7 @@ def sent_in_run(args: list[str]) -> list[dict[str, int]]:
     ring, ranks, result = torch_ring.ft_c, dist.get_world_size(), []
     # The name in torch 2.13, and that in 2.11.
     gather_name = next(x for x in ("all_gather_single", "all_gather_tensor") if hasattr(ring, x))
-    with trainer_of(checks.load_config(args), TwoStageTrainer) as trainer:
+    with trainer_of(load_config(args), TwoStageTrainer) as trainer:
         batches = trainer.batch_generator(trainer.dataloader)
         while trainer.should_continue_training():
             trainer.step += 1
@@ -375,7 +376,7 @@ def test_bytes_sent_are_those_that_two_ranks_send(corpus, tmp_path):
     folder = tmp_path / "dump"
     sent = launch(sent_by_stage, 2, tmp_path / "ranks", folder, corpus, RUNS)
     for name, overrides in RUNS.items():
-        sizes = Sizes(checks.load_config(options_of(folder, corpus, **overrides)), 2, "cpu")
+        sizes = Sizes(load_config(options_of(folder, corpus, **overrides)), 2, "cpu")
         for stage in (1, 2):
             planned = {}
             for purpose, size in step_traffic(sizes, stage).items():
@@ -390,7 +391,7 @@ def test_bytes_sent_are_those_that_two_ranks_send(corpus, tmp_path):
 
 def measured_peak(args: list[str]) -> int:
     """The most bytes of tensors alive at a time in the second step of a run on the CPU."""
-    config = checks.load_config(args)
+    config = load_config(args)
     with trainer_of(config, TwoStageTrainer) as trainer:
         batches = trainer.batch_generator(trainer.dataloader)
         assert trainer.should_continue_training()
@@ -440,7 +441,7 @@ def test_dear_scores_are_kept(checkpointing, corpus, tmp_path):
     def kept(scorer: str, checkpointing: str) -> dict[str, int]:
         options = {"training__seq_len": 4096, "training__local_batch_size": 2}
         args = options_of(tmp_path, corpus, **LIGHTHOUSE, **options, lighthouse__scorer=scorer)
-        return kept_tensors(Sizes(checks.load_config(args), 1, "cpu"), True, checkpointing)
+        return kept_tensors(Sizes(load_config(args), 1, "cpu"), True, checkpointing)
 
     # Of queries and of keys, in fp32: 2 sequences, 2 kv heads, L2 p2, so 2,048 spans.
     scores = {"scores": 2 * 2 * 2 * 2048 * 4}
@@ -483,7 +484,7 @@ def test_memory_is_within_5_percent_of_what_is_measured(overrides, corpus, tmp_p
     defaults = {"training__seq_len": 4096, "lighthouse__num_levels": 3}
     defaults |= {"lighthouse__pooling_factor": 4, "lighthouse__full_attn_layers": []}
     args = options_of(tmp_path / "dump", corpus, **(defaults | overrides))
-    sizes = Sizes(checks.load_config(args), 1, "cpu")
+    sizes = Sizes(load_config(args), 1, "cpu")
     (stage,) = sizes.stages
     memory = stage_memory(sizes, stage)
     peak = measured_peak(args)

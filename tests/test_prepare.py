@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from prepare_data import main
 from test_data import assert_one_line, make_corpus, make_texts, write_parquet, write_shards
-from torchtitan.experiments.lighthouse import prepare as prepare_module
-from torchtitan.experiments.lighthouse import readers
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.corpora import find_files, is_held_out
-from torchtitan.experiments.lighthouse.prepare import prepare, source_files, verify
-from torchtitan.experiments.lighthouse.prepared import Manifest
+from torchtitan.experiments.lighthouse.data import readers
+from torchtitan.experiments.lighthouse.data import tokenize as prepare_module
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.datasets import find_files, is_held_out
+from torchtitan.experiments.lighthouse.data.tokenize import prepare, source_files, verify
+from torchtitan.experiments.lighthouse.data.tokenized import Manifest
 
 EOS_ID = 256
 KINDS = ["text", "jsonl", "parquet", "c4_local"]

@@ -18,16 +18,17 @@ from ranks import launch
 from runs import command_line, losses_of, train, write_corpus
 from test_data import assert_one_line, assert_same, make_config, make_corpus, make_texts, take
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse import FLAVORS, checks, prepared
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.corpora import is_held_out
-from torchtitan.experiments.lighthouse.data import (
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.data import tokenized
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.datasets import is_held_out
+from torchtitan.experiments.lighthouse.data.packing import (
     build_dataloader,
     build_validation_dataloader,
     check_data,
 )
-from torchtitan.experiments.lighthouse.prepare import prepare
-from torchtitan.experiments.lighthouse.prepared import (
+from torchtitan.experiments.lighthouse.data.tokenize import prepare
+from torchtitan.experiments.lighthouse.data.tokenized import (
     Manifest,
     PreparedDataloader,
     PreparedDataset,
@@ -37,6 +38,8 @@ from torchtitan.experiments.lighthouse.prepared import (
     shuffled,
     tokenizer_digest,
 )
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.models.llama3 import Transformer
 
 SEQ_LEN = 16
@@ -263,8 +266,8 @@ def test_a_resume_reads_no_more_however_far_it_is(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(prepared, "open", counted(open, "reads"), raising=False)
-    monkeypatch.setattr(prepared.hashlib, "blake2b", counted(prepared.hashlib.blake2b, "digests"))
+    monkeypatch.setattr(tokenized, "open", counted(open, "reads"), raising=False)
+    monkeypatch.setattr(tokenized.hashlib, "blake2b", counted(tokenized.hashlib.blake2b, "digests"))
     most = {}
     for consumed in (0, 10**4, 10**8, 10**12):
         state = {**PreparedDataset(path, SEQ_LEN).state_dict(), "windows": consumed}
@@ -453,7 +456,7 @@ def test_refuses_the_data_position_of_streamed_text(tmp_path, place):
     }
     args = command_line(tmp_path / "run", place, **options)
     with pytest.raises(ValueError) as error:
-        checks.check_config(checks.load_config(args), world_size=1)
+        check_config(load_config(args), world_size=1)
     parts = ("training.dataset must be a corpus of documents", str(whole), "got 'prepared'")
     assert_one_line(error, *parts, "set it back", "exclude_from_loading")
 
@@ -461,14 +464,14 @@ def test_refuses_the_data_position_of_streamed_text(tmp_path, place):
 def test_a_plan_compares_with_the_tokenizer_once_it_is_there(tmp_path, place):
     tokenizer = tmp_path / "tokenizer"
     options = {"training__dataset": "prepared", "model__hf_assets_path": tokenizer}
-    config = checks.load_config(command_line(tmp_path / "run", place, **options))
-    checks.check_config(config, world_size=1, is_start=False)
+    config = load_config(command_line(tmp_path / "run", place, **options))
+    check_config(config, world_size=1, is_start=False)
     shutil.copytree(BYTE_TOKENIZER_PATH, tokenizer)
-    checks.check_config(config, world_size=1, is_start=False)
+    check_config(config, world_size=1, is_start=False)
     with (tokenizer / "tokenizer.json").open("a") as file:
         file.write("\n")
     with pytest.raises(ValueError) as error:
-        checks.check_config(config, world_size=1, is_start=False)
+        check_config(config, world_size=1, is_start=False)
     assert_one_line(error, "training.dataset_path", "model.hf_assets_path", str(tokenizer))
 
 
@@ -533,8 +536,8 @@ def test_a_run_goes_on_under_another_data_parallel_degree(tmp_path, corpora):
         args = command_line(tmp_path / "run", out, **{**OPTIONS, **options})
         args += ["--checkpoint.accept_changes", "training.seq_len,lighthouse.stage1_steps"]
         with pytest.raises(ValueError) as error:
-            checks.check_config(checks.load_config(args), world_size=1)
+            check_config(load_config(args), world_size=1)
         assert_one_line(error, *parts, 'exclude_from_loading = ["dataloader"]')
         args += ["--checkpoint.exclude_from_loading", "dataloader"]
         args += ["--lighthouse.stage1_steps", "0"]
-        checks.check_config(checks.load_config(args), world_size=1)
+        check_config(load_config(args), world_size=1)

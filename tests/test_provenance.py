@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as dcp
 from runs import command_line, train, trainer_of, write_corpus
-from torchtitan.experiments.lighthouse import FLAVORS, checks
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.provenance import (
+from torchtitan.experiments.lighthouse.checkpoint.compatibility import (
     FIELDS,
     FILE_NAME,
     record_of,
     write_record,
 )
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.train import TwoStageTrainer
 from torchtitan.models.llama3 import Transformer
 
@@ -32,7 +34,7 @@ def check(run, tmp_path, *args: str, **overrides) -> None:
     folder, corpus = run
     shutil.copytree(folder, tmp_path / "run")
     options = command_line(tmp_path / "run", corpus, **overrides)
-    checks.check_config(checks.load_config([*options, *args]), world_size=1)
+    check_config(load_config([*options, *args]), world_size=1)
 
 
 def test_the_same_configuration_goes_on(run, tmp_path):
@@ -116,7 +118,7 @@ class _RatesTrainer(TwoStageTrainer):
 
 
 def hyperparameters_of(args: list[str]) -> dict[int, dict]:
-    with trainer_of(checks.load_config(args), _RatesTrainer) as trainer:
+    with trainer_of(load_config(args), _RatesTrainer) as trainer:
         trainer.train()
         return trainer.hyperparameters
 
@@ -148,10 +150,10 @@ def test_a_longer_run_needs_the_length_of_its_schedule(run, tmp_path):
     i = args.index("--lr_scheduler.total_steps")
     del args[i : i + 2]
     shutil.copytree(run[0], tmp_path / "run")
-    checks.check_config(checks.load_config(args), world_size=1)
-    config = checks.load_config([*args, "--training.steps", "9"])
+    check_config(load_config(args), world_size=1)
+    config = load_config([*args, "--training.steps", "9"])
     with pytest.raises(ValueError, match=r"lr_scheduler\.total_steps must be that of .* 7, got 9"):
-        checks.check_config(config, world_size=1)
+        check_config(config, world_size=1)
 
 
 def test_a_field_that_was_left_out_is_to_be_left_out_again(run, tmp_path):
@@ -160,9 +162,9 @@ def test_a_field_that_was_left_out_is_to_be_left_out_again(run, tmp_path):
     path = folder / "checkpoint" / "step-2"
     record = json.loads((path / FILE_NAME).read_text())
     write_record(path, record | {"lr_scheduler.decay_ratio": None})
-    config = checks.load_config(command_line(folder, run[1]))
+    config = load_config(command_line(folder, run[1]))
     with pytest.raises(ValueError, match=r"decay_ratio must be that of .* got 0\.7; leave it out"):
-        checks.check_config(config, world_size=1)
+        check_config(config, world_size=1)
 
 
 def test_what_no_later_step_feels_may_change(run, tmp_path):
@@ -180,24 +182,24 @@ def test_the_switch_may_move_as_long_as_nothing_was_trained_beyond_it(run, tmp_p
     path = folder / "checkpoint" / "step-2"
     record = json.loads((path / FILE_NAME).read_text())
     write_record(path, record | {"lighthouse.stage1_steps": 1})
-    config = checks.load_config(command_line(folder, run[1]))
+    config = load_config(command_line(folder, run[1]))
     with pytest.raises(ValueError, match=r"lighthouse\.stage1_steps must be that of .* 1, got 3"):
-        checks.check_config(config, world_size=1)
+        check_config(config, world_size=1)
 
 
 def test_another_run_may_go_on_otherwise_with_the_same_model_and_optimizer(run, tmp_path):
     path = run[0] / "checkpoint" / "step-2"
     options = {"checkpoint__initial_load_path": path, "lighthouse__stage1_steps": 0}
     args = command_line(tmp_path / "other", run[1], **options)
-    checks.check_config(checks.load_config(args), world_size=1)
+    check_config(load_config(args), world_size=1)
     adam = [*args, "--optimizer.name", "Adam"]
     with pytest.raises(ValueError, match=r"optimizer\.name must be that of .* 'AdamW', got 'Adam'"):
-        checks.check_config(checks.load_config(adam), world_size=1)
+        check_config(load_config(adam), world_size=1)
     # Of the model alone the optimizer knows nothing.
     only = [*adam, "--checkpoint.initial_load_model_only"]
-    checks.check_config(checks.load_config(only), world_size=1)
+    check_config(load_config(only), world_size=1)
     with pytest.raises(ValueError, match=r"model\.flavor must be the model of .*quickstart"):
-        checks.check_config(checks.load_config([*only, "--model.flavor", "quickstart"]), 1)
+        check_config(load_config([*only, "--model.flavor", "quickstart"]), 1)
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(run, tmp_path):
@@ -230,12 +232,12 @@ def test_a_checkpoint_without_a_record_is_compared_by_its_shapes(run, tmp_path):
         "checkpoint__initial_load_model_only": True,
     }
     args = command_line(tmp_path / "run", run[1], **options)
-    checks.check_config(checks.load_config(args), world_size=1)
+    check_config(load_config(args), world_size=1)
     with pytest.raises(ValueError, match=r"whose layers\.0\.feed_forward"):
-        checks.check_config(checks.load_config([*args, "--model.flavor", "quickstart"]), 1)
+        check_config(load_config([*args, "--model.flavor", "quickstart"]), 1)
     whole_state = [*args, "--checkpoint.no_initial_load_model_only"]
     with pytest.raises(ValueError, match=r"must hold the state of training .* the model alone"):
-        checks.check_config(checks.load_config(whole_state), world_size=1)
+        check_config(load_config(whole_state), world_size=1)
 
 
 def test_another_corpus_is_refused_unless_the_data_begin_anew(run, tmp_path):
@@ -252,21 +254,21 @@ def test_another_corpus_is_refused_unless_the_data_begin_anew(run, tmp_path):
         "lighthouse__stage1_steps": 0,
         "checkpoint__exclude_from_loading": ["dataloader"],
     }
-    config = checks.load_config(command_line(tmp_path / "dense", other, **options))
-    checks.check_config(config, world_size=1)
+    config = load_config(command_line(tmp_path / "dense", other, **options))
+    check_config(config, world_size=1)
 
 
 def test_a_record_that_cannot_be_read_is_named(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
     (folder / "checkpoint" / "step-2" / FILE_NAME).write_text("{")
-    config = checks.load_config(command_line(folder, run[1]))
+    config = load_config(command_line(folder, run[1]))
     with pytest.raises(ValueError, match=r"step-2/trained_with\.json must be JSON, got "):
-        checks.check_config(config, world_size=1)
+        check_config(config, world_size=1)
 
 
 def test_a_record_holds_what_a_json_file_holds(run, tmp_path):
-    config = checks.load_config(command_line(tmp_path, run[1]))
+    config = load_config(command_line(tmp_path, run[1]))
     record = record_of(config, data_parallel_degree=4)
     assert json.loads(json.dumps(record)) == record
     assert record["training.global_batch_size"] == 4

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import report
-from torchtitan.experiments.lighthouse.report import (
+from torchtitan.experiments.lighthouse.analysis import report
+from torchtitan.experiments.lighthouse.analysis.run_metrics import (
     WINDOW,
     crossing_step,
     figures,

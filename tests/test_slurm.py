@@ -19,7 +19,7 @@ import pytest
 import torch
 from runs import write_corpus
 from torchtitan.experiments.lighthouse import metrics
-from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
+from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")

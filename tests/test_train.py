@@ -33,9 +33,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import metrics
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.checkpoint_files import checkpoint_steps
-from torchtitan.experiments.lighthouse.data import PackedTextDataset
+from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 
 LIGHTHOUSE, DENSE = "LighthouseAttention", "ScaledDotProductAttentionWrapper"
 

@@ -17,8 +17,8 @@ from runs import (
     trainer_of,
 )
 from torch import nn
-from torchtitan.experiments.lighthouse import metrics, telemetry
-from torchtitan.experiments.lighthouse.checks import load_config
+from torchtitan.experiments.lighthouse import metrics, selection_metrics
+from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.models.llama3.model.model import apply_rotary_emb
 
 from lighthouse import LighthouseAttention
@@ -61,13 +61,13 @@ def test_what_a_layer_attends_with_is_measured(corpus, tmp_path, monkeypatch):
         seen["q"], seen["k"], seen["v"] = q, k, v
         return {"seen": 1.0}
 
-    monkeypatch.setattr(telemetry, "measure", remember)
+    monkeypatch.setattr(selection_metrics, "measure", remember)
     args = command_line(tmp_path, corpus, **OPTIONS, lighthouse__full_attn_layers=[1, 2, 3])
     with trainer_of(load_config(args)) as trainer:
         assert trainer.should_continue_training() and trainer.stage == 1
         (model,) = trainer.model_parts
         inputs = torch.randint(0, 256, (3, 768))
-        assert telemetry.measure_layers(model, inputs) == {"telemetry/layer_0/seen": 1.0}
+        assert selection_metrics.measure_layers(model, inputs) == {"telemetry/layer_0/seen": 1.0}
         block = model.layers["0"]
         with torch.no_grad():
             x = block.attention_norm(model.tok_embeddings(inputs[:1]))
@@ -94,7 +94,7 @@ def test_the_sampled_layers(full_attn_layers, expected):
     }
     for i in full_attn_layers:
         layers[str(i % 5)].attention.inner_attention = nn.Identity()
-    found = telemetry.sampled_layers(SimpleNamespace(layers=layers))
+    found = selection_metrics.sampled_layers(SimpleNamespace(layers=layers))
     assert "".join(found) == expected
     assert all(found[name] is layers[name].attention.inner_attention for name in found)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from models import GQA, random_model, save
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.trained import open_trained
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.inference.load_model import open_trained
 
 NAMED = {"max_seq_len": 64, "tokenizer_path": BYTE_TOKENIZER_PATH}
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from runs import SEQ_LEN, STEPS, assert_same_state, command_line, train, trainer_of
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import metrics
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.checks import load_config
-from torchtitan.experiments.lighthouse.corpora import is_held_out
-from torchtitan.experiments.lighthouse.data import PackedTextDataset
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.datasets import is_held_out
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 
 VALIDATION = {"validation__enable": True, "validation__freq": 2}
 

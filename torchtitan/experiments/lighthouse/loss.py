@@ -33,7 +33,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.loss import IGNORE_INDEX, LossFunction, build_cross_entropy_loss
-from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.tools.logging import logger
 
 

@@ -6,7 +6,7 @@ Stage 1 trains with Lighthouse Attention, stage 2 the same parameters, optimizer
 rate schedule and data position with dense attention. One process does both: between the last step
 of stage 1 and the first of stage 2 the wrapper is taken off, and training goes on. A restart loads
 the newest checkpoint and finds its stage by the step. SIGTERM and SIGUSR1 end the run after the
-step it is in, with a checkpoint and exit code 75 (`interruption.py`).
+step it is in, with a checkpoint and exit code 75 (`signals.py`).
 """
 
 import atexit
@@ -16,25 +16,22 @@ import warnings
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse import (
-    backend,
-    checks,
-    cpu,
-    handover,
-    interruption,
-    telemetry,
-)
-from torchtitan.experiments.lighthouse.checkpoint import TwoStageCheckpointManager
+from torchtitan.experiments.lighthouse import apply_lighthouse, selection_metrics
+from torchtitan.experiments.lighthouse.checkpoint import stage_switch
+from torchtitan.experiments.lighthouse.checkpoint.compatibility import record_of
+from torchtitan.experiments.lighthouse.checkpoint.manager import TwoStageCheckpointManager
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.context_parallel import (
     context_of,
     shard_batch,
     use_context_parallel,
 )
-from torchtitan.experiments.lighthouse.finite import FiniteSteps
-from torchtitan.experiments.lighthouse.job_config import JobConfig
 from torchtitan.experiments.lighthouse.metrics import SWITCH
-from torchtitan.experiments.lighthouse.provenance import record_of
-from torchtitan.experiments.lighthouse.stop import Stop
+from torchtitan.experiments.lighthouse.preflight import check_config
+from torchtitan.experiments.lighthouse.runtime import cpu_device, signals
+from torchtitan.experiments.lighthouse.runtime.errors import Stop
+from torchtitan.experiments.lighthouse.runtime.nonfinite import FiniteSteps
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
@@ -46,7 +43,7 @@ class TwoStageTrainer(Trainer):
     """torchtitan's trainer with the stage switch."""
 
     def __init__(self, job_config: JobConfig):
-        self.interruption = interruption.Interruption()
+        self.interruption = signals.Interruption()
         self.exit_code = 0
         self.stage = None
         super().__init__(job_config)
@@ -71,14 +68,14 @@ class TwoStageTrainer(Trainer):
                     job_config.parallelism.context_parallel_rotate_method,
                     utils.device_type,
                 )
-            backend.use_fused_attention(part, dtype, training.seq_len, sdpa_backend)
-            backend.save_selections(part)
+            apply_lighthouse.use_fused_attention(part, dtype, training.seq_len, sdpa_backend)
+            apply_lighthouse.save_selections(part)
             if utils.device_type == "cpu":
-                cpu.sum_gradients_on_gloo(part)
+                cpu_device.sum_gradients_on_gloo(part)
         dense_flops = self.metrics_processor.num_flops_per_token
         self._flops_per_token = {2: dense_flops}
         if lighthouse.stage1_steps != 0:
-            self._flops_per_token[1] = dense_flops - backend.flops_saved_per_token(
+            self._flops_per_token[1] = dense_flops - apply_lighthouse.flops_saved_per_token(
                 self.model_args,
                 lighthouse.attention_config(),
                 lighthouse.full_attn_layers,
@@ -114,7 +111,7 @@ class TwoStageTrainer(Trainer):
             (model,) = self.model_parts
             with self.metrics_processor.stopped_clock():
                 with self.train_context(), self.maybe_enable_amp:
-                    figures = telemetry.measure_layers(model, self._last_inputs)
+                    figures = selection_metrics.measure_layers(model, self._last_inputs)
                 self.metrics_processor.logger.log(figures, self.step)
 
     def forward_backward_step(self, **batch) -> torch.Tensor:
@@ -137,7 +134,7 @@ class TwoStageTrainer(Trainer):
     def _stop(self) -> None:
         # No stage yet: no step of this process that could be lost.
         is_saved = self.stage is None or self.checkpointer.save_now(self.step)
-        self.exit_code = interruption.EXIT_CODE if is_saved else 1
+        self.exit_code = signals.EXIT_CODE if is_saved else 1
         kept = "nothing is lost" if is_saved else "without checkpoints its steps are lost"
         logger.warning(f"Asked to stop: the run ends after step {self.step}; {kept}")
 
@@ -147,11 +144,11 @@ class TwoStageTrainer(Trainer):
 
     def _enter_stage(self, stage: int) -> None:
         is_handover = stage == 2 and 0 < self.step == self.job_config.lighthouse.stage1_steps
-        before = handover.state_digests(self) if is_handover else None
+        before = stage_switch.state_digests(self) if is_handover else None
         for part in self.model_parts:
             if stage == 1:
                 lighthouse = self.job_config.lighthouse
-                backend.use_lighthouse(
+                apply_lighthouse.use_lighthouse(
                     part,
                     lighthouse.attention_config(),
                     lighthouse.full_attn_layers,
@@ -160,7 +157,7 @@ class TwoStageTrainer(Trainer):
                     self.context,
                 )
             else:
-                backend.use_dense(part)
+                apply_lighthouse.use_dense(part)
         self.stage = stage
         self.metrics_processor.enter_stage(stage, self._flops_per_token[stage])
         logger.info(f"Stage {stage} ({STAGE_NAMES[stage]} attention) from step {self.step + 1} on")
@@ -168,18 +165,18 @@ class TwoStageTrainer(Trainer):
             self._hand_over(before)
 
     def _hand_over(self, before: dict[str, str]) -> None:
-        after = handover.state_digests(self)
+        after = stage_switch.state_digests(self)
         if before != after:
             raise RuntimeError(f"the stage switch changed the state: {before} became {after}")
         record = {
             "step": self.step,
             "learning_rate": self.lr_schedulers.schedulers[0].get_last_lr()[0],
             "tokens_seen_per_rank": self.ntokens_seen,
-            "data": handover.data_positions(self),
+            "data": stage_switch.data_positions(self),
             "before": before,
             "after": after,
         }
-        path = handover.write_handover(self.job_config.job.dump_folder, record)
+        path = stage_switch.write_handover(self.job_config.job.dump_folder, record)
         logger.info(
             f"Stage switch after step {self.step}: Lighthouse to dense, learning rate "
             f"{record['learning_rate']:.3e}, {self.ntokens_seen:,} tokens per rank, parameters and "
@@ -211,10 +208,10 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", "0")
     try:
-        config = checks.load_config(sys.argv[1:] if args is None else args)
+        config = load_config(sys.argv[1:] if args is None else args)
         # One process that plays rank 0 of NGPU has torchtitan's fake backend.
         is_alone = config.comm.mode == "fake_backend"
-        checks.check_config(config, world_size_of("NGPU" if is_alone else "WORLD_SIZE"))
+        check_config(config, world_size_of("NGPU" if is_alone else "WORLD_SIZE"))
     except ValueError as error:
         if os.environ["LOCAL_RANK"] == "0":
             print(f"error: {error}", file=sys.stderr)

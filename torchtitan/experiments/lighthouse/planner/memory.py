@@ -31,7 +31,7 @@ validation, code and the Python process.
 
 from dataclasses import dataclass
 
-from torchtitan.experiments.lighthouse.sizes import Sizes
+from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
 
 _COMPLEX64, _FP32, _INT32, _INT64 = 8, 4, 4, 8
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.experiments.lighthouse.whole_file import write_json
+from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 
 FILE_NAME = "handover.json"
 

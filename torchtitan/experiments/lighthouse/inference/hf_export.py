@@ -1,6 +1,6 @@
 """A trained model as a folder that `transformers.LlamaForCausalLM.from_pretrained` loads.
 
-    config.json, generation_config.json     what the model is (`hugging_face.py`)
+    config.json, generation_config.json     what the model is (`hf_llama.py`)
     model.safetensors                       or several files of up to 5 GB and their index
     tokenizer.json, tokenizer_config.json   and what else belongs to the tokenizer
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse import hugging_face
-from torchtitan.experiments.lighthouse.trained import TrainedModel
+from torchtitan.experiments.lighthouse.checkpoint import hf_llama
+from torchtitan.experiments.lighthouse.inference.load_model import TrainedModel
 from torchtitan.models.llama3 import Transformer
 
 TOLERANCE = 1e-4
@@ -49,7 +49,7 @@ def export(
     Raises:
         ValueError: `folder` holds something, or a package is missing.
     """
-    hugging_face.check_installed()
+    hf_llama.check_installed()
     # Only here: it comes with `datasets`, and takes a while to import.
     from huggingface_hub import save_torch_state_dict
 
@@ -60,19 +60,19 @@ def export(
             "name another one or remove it"
         )
     model = trained.load(dtype=TORCH_DTYPE_MAP[dtype])
-    adapter = hugging_face.Llama3Adapter(model.model_args, None)
+    adapter = hf_llama.Llama3Adapter(model.model_args, None)
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(adapter.to_hf(model.state_dict()), folder, max_shard_size=max_file_size)
     tokenizer = trained.tokenizer()
     special_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = {
         "architectures": ["LlamaForCausalLM"],
-        **hugging_face.to_config(model.model_args),
+        **hf_llama.to_config(model.model_args),
         # Left out they would be 1 and 2.
         **special_ids,
         "torch_dtype": dtype,
     }
-    _write(folder / hugging_face.CONFIG, config)
+    _write(folder / hf_llama.CONFIG, config)
     known_ids = {name: value for name, value in special_ids.items() if value is not None}
     _write(folder / "generation_config.json", known_ids)
     for name in _TOKENIZER_FILES:
@@ -138,7 +138,7 @@ def check_export(trained: TrainedModel, folder: str | Path) -> Comparison:
 
 
 def _dtype_of(folder: str | Path) -> torch.dtype:
-    config = json.loads((Path(folder) / hugging_face.CONFIG).read_text())
+    config = json.loads((Path(folder) / hf_llama.CONFIG).read_text())
     return TORCH_DTYPE_MAP[config["torch_dtype"]]
 
 

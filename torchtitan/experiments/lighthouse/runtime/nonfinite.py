@@ -12,7 +12,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.experiments.lighthouse.stop import Stop
+from torchtitan.experiments.lighthouse.runtime.errors import Stop
 from torchtitan.tools.logging import logger
 
 SKIPPED = "lighthouse/skipped_steps"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torchtitan.config import job_config as titan
-from torchtitan.experiments.lighthouse.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 
 from lighthouse import LighthouseConfig
 
@@ -115,7 +115,7 @@ class Validation(titan.Validation):
     """Batches per data-parallel rank, the same ones at every validation."""
 
     def __post_init__(self):
-        # torchtitan asserts a rule here; ours stand in checks.py.
+        # torchtitan asserts a rule here; ours stand in config/rules.py.
         pass
 
 
@@ -127,7 +127,7 @@ class Checkpoint(titan.Checkpoint):
 
     accept_changes: list[str] = field(default_factory=list)
     """Fields that may differ from those a checkpoint was trained with when a run goes on from it,
-    such as lighthouse.topk; see provenance.py."""
+    such as lighthouse.topk; see checkpoint/compatibility.py."""
 
 
 @dataclass

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.trained import load_model
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.inference.load_model import load_model
 from torchtitan.models.llama3 import Transformer
 
 

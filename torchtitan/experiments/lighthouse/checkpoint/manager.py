@@ -2,10 +2,10 @@
 
 - One is saved at the stage switch, whatever the interval, and never purged: the last state
   trained with Lighthouse, from which a dense run can start.
-- Checkpoints count for `keep_latest_k` only if they are whole (`checkpoint_files.py`); torn ones
+- Checkpoints count for `keep_latest_k` only if they are whole (`files.py`); torn ones
   older than the newest whole one are removed with the old ones. The newest whole one is loaded.
 - One can be saved at any step, when the run is asked to stop.
-- Each says what it was trained with (`provenance.py`).
+- Each says what it was trained with (`compatibility.py`).
 - A folder without a whole checkpoint stops the run: torchtitan would train from scratch.
 - The hyperparameters of the optimizer are those of the configuration: torchtitan would go on with
   those that were saved, whatever the configuration says.
@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchtitan.components.checkpoint import LR_SCHEDULER, CheckpointManager
-from torchtitan.experiments.lighthouse.checkpoint_files import (
+from torchtitan.experiments.lighthouse.checkpoint.compatibility import write_record
+from torchtitan.experiments.lighthouse.checkpoint.files import (
     check_folder,
     checkpoint_faults,
     checkpoint_steps,
     whole_steps,
 )
-from torchtitan.experiments.lighthouse.provenance import write_record
-from torchtitan.experiments.lighthouse.stop import Stop
+from torchtitan.experiments.lighthouse.runtime.errors import Stop
 from torchtitan.tools.logging import logger
 
 

@@ -1,6 +1,6 @@
 """What a run will do and need, before it starts: counted, and timed by stated rates.
 
-    sizes.py     tokens, ranks, shards, kinds of layers
+    run_shape.py  tokens, ranks, shards, kinds of layers
     memory.py    the most that a rank holds
     here         FLOPs, bytes between ranks, seconds, checkpoints; `plan` puts all together
     gpus.py      the rates
@@ -25,11 +25,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse.backend import flops_saved_per_token
-from torchtitan.experiments.lighthouse.gpus import GPUS_PER_NODE, Gpu
-from torchtitan.experiments.lighthouse.job_config import JobConfig
-from torchtitan.experiments.lighthouse.memory import Memory, stage_memory
-from torchtitan.experiments.lighthouse.sizes import Sizes
+from torchtitan.experiments.lighthouse.apply_lighthouse import flops_saved_per_token
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.planner.gpus import GPUS_PER_NODE, Gpu
+from torchtitan.experiments.lighthouse.planner.memory import Memory, stage_memory
+from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
 
 from lighthouse.config import SELECTED_PER_STRATUM
 from lighthouse.costs import (
@@ -129,7 +129,7 @@ class Plan:
 
 
 def plan(config: JobConfig, world_size: int, gpu: Gpu | None) -> Plan:
-    """Plan a run that `checks.check_config` has passed.
+    """Plan a run that `preflight.check_config` has passed.
 
     Args:
         gpu: what it is to run on; None for the CPU, whose rates are not known.

@@ -1,7 +1,7 @@
 """The data path: documents become windows of tokens, and a checkpoint keeps the exact position.
 
     for epoch in 0, 1, 2, ...:                      # once, where not `infinite`
-        for document in this rank's share:          # order and split: `corpora.py`
+        for document in this rank's share:          # order and split: `datasets.py`
             buffer += encode(document)              # with the tokenizer's BOS and EOS
             while len(buffer) > seq_len:
                 yield buffer[:seq_len], buffer[1 : seq_len + 1]
@@ -11,7 +11,7 @@ so that every token but a rank's very first is a label exactly once. What an epo
 buffer opens the next one. A position is (epoch, documents consumed, buffer) and, where the corpus
 is streamed, the stream's own state; a run that is resumed, any number of times and in any epoch,
 sees the windows that it would have seen. Data that was tokenized beforehand is read by
-`prepared.py` instead.
+`tokenized.py` instead.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
-from torchtitan.experiments.lighthouse.corpora import (
+from torchtitan.experiments.lighthouse.data.datasets import (
     DATASETS,
     SECTIONS,
     Corpus,
@@ -33,8 +33,8 @@ from torchtitan.experiments.lighthouse.corpora import (
     is_held_out,
     open_documents,
 )
-from torchtitan.experiments.lighthouse.faults import in_one_line
-from torchtitan.experiments.lighthouse.prepared import PreparedDataloader, PreparedDataset
+from torchtitan.experiments.lighthouse.data.retry import in_one_line
+from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataloader, PreparedDataset
 
 __all__ = [
     "DATASETS",

@@ -1,7 +1,7 @@
 """The sizes of a run: what its configuration and its number of processes come to.
 
-Everything `plan.py` and `memory.py` count follows from these. Nothing is measured and no process
-group is made: the model is torchtitan's own, on the meta device.
+Everything `estimate.py` and `memory.py` count follows from these. Nothing is measured and no
+process group is made: the model is torchtitan's own, on the meta device.
 """
 
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ from functools import cached_property
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse import FLAVORS
-from torchtitan.experiments.lighthouse.backend import dense_layers
-from torchtitan.experiments.lighthouse.job_config import JobConfig
+from torchtitan.experiments.lighthouse.apply_lighthouse import dense_layers
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 from lighthouse import LighthouseConfig
@@ -21,7 +21,7 @@ from lighthouse.costs import Shape
 
 @dataclass(frozen=True)
 class Sizes:
-    """A run of `config` on `world_size` processes, legal by `checks.check_config`.
+    """A run of `config` on `world_size` processes, legal by `preflight.check_config`.
 
     Raises:
         ValueError: what a plan does not cover: tensor parallelism, CPU offloading, converted

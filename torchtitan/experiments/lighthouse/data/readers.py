@@ -1,6 +1,6 @@
 """The rows of local files: of text files, of JSON lines, plain or gzipped, and of Parquet tables.
 
-`READERS` read a file in chunks, for `prepare.py` and for `SourceFile`, which is a file as a run
+`READERS` read a file in chunks, for `tokenize.py` and for `SourceFile`, which is a file as a run
 found it: it reads the rows while the file stays so, and names file and row where they are broken.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan.experiments.lighthouse.faults import Dropped, retrying
+from torchtitan.experiments.lighthouse.data.retry import Dropped, retrying
 
 TEXT_COLUMN = "text"
 
-# Some hundred documents: what is sent to a worker of `prepare.py` costs little beside tokenizing.
+# Some hundred documents: what is sent to a worker of `tokenize.py` costs little beside tokenizing.
 CHUNK_BYTES = 2**20
 CHUNK_ROWS = 256
 
@@ -36,7 +36,7 @@ class SourceFile:
 
     path: Path
     reader: str
-    """A key of `READERS`, or `shard`, of whose tokens `prepared.py` knows."""
+    """A key of `READERS`, or `shard`, of whose tokens `tokenized.py` knows."""
 
     field: str
     """What names the corpus in an error."""

@@ -10,7 +10,7 @@ A text that itself spells `<|endoftext|>` gets id 256 there, as with every Huggi
 import json
 from pathlib import Path
 
-BYTE_TOKENIZER_PATH = str(Path(__file__).parent / "assets" / "byte_tokenizer")
+BYTE_TOKENIZER_PATH = str(Path(__file__).parents[1] / "assets" / "byte_tokenizer")
 """Folder of the checked-in tokenizer, for `model.hf_assets_path`."""
 
 EOS_TOKEN = "<|endoftext|>"

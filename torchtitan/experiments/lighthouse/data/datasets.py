@@ -2,13 +2,13 @@
 
 A document is one file (`python_stdlib`, `text`), one JSON line (`jsonl`, `c4_local`), or one row
 (`parquet`, `c4`); one without text is left out; `prepared` holds no documents, but tokens already
-(`prepared.py`). C4 brings a validation split of its own. Everywhere
+(`tokenized.py`). C4 brings a validation split of its own. Everywhere
 else a document is held out iff the CRC-32 of its UTF-8 bytes is divisible by 32, so copies of a
 document fall on one side, and the split depends neither on their order nor on the number of ranks.
 
 `read(seed, epoch, consumed, cursor)` of `ShuffledDocuments`, `FileDocuments` and `HubDocuments`
 yields pairs (text, cursor). Called with the count and the cursor of a pair, it goes on with the
-pair after it. What cannot be read is tried again or told as `faults.py` says; a file that is not
+pair after it. What cannot be read is tried again or told as `retry.py` says; a file that is not
 as it was when the corpus was opened ends the run.
 """
 
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from torchtitan.experiments.lighthouse.faults import Dropped, retrying
-from torchtitan.experiments.lighthouse.readers import TEXT_COLUMN, SourceFile, look_at
+from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN, SourceFile, look_at
+from torchtitan.experiments.lighthouse.data.retry import Dropped, retrying
 from torchtitan.tools.logging import logger
 
 # About 3 % of the documents: enough for a stable loss, little taken from a small corpus.

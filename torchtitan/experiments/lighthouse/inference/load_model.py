@@ -19,21 +19,18 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse import FLAVORS, hugging_face
-from torchtitan.experiments.lighthouse.backend import use_fused_attention
-from torchtitan.experiments.lighthouse.checkpoint_files import (
-    METADATA,
-    check_safe,
-    whole_steps,
-)
-from torchtitan.experiments.lighthouse.command_line import open_tokenizer
-from torchtitan.experiments.lighthouse.job_config import (
+from torchtitan.experiments.lighthouse.apply_lighthouse import use_fused_attention
+from torchtitan.experiments.lighthouse.checkpoint import hf_llama
+from torchtitan.experiments.lighthouse.checkpoint.compatibility import shape_difference
+from torchtitan.experiments.lighthouse.checkpoint.files import METADATA, check_safe, whole_steps
+from torchtitan.experiments.lighthouse.config.job_config import (
     POOL_ROTARY,
     POOL_ROTARY_BEFORE,
     SAVED_CONFIG,
     Lighthouse,
 )
-from torchtitan.experiments.lighthouse.provenance import shape_difference
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.runtime.command_line import open_tokenizer
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 from lighthouse import LighthouseConfig
@@ -98,7 +95,7 @@ def load_model(
         # It is a single process indeed.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         if is_hf:
-            hugging_face.load_weights(model, folder)
+            hf_llama.load_weights(model, folder)
         else:
             state_dict = model.state_dict()
             dcp.load(state_dict, checkpoint_id=folder, no_dist=True)
@@ -137,15 +134,15 @@ def open_trained(
         if max_seq_len is None:
             max_seq_len = settings.get("training", {}).get("seq_len")
         tokenizer_path = tokenizer_path or model.get("hf_assets_path")
-    elif (folder / hugging_face.CONFIG).is_file():
+    elif (folder / hf_llama.CONFIG).is_file():
         settings = {}
         if flavor is not None:
             raise ValueError(
-                f"--flavor must not be given for {str(folder)!r}, whose {hugging_face.CONFIG} says "
+                f"--flavor must not be given for {str(folder)!r}, whose {hf_llama.CONFIG} says "
                 f"what it is, got {flavor!r}; remove it"
             )
-        hugging_face.check_installed()
-        args = hugging_face.from_config(folder)
+        hf_llama.check_installed()
+        args = hf_llama.from_config(folder)
         max_seq_len = args.max_seq_len if max_seq_len is None else max_seq_len
         tokenizer_path = tokenizer_path or str(folder)
     else:

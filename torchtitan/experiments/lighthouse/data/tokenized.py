@@ -3,7 +3,7 @@
     <dataset_path>/<split>/manifest.json   what was tokenized, by what, and the shards (`Manifest`)
     <dataset_path>/<split>/00000.bin, ...  token ids, little-endian, of whole documents
 
-`prepare.py` writes it. The shards, one after the other, are the T tokens of the corpus; epochs
+`tokenize.py` writes it. The shards, one after the other, are the T tokens of the corpus; epochs
 follow each other in one endless stream of tokens, and window k is the tokens k*S to k*S + S of it,
 S inputs and the S labels one further. Every token but the very first is thus a label exactly once
 an epoch, as in `data.py`, and what is left of an epoch opens a window with the next one.
@@ -31,9 +31,9 @@ import torch
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import Dataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
-from torchtitan.experiments.lighthouse.corpora import SECTIONS
-from torchtitan.experiments.lighthouse.faults import in_one_line, retrying
-from torchtitan.experiments.lighthouse.readers import fault, look_at
+from torchtitan.experiments.lighthouse.data.datasets import SECTIONS
+from torchtitan.experiments.lighthouse.data.readers import fault, look_at
+from torchtitan.experiments.lighthouse.data.retry import in_one_line, retrying
 
 FORMAT = 1
 """Version of the files; another one is refused."""

@@ -1,4 +1,4 @@
-"""Prepares a corpus: tokenizes it once and writes the shards that `prepared.py` reads.
+"""Prepares a corpus: tokenizes it once and writes the shards that `tokenized.py` reads.
 
     for rows in the files of the corpus, in order:       # this process; `_Rows`
         tokens = encode(text of each document)           # worker processes; with BOS and EOS
@@ -31,14 +31,21 @@ from typing import Any
 
 import numpy as np
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse.corpora import (
+from torchtitan.experiments.lighthouse.data.datasets import (
     DATASETS,
     SECTIONS,
     corpus_root,
     find_files,
     is_held_out,
 )
-from torchtitan.experiments.lighthouse.prepared import (
+from torchtitan.experiments.lighthouse.data.readers import (
+    READ_ERRORS,
+    READERS,
+    Row,
+    document_text,
+    where,
+)
+from torchtitan.experiments.lighthouse.data.tokenized import (
     FORMAT,
     MANIFEST,
     PARTIAL_MANIFEST,
@@ -49,14 +56,7 @@ from torchtitan.experiments.lighthouse.prepared import (
     read_manifest,
     tokenizer_digest,
 )
-from torchtitan.experiments.lighthouse.readers import (
-    READ_ERRORS,
-    READERS,
-    Row,
-    document_text,
-    where,
-)
-from torchtitan.experiments.lighthouse.whole_file import write_json
+from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from tqdm import tqdm
 
 SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("hub", "prepared")]

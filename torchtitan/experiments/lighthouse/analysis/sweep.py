@@ -1,0 +1,483 @@
+"""Train one configuration over a grid of Lighthouse's settings, and compare what came of it.
+
+    scripts/ablate.py train_configs/c4_530m_98k.toml --out outputs/grid --list
+    scripts/ablate.py train_configs/c4_530m_98k.toml --out outputs/grid --run --collect --nproc 8
+
+A grid gives values to fields of [lighthouse], to `stage1_share`, stage 1 as a part of
+`training.steps` (0: dense throughout), and to `seed`, debug.seed; without one it is the paper's. It
+is a TOML file or an inline table:
+
+    --grid '{scorer = ["norm", "gla"], stage1_share = [0.5, 0.75], seed = [0, 1]}'
+
+Each combination is a cell: the configuration with overrides, in a folder of its own.
+
+--list     prints the cells with their overrides and how far each is. One that is not legal says
+           why, and is left out of everything else.
+--run      trains the cells one after another. A finished one is skipped, and a stopped one goes on
+           from its newest checkpoint. If one fails, the others are trained all the same; its folder
+           holds error.txt, and the exit code is 1. A signal (SIGTERM, SIGUSR1) ends the cell with a
+           checkpoint, and the exit code is 75.
+--collect  writes table.md, table.csv, table.json and fields.png of all cells in the folder. Cells
+           that differ in their seeds alone are a row of a second table: mean and range.
+
+Further arguments override the configuration in every cell: `--training.steps 4000`.
+"""
+
+import copy
+import csv
+import itertools
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import tomli
+import torch
+from torchtitan.experiments.lighthouse.analysis.run_metrics import figures, read_run
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.preflight import check_config
+from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
+from torchtitan.experiments.lighthouse.runtime.command_line import (
+    Parser,
+    check_output_folder,
+    told_in_one_line,
+)
+from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PAPER_GRID = {
+    "scorer": ["norm", "dilated", "gla"],
+    "pooling_factor": [2, 4, 8],
+    "num_levels": [3, 4, 5],
+    "topk": [1536, 2048, 3072, 4096, 6144],
+    # 10,000 + 6,000 steps, 11,000 + 5,000 and 12,000 + 4,000.
+    "stage1_share": [10 / 16, 11 / 16, 12 / 16],
+}
+"""Scorers, sizes and stages of the paper (arXiv 2605.06554)."""
+
+FIELDS = [
+    *("scorer", "pooling_factor", "num_levels", "topk", "dilation", "pool_rotary"),
+    *("stage1_steps", "seed"),
+]
+"""What a cell is told apart by: fields of [lighthouse], and debug.seed."""
+
+COLUMNS = {
+    "final_held_out_loss": ("held-out loss", ".4f"),
+    "final_training_loss": ("training loss", ".4f"),
+    "spike_nats": ("spike, nats", "+.3f"),
+    "recovery_step": ("made up for at", ","),
+    "stage_1_tokens_per_second": ("stage 1, tokens/s", ",.0f"),
+    "stage_2_tokens_per_second": ("stage 2, tokens/s", ",.0f"),
+    "stage_1_speed_up": ("speed-up", ".2f"),
+    "device_hours": ("device-hours", ".3g"),
+}
+"""What table.md calls the figures of a cell, and how it writes them."""
+
+TRAINER = ["-m", "torchtitan.experiments.lighthouse.train"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the grid."""
+
+    folder: Path
+    fields: dict[str, Any]
+    overrides: list[str]
+    """Of the command line."""
+
+    reason: str | None
+    """Why it is not legal; None if it is."""
+
+    def state(self) -> str:
+        """How far it is: new, stopped, failed or finished."""
+        for state, name in (("finished", "finished"), ("failed", "error.txt")):
+            if (self.folder / name).exists():
+                return state
+        return "stopped" if (self.folder / "log.txt").exists() else "new"
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("config", type=Path, metavar="CONFIG", help="TOML file of a run in two stages")
+    add("--grid", metavar="FILE|TABLE", help="TOML file or inline table; default: the paper's")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="holds a folder for each cell")
+    add("--list", action="store_true", help="print the cells (default)")
+    add("--run", action="store_true", help="train them")
+    add("--collect", action="store_true", help="write tables and plots")
+    num_devices = max(1, torch.cuda.device_count())
+    add("--nproc", type=int, default=num_devices, metavar="N", help="processes of a run")
+    options, overrides = parser.parse_known_args()
+    exit_code = 0
+    with told_in_one_line():
+        if options.nproc < 1:
+            raise ValueError(f"--nproc must be at least 1, got {options.nproc}; use 1 or more")
+        check_output_folder("--out", options.out)
+        grid = PAPER_GRID if options.grid is None else read_grid(options.grid)
+        cells = cells_of(options.config, overrides, grid, options.out, options.nproc)
+        if options.list or not (options.run or options.collect):
+            list_cells(cells)
+        if options.run:
+            exit_code = run_cells(cells, options.config, overrides, options.nproc)
+        if options.collect:
+            collect(options.out)
+    raise SystemExit(exit_code)
+
+
+# ---- the grid
+
+
+def read_grid(text: str) -> dict[str, list]:
+    """The grid in a TOML file, or in an inline table.
+
+    Raises:
+        ValueError: it is not TOML, or not lists of values of known fields.
+    """
+    is_inline = text.lstrip().startswith("{")
+    try:
+        if is_inline:
+            grid = tomli.loads(f"grid = {text}")["grid"]
+        else:
+            grid = tomli.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+        what = "an inline table" if is_inline else "a TOML file"
+        raise ValueError(f"--grid must be {what}, got {text!r} ({error}); correct it") from None
+    if not grid:
+        raise ValueError(f"--grid must name a field, got {text!r}; write one, or leave it out")
+    known = [*(name for name in FIELDS if name != "stage1_steps"), "stage1_share"]
+    for name, values in grid.items():
+        if name not in known:
+            raise ValueError(f"--grid: {name} is not a field; use {', '.join(known)}")
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"--grid: {name} must be a list of values, got {values!r}; write one")
+        is_text = name in ("scorer", "pool_rotary")
+        kind = str if is_text else (int, float) if name == "stage1_share" else int
+        for value in values:
+            if not isinstance(value, kind) or isinstance(value, bool):
+                expected = "text" if kind is str else "numbers"
+                raise ValueError(
+                    f"--grid: {name} must be a list of {expected}, got {value!r}; change its type"
+                )
+    for share in grid.get("stage1_share", []):
+        if not 0 <= share <= 1:
+            raise ValueError(
+                f"--grid: stage1_share must be from 0 to 1, got {share!r}; give stage 1 as a part "
+                "of training.steps"
+            )
+    return grid
+
+
+def cells_of(
+    config_file: Path, overrides: list[str], grid: dict[str, list], out: Path, nproc: int
+) -> list[Cell]:
+    """The cells of a grid, in its order.
+
+    Raises:
+        ValueError: the configuration cannot be read, or an override is what a cell sets.
+    """
+    of_cells = {"job.config_file", "job.dump_folder"}
+    of_cells |= {flag_of(name.replace("_share", "_steps")) for name in grid}
+    for argument in overrides:
+        flag = argument.split("=")[0].replace("-", "_").removeprefix("__")
+        if argument.startswith("--") and flag in of_cells:
+            raise ValueError(f"{argument} must not be given, since a cell sets it; leave it out")
+    base = load_config(["--job.config_file", str(config_file), *overrides])
+    cells = []
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        if "stage1_share" in settings:
+            settings["stage1_steps"] = round(settings.pop("stage1_share") * base.training.steps)
+        config = copy.deepcopy(base)
+        for name, value in settings.items():
+            setattr(section_of(config, name), name, value)
+        reason = None
+        try:
+            check_config(config, nproc, is_start=False)
+        except ValueError as error:
+            reason = str(error)
+        fields = {name: getattr(section_of(config, name), name) for name in FIELDS}
+        flags = [
+            argument
+            for name, value in settings.items()
+            for argument in (f"--{flag_of(name)}", str(value))
+        ]
+        folder = out / name_of(fields, config.training.steps, grid)
+        cells.append(Cell(folder, fields, flags, reason))
+    return cells
+
+
+def flag_of(name: str) -> str:
+    """The field of the configuration that a field of the grid sets."""
+    return f"debug.{name}" if name == "seed" else f"lighthouse.{name}"
+
+
+def section_of(config: Any, name: str) -> Any:
+    """The section of the configuration that holds a field of the grid."""
+    return getattr(config, flag_of(name).split(".")[0])
+
+
+def name_of(fields: dict[str, Any], steps: int, grid: dict[str, list]) -> str:
+    """As norm-p4-L3-k1536-10000+6000: scorer, pooling_factor, num_levels, topk and stages."""
+    stage1_steps = steps if fields["stage1_steps"] == -1 else fields["stage1_steps"]
+    name = "{scorer}-p{pooling_factor}-L{num_levels}-k{topk}".format(**fields)
+    dilation = f"-d{fields['dilation']}" if "dilation" in grid else ""
+    seed = f"-s{fields['seed']}" if "seed" in grid else ""
+    rotary = f"-{fields['pool_rotary']}" if "pool_rotary" in grid else ""
+    return f"{name}{dilation}{rotary}-{stage1_steps}+{steps - stage1_steps}{seed}"
+
+
+def list_cells(cells: list[Cell]) -> None:
+    for cell in cells:
+        state = f"illegal: {cell.reason}" if cell.reason else cell.state()
+        print(f"{cell.folder.name}  {' '.join(cell.overrides)}  {state}")
+    num_legal = sum(cell.reason is None for cell in cells)
+    print(f"{len(cells)} cells, {num_legal} legal, {len(cells) - num_legal} illegal")
+
+
+# ---- runs
+
+
+class Stop:
+    """Whether a signal has asked to stop; it is handed on to the run of the moment."""
+
+    def __init__(self):
+        self.is_asked = False
+        self.process = None
+
+    def __enter__(self) -> "Stop":
+        numbers = (*SIGNALS, signal.SIGINT)
+        self._former = {number: signal.signal(number, self._arrive) for number in numbers}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, action in self._former.items():
+            signal.signal(number, action)
+
+    def _arrive(self, number, frame) -> None:
+        self.is_asked = True
+        self.hand_on()
+
+    def hand_on(self) -> None:
+        if self.is_asked and self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+
+
+def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc: int) -> int:
+    """Train the legal cells that are not finished; returns the exit code.
+
+    Raises:
+        ValueError: there is none, or the folder of one is that of other settings.
+    """
+    legal = [cell for cell in cells if cell.reason is None]
+    if not legal:
+        raise ValueError("--grid must have a legal cell, got none; see --list")
+    for cell in legal:
+        take_folder(cell, config_file, overrides)
+    failed = []
+    with Stop() as stop:
+        for i, cell in enumerate(legal):
+            if stop.is_asked:
+                break
+            title = f"[{i + 1}/{len(legal)}] {cell.folder.name}"
+            if cell.state() == "finished":
+                print(f"{title}: finished before")
+                continue
+            print(f"{title}: training ...", flush=True)
+            start = time.monotonic()
+            train(cell, config_file, overrides, nproc, stop)
+            state = cell.state()
+            if state == "stopped":
+                stop.is_asked = True
+            elif state == "failed":
+                failed.append(cell.folder)
+                state = f"failed, see {cell.folder / 'error.txt'}"
+            print(f"{title}: {state}, {time.monotonic() - start:.0f} s", flush=True)
+    if failed:
+        print(f"{len(failed)} of {len(legal)} cells failed: {' '.join(map(str, failed))}")
+    if stop.is_asked:
+        print("Asked to stop; the same command goes on.")
+        return EXIT_CODE
+    return 1 if failed else 0
+
+
+def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
+    """Make the folder of a cell, or find it made for the same settings."""
+    settings = {
+        "fields": cell.fields,
+        "overrides": [*overrides, *cell.overrides],
+        "config": tomli.loads(config_file.read_text()),
+    }
+    path = cell.folder / "cell.json"
+    if not path.exists():
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    elif read_settings(path) != settings:
+        raise ValueError(
+            f"--out must be a folder of the same configuration, got {str(cell.folder)!r} with "
+            "another one; name another --out, or remove that cell"
+        )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `take_folder` wrote. Raises ValueError for what it did not."""
+    try:
+        settings = json.loads(path.read_text())
+        return {name: settings[name] for name in ("fields", "overrides", "config")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--out must hold the cells as they were begun, got {str(path)!r}: {error!r}; remove "
+            "the folder of that cell, which is then trained anew"
+        ) from None
+
+
+def train(cell: Cell, config_file: Path, overrides: list[str], nproc: int, stop: Stop) -> None:
+    """Train a cell, or go on with it; its folder then says what came of it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    command = [
+        sys.executable, *(launcher if nproc > 1 else []), *TRAINER,
+        "--job.config_file", str(config_file), "--job.dump_folder", str(cell.folder),
+        *overrides, *cell.overrides,
+    ]  # fmt: skip
+    names = {"WANDB_RUN_GROUP": cell.folder.parent.name, "WANDB_RUN_NAME": cell.folder.name}
+    log, error = cell.folder / "log.txt", cell.folder / "error.txt"
+    error.unlink(missing_ok=True)
+    with log.open("a") as file:
+        stop.process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**names, **os.environ}
+        )
+        # One that came before there was a process.
+        stop.hand_on()
+        exit_code = stop.process.wait()
+        stop.process = None
+    if exit_code == 0:
+        (cell.folder / "finished").touch()
+    elif not stop.is_asked and exit_code != EXIT_CODE:
+        tail = log.read_text(errors="replace").splitlines()[-60:]
+        lines = [shlex.join(command), f"exit code {exit_code}; the end of {log}:", "", *tail]
+        error.write_text("\n".join(lines) + "\n")
+
+
+# ---- what came of it
+
+
+def collect(out: Path) -> None:
+    """Write tables and plots of all cells in `out`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rows = []
+    for path in sorted(out.glob("*/cell.json")):
+        cell = Cell(path.parent, read_settings(path)["fields"], [], None)
+        row = {"cell": cell.folder.name, **cell.fields, "state": cell.state()}
+        try:
+            row |= figures(read_run(cell.folder))
+        except ValueError:
+            # It has not trained a step.
+            row |= dict.fromkeys(COLUMNS)
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"--out must hold cells to collect, got none in {str(out)!r}; use --run")
+    loss = loss_of(rows)
+    rows.sort(key=lambda row: (row[loss] is None, row[loss]))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (out / "table.md").write_text(table(rows) + table_over_seeds(rows))
+    for name in ("table.md", "table.csv", "table.json"):
+        print(out / name)
+    if finished := [row for row in rows if row["state"] == "finished"]:
+        plot(finished, out / "fields.png")
+        print(out / "fields.png")
+
+
+def loss_of(rows: list[dict]) -> str:
+    """The loss to compare cells by: the held-out one where there is any."""
+    is_validated = any(row["final_held_out_loss"] is not None for row in rows)
+    return "final_held_out_loss" if is_validated else "final_training_loss"
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as markdown, the best first."""
+    header = [*FIELDS, "state", *(label for label, _ in COLUMNS.values())]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for row in rows:
+        written = [
+            "-" if row[name] is None else format(row[name], form)
+            for name, (_, form) in COLUMNS.items()
+        ]
+        settings = [str(row[name]) for name in (*FIELDS, "state")]
+        lines.append(f"| {' | '.join([*settings, *written])} |")
+    return "\n".join(lines) + "\n"
+
+
+def table_over_seeds(rows: list[dict]) -> str:
+    """Finished cells by all but their seeds: mean and range. Empty if only one seed was used."""
+    if len({row["seed"] for row in rows}) < 2:
+        return ""
+    settings = [name for name in FIELDS if name != "seed"]
+    groups = {}
+    for row in rows:
+        if row["state"] == "finished":
+            groups.setdefault(tuple(row[name] for name in settings), []).append(row)
+    header = [*settings, "seeds", *(label for label, _ in COLUMNS.values())]
+    lines = ["", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for values, group in groups.items():
+        written = []
+        for name, (_, form) in COLUMNS.items():
+            found = [row[name] for row in group if row[name] is not None]
+            if len(found) < len(group):
+                # A cell that did not reach it has no place in a mean.
+                written.append(f"in {len(found)} of {len(group)}" if found else "-")
+                continue
+            mean, low, high = (
+                format(value, form) for value in (statistics.mean(found), min(found), max(found))
+            )
+            written.append(f"{mean} ({low} to {high})")
+        lines.append(f"| {' | '.join([*map(str, values), str(len(group)), *written])} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Final loss and speed of cells by each field that they differ in; a bar at the median."""
+    varied = [name for name in FIELDS if len({row[name] for row in rows}) > 1] or ["topk"]
+    metrics = {
+        loss_of(rows): "final loss (nats per token)",
+        "stage_1_tokens_per_second": "stage 1 (tokens/s per device)",
+    }
+    figure, panels = plt.subplots(
+        len(metrics), len(varied), squeeze=False, sharey="row", sharex="col",
+        figsize=(2 + 2.6 * len(varied), 3 * len(metrics)), layout="constrained",
+    )  # fmt: skip
+    for panel_row, (metric, label) in zip(panels, metrics.items(), strict=True):
+        panel_row[0].set_ylabel(label)
+        for axes, name in zip(panel_row, varied, strict=True):
+            values = sorted({row[name] for row in rows})
+            groups = [
+                [row[metric] for row in rows if row[name] == value and row[metric] is not None]
+                for value in values
+            ]
+            for i, group in enumerate(groups):
+                axes.plot([i] * len(group), group, "o", color="tab:blue", alpha=0.4)
+                if group:
+                    median = statistics.median(group)
+                    axes.plot([i], [median], "_", color="tab:orange", markersize=30)
+            axes.set_xticks(range(len(values)), [str(value) for value in values])
+            axes.set_xlim(-0.5, len(values) - 0.5)
+    for axes, name in zip(panels[-1], varied, strict=True):
+        axes.set_xlabel(name)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""What is saved, kept, compared and loaded; the hand-over between the stages."""

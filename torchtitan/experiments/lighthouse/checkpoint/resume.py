@@ -1,0 +1,227 @@
+"""Whether a run can start from the checkpoints that are there, and save those to come."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.experiments.lighthouse.checkpoint import hf_llama
+from torchtitan.experiments.lighthouse.checkpoint.compatibility import FIELDS, check_checkpoint
+from torchtitan.experiments.lighthouse.checkpoint.files import (
+    check_folder,
+    check_safe,
+    corpus_fingerprint,
+    data_parallel_degree,
+    fault,
+    holds_training_state,
+    is_whole,
+    prepared_position,
+    whole_steps,
+)
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.rule_helpers import check_at_least, check_choice
+from torchtitan.experiments.lighthouse.data.datasets import DATASETS, fingerprint
+from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.metrics import FILE_NAME as METRICS
+from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
+from torchtitan.models.llama3 import Transformer
+
+TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
+"""What a checkpoint holds beside the model, by torchtitan's names."""
+
+
+def check_checkpointing(config: JobConfig, world_size: int, is_start: bool) -> None:
+    checkpoint, lighthouse = config.checkpoint, config.lighthouse
+    if not checkpoint.enable:
+        if checkpoint.create_seed_checkpoint:
+            raise ValueError(
+                "checkpoint.enable must be true for checkpoint.create_seed_checkpoint, got false; "
+                "set it to true"
+            )
+        return
+    for in_hf, model_only in (
+        ("last_save_in_hf", "last_save_model_only"),
+        ("initial_load_in_hf", "initial_load_model_only"),
+    ):
+        if getattr(checkpoint, in_hf) and not getattr(checkpoint, model_only):
+            raise ValueError(
+                f"checkpoint.{in_hf} must go with checkpoint.{model_only} = true, since that "
+                f"format holds the model alone, got false; set {model_only} to true"
+            )
+    check_at_least("checkpoint.interval", checkpoint.interval, 1)
+    if checkpoint.keep_latest_k < 0 or checkpoint.keep_latest_k == 1:
+        raise ValueError(
+            "checkpoint.keep_latest_k must be 0, for all, or at least 2, got "
+            f"{checkpoint.keep_latest_k}; use 2 or more"
+        )
+    ends_in_stage_1 = lighthouse.stage_of(config.training.steps) == 1
+    if ends_in_stage_1 and checkpoint.last_save_model_only:
+        raise ValueError(
+            "checkpoint.last_save_model_only must be false for a run that ends in stage 1, got "
+            "true: the dense stage could not go on without the optimizer; set it to false"
+        )
+    for name in checkpoint.accept_changes:
+        check_choice("checkpoint.accept_changes", name, list(FIELDS))
+    for name in checkpoint.exclude_from_loading:
+        check_choice("checkpoint.exclude_from_loading", name, sorted({*TRAINING_STATE, "model"}))
+    lost = TRAINING_STATE & set(checkpoint.exclude_from_loading)
+    if lost and 0 < lighthouse.stage1_steps < config.training.steps:
+        raise ValueError(
+            "checkpoint.exclude_from_loading must keep the training state in a run of two stages, "
+            f"got {', '.join(sorted(lost))}; remove it"
+        )
+    if not is_start:
+        return
+    folder = Path(config.job.dump_folder) / checkpoint.folder
+    check_folder(folder)
+    if not folder.exists():
+        _check_not_lost(config, folder)
+    if checkpoint.load_step != -1 and not is_whole(folder / f"step-{checkpoint.load_step}"):
+        raise ValueError(
+            f"checkpoint.load_step must be -1 or the step of a whole checkpoint in {folder}, got "
+            f"{checkpoint.load_step}; use -1 for the newest"
+        )
+    initial = checkpoint.initial_load_path
+    if initial is None and checkpoint.initial_load_in_hf:
+        initial = config.model.hf_assets_path
+    parallelism = config.parallelism
+    degree = world_size // (
+        parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    )
+    if folder.exists():
+        whole = whole_steps(folder)
+        newest = whole[-1]
+        step = newest if checkpoint.load_step == -1 else checkpoint.load_step
+        if step < newest:
+            raise ValueError(
+                f"checkpoint.load_step must be the newest in {folder}, {newest}, since what is "
+                f"saved before that would be purged first, got {step}; move newer ones away, or "
+                "start another job.dump_folder with checkpoint.initial_load_path"
+            )
+        # Of a seed checkpoint, step 0, the model alone is loaded.
+        _check_load(config, folder / f"step-{step}", degree, step or None, model_only=not step)
+        _check_space(config, folder, len(whole))
+        return
+    _check_space(config, folder, 0)
+    if initial is None:
+        return
+    if not Path(initial).is_dir():
+        raise ValueError(
+            "checkpoint.initial_load_path must be the folder of a checkpoint, step number "
+            f"included, got {initial!r}, which is none; correct the path"
+        )
+    if checkpoint.initial_load_in_hf:
+        flavor = config.model.flavor
+        hf_llama.check_flavor(initial, FLAVORS[flavor], flavor)
+        return
+    if torn := fault(initial):
+        raise ValueError(
+            f"checkpoint.initial_load_path must hold a whole checkpoint, got {initial!r}: {torn}; "
+            "name an older one"
+        )
+    _check_load(config, Path(initial), degree, None, checkpoint.initial_load_model_only)
+
+
+def _check_not_lost(config: JobConfig, folder: Path) -> None:
+    """Where metrics tell of steps after the first that is saved, there were checkpoints."""
+    checkpoint, dump_folder = config.checkpoint, Path(config.job.dump_folder)
+    if not (dump_folder / METRICS).exists():
+        return
+    steps = [line["step"] for line in read_metrics(dump_folder, LOSS)]
+    saved = [checkpoint.interval]
+    saved += [1] * checkpoint.enable_first_step_checkpoint
+    saved += [config.lighthouse.stage1_steps] * (config.lighthouse.stage1_steps > 0)
+    if steps and steps[-1] > min(saved):
+        raise ValueError(
+            f"checkpoint.folder must be there where a run has been, got no {str(folder)!r} beside "
+            f"{METRICS} up to step {steps[-1]}; put it back, name another job.dump_folder, or move "
+            f"{METRICS} away to start from step 0"
+        )
+
+
+def _check_space(config: JobConfig, folder: Path, num_whole: int) -> None:
+    """There must be room for the checkpoints that will be there at a time, beside those that are.
+
+    Args:
+        num_whole: checkpoints in `folder` that are whole.
+    """
+    checkpoint, training = config.checkpoint, config.training
+    with torch.device("meta"):
+        model = Transformer(FLAVORS[config.model.flavor])
+    # Two moments for each parameter.
+    elements = 3 * sum(parameter.numel() for parameter in model.parameters())
+    size = elements * TORCH_DTYPE_MAP[training.dtype].itemsize
+    has_switch = 0 < config.lighthouse.stage1_steps < training.steps
+    saves = -(-training.steps // checkpoint.interval) + has_switch
+    if checkpoint.keep_latest_k:
+        # A new one is whole before an old one goes.
+        saves = min(saves, checkpoint.keep_latest_k + 1 + has_switch)
+    needed = max(1, saves - num_whole) * size
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(
+            f"job.dump_folder must have room for {needed / size:.0f} more checkpoints of "
+            f"{size / 1e9:,.2f} GB, got {free / 1e9:,.2f} GB free in {there}; free some, lower "
+            "checkpoint.keep_latest_k, or name a folder elsewhere"
+        )
+
+
+def _check_load(
+    config: JobConfig, path: Path, degree: int, step: int | None, model_only: bool
+) -> None:
+    """The whole checkpoint `path` must be one to go on from, with `degree` data-parallel ranks.
+
+    Args:
+        step: of the checkpoint, where it is the run's own; None for one of another run.
+        model_only: whether the parameters alone are loaded.
+    """
+    check_safe(path)
+    if not model_only and not holds_training_state(path):
+        raise ValueError(
+            f"the checkpoint {str(path)!r} must hold the state of training to go on from it, got "
+            "the model alone; move it away, and an older one is used, or start another "
+            "job.dump_folder from it with checkpoint.initial_load_path and initial_load_model_only"
+        )
+    check_checkpoint(path, config, degree, step, model_only)
+    if not model_only:
+        _check_data_position(config, path, degree)
+
+
+def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
+    """A checkpoint holds the one position of all ranks in prepared data, for any number of them;
+    otherwise the data position of each data-parallel rank, for as many ranks alone."""
+    if "dataloader" in config.checkpoint.exclude_from_loading:
+        return
+    training = config.training
+    saved, position = data_parallel_degree(path), prepared_position(path)
+    is_prepared = training.dataset == "prepared"
+    if (saved is not None and is_prepared) or (position is not None and not is_prepared):
+        rule = "a corpus of documents" if is_prepared else "'prepared'"
+        raise ValueError(
+            f"training.dataset must be {rule} to go on at the data position of {path}, got "
+            f"{training.dataset!r}; set it back, or begin the data anew with "
+            'checkpoint.exclude_from_loading = ["dataloader"]'
+        )
+    if position is not None:
+        PreparedDataset(training.dataset_path, training.seq_len).load_state_dict(position)
+        return
+    if saved not in (None, degree):
+        parallelism = config.parallelism
+        model_parallel = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+        raise ValueError(
+            f"the data-parallel degree must be that of {path}, {saved}, to go on at its data "
+            f"position, got {degree}: {degree * model_parallel} processes over context times "
+            f"tensor parallel {model_parallel}; start {saved * model_parallel} processes or change "
+            "those degrees, or begin the data anew with "
+            'checkpoint.exclude_from_loading = ["dataloader"]'
+        )
+    # That of the hub is not asked before the run starts.
+    found = None if DATASETS[training.dataset].reader == "hub" else corpus_fingerprint(path)
+    if found is not None and found != fingerprint(training.dataset, training.dataset_path):
+        raise ValueError(
+            f"training.dataset must be the corpus of the data position of {path}, got "
+            f"{training.dataset!r} with other documents; restore them, or begin the data anew with "
+            'checkpoint.exclude_from_loading = ["dataloader"]'
+        )

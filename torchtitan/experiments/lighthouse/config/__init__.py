@@ -1,0 +1,1 @@
+"""The fields of a run and their rules."""

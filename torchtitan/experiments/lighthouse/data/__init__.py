@@ -1,0 +1,1 @@
+"""Corpora, packed to seq_len, resumable; corpora tokenized beforehand."""

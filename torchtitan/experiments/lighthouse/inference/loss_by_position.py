@@ -1,0 +1,235 @@
+"""Held-out loss of trained models, overall and by position in the context.
+
+    scripts/eval_loss.py outputs/debug/checkpoint/step-40
+    scripts/eval_loss.py outputs/debug/checkpoint/step-40 exported --lighthouse topk=256
+
+A model is a checkpoint, .../checkpoint/step-N of either stage, or a folder in the format of
+Hugging Face. Attention is dense; with --lighthouse the same weights are measured under Lighthouse
+Attention, too, with the fields of the run where it kept its configuration, and those given.
+
+The text is the held-out part of a corpus, from its beginning, packed to windows as in training:
+a window may begin within a document and hold several. The loss of a token is counted at the number
+of tokens in the window before it. Buckets of positions double in width. Losses are in nats per
+token, each with the standard error of its mean over the windows; they compare models with the same
+tokenizer.
+
+Writes eval_loss.png and eval_loss.json into --output; the last line printed is the same JSON.
+"""
+
+import argparse
+import itertools
+import json
+import warnings
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Validation
+from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset
+from torchtitan.experiments.lighthouse.data.packing import build_validation_dataloader
+from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
+from torchtitan.experiments.lighthouse.inference.generate import hidden_states
+from torchtitan.experiments.lighthouse.inference.load_model import (
+    LIGHTHOUSE_FIELDS,
+    TrainedModel,
+    add_arguments,
+    given_fields,
+    open_trained,
+)
+from torchtitan.experiments.lighthouse.runtime.command_line import (
+    Parser,
+    check_device,
+    check_output_folder,
+    told_in_one_line,
+)
+from torchtitan.models.llama3 import Transformer
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FIRST_BUCKET = 64
+"""Width of the first bucket, in tokens."""
+
+CHUNK_SIZE = 1024
+"""Tokens whose logits exist at a time."""
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    on_gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help="checkpoint or exported folder")
+    add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="measure under Lighthouse as well")
+    add("--dataset", default="python_stdlib", choices=list(DATASETS))
+    add("--dataset-path", help="folder or file of the dataset, where it needs one")
+    add("--seq-len", type=int, help="tokens of a window; by default as trained")
+    add("--windows", type=int, default=16, help="at most so many; fewer if the text ends")
+    add("--device", default="cuda" if on_gpu else "cpu")
+    add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
+    add("--output", type=Path, default=Path("outputs/eval_loss"))
+    add_arguments(parser)
+    options = parser.parse_args()
+    # A call inside torchdata that users cannot do anything about.
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    with told_in_one_line():
+        result = evaluate(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "eval_loss.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(result, options.output / "eval_loss.png")
+    print(table(result))
+    print(f"  {options.output / 'eval_loss.png'}")
+    print(json.dumps(result))
+
+
+def evaluate(options: argparse.Namespace) -> dict:
+    """Everything that is measured. Raises ValueError for what the options ask for in vain."""
+    check_output_folder("--output", options.output)
+    check_device(options.device)
+    for name, value in (("--windows", options.windows), ("--seq-len", options.seq_len)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}; use 1 or more")
+    trained = [
+        open_trained(folder, options.flavor, options.max_seq_len, options.tokenizer)
+        for folder in options.models
+    ]
+    seq_len = options.seq_len or min(model.args.max_seq_len for model in trained)
+    fields = [None] * len(trained)
+    if options.lighthouse is not None:
+        fields = [given_fields(model, options.lighthouse, seq_len) for model in trained]
+    results = []
+    for model, lighthouse in zip(trained, fields, strict=True):
+        windows = held_out_windows(model, options, seq_len)
+        transformer = model.load(options.device, TORCH_DTYPE_MAP[options.dtype], seq_len)
+        results.append(measure(model, "dense", transformer, windows))
+        if lighthouse is not None:
+            config, layers = lighthouse.attention_config(), lighthouse.full_attn_layers
+            use_lighthouse(transformer, config, layers, model.args.n_layers, lighthouse.pool_rotary)
+            chosen = {name: getattr(lighthouse, name) for name in LIGHTHOUSE_FIELDS}
+            results.append(measure(model, "Lighthouse", transformer, windows, fields=chosen))
+    return {
+        "dataset": options.dataset,
+        "dataset_path": options.dataset_path,
+        "seq_len": seq_len,
+        "device": options.device,
+        "dtype": options.dtype,
+        "results": results,
+    }
+
+
+def measure(
+    model: TrainedModel, attention: str, transformer: Transformer, windows: list, **more
+) -> dict:
+    """The entry of one model under one attention."""
+    losses = token_losses(transformer, windows)
+    by_position = [
+        {"from": start, "to": end, **mean(losses[:, start:end])}
+        for start, end in buckets(losses.shape[1])
+    ]
+    return {
+        "model": str(model.folder),
+        "attention": attention,
+        **more,
+        "windows": len(windows),
+        **mean(losses),
+        "by_position": by_position,
+    }
+
+
+def held_out_windows(
+    model: TrainedModel, options: argparse.Namespace, seq_len: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and labels, [1, S] each, of the first windows of the held-out text."""
+    check_dataset(options.dataset, options.dataset_path, "validation")
+    if options.dataset == "prepared":
+        check_prepared(
+            options.dataset_path, "validation", model.tokenizer_path, model.args.vocab_size
+        )
+    validation = Validation(
+        dataset=options.dataset,
+        dataset_path=options.dataset_path,
+        seq_len=seq_len,
+        local_batch_size=1,
+        # The whole text once.
+        steps=-1,
+    )
+    config = JobConfig(validation=validation)
+    loader = build_validation_dataloader(1, 0, model.tokenizer(), config)
+    windows = itertools.islice(loader, options.windows)
+    return [(inputs["input"], labels) for inputs, labels in windows]
+
+
+@torch.inference_mode()
+def token_losses(
+    model: Transformer, windows: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """Loss of every token of every window, [windows, S] in fp64 on the CPU."""
+    rows = []
+    for inputs, labels in windows:
+        device = model.freqs_cis.device
+        hidden, labels = hidden_states(model, inputs.to(device))[0], labels[0].to(device)
+        chunks = zip(hidden.split(CHUNK_SIZE), labels.split(CHUNK_SIZE), strict=True)
+        losses = [F.cross_entropy(model.output(h).float(), y, reduction="none") for h, y in chunks]
+        rows.append(torch.cat(losses).double().cpu())
+    return torch.stack(rows)
+
+
+def buckets(seq_len: int) -> list[tuple[int, int]]:
+    """First position and the one after the last of each bucket."""
+    edges = [0, FIRST_BUCKET]
+    while edges[-1] < seq_len:
+        edges.append(2 * edges[-1])
+    return [(start, min(end, seq_len)) for start, end in itertools.pairwise(edges)]
+
+
+def mean(losses: torch.Tensor) -> dict[str, float | None]:
+    """Mean of [windows, tokens] and its standard error over the windows; None for one window."""
+    by_window = losses.mean(1)
+    n = len(by_window)
+    error = (by_window.std() / n**0.5).item() if n > 1 else None
+    return {"loss": by_window.mean().item(), "standard_error": error}
+
+
+def table(result: dict) -> str:
+    models = list(dict.fromkeys(r["model"] for r in result["results"]))
+    columns = [f"{models.index(r['model']) + 1} {r['attention']}" for r in result["results"]]
+    lines = [
+        f"Held-out loss, {result['dataset']}, {result['results'][0]['windows']} windows of "
+        f"{result['seq_len']:,} tokens, {result['dtype']} on {result['device']}",
+        *(f"  {i}: {model}" for i, model in enumerate(models, 1)),
+        "",
+        f"{'position':>17}" + "".join(f"{column:>18}" for column in columns),
+    ]
+    by_position = zip(*(r["by_position"] for r in result["results"]), strict=True)
+    for cells in by_position:
+        name = f"{cells[0]['from']:,}-{cells[0]['to'] - 1:,}"
+        lines.append(f"{name:>17}" + "".join(f"{cell(c):>18}" for c in cells))
+    lines.append(f"{'all':>17}" + "".join(f"{cell(r):>18}" for r in result["results"]))
+    return "\n".join(lines)
+
+
+def cell(value: dict) -> str:
+    error = value["standard_error"]
+    return f"{value['loss']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def plot(result: dict, path: Path) -> None:
+    """Loss by position, a line for each model and attention."""
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    for entry in result["results"]:
+        # The middle of a bucket on a logarithmic axis; the first one from its first token on.
+        middles = [(max(1, b["from"]) * b["to"]) ** 0.5 for b in entry["by_position"]]
+        losses = [b["loss"] for b in entry["by_position"]]
+        errors = [b["standard_error"] or 0 for b in entry["by_position"]]
+        label = f"{entry['model']}, {entry['attention']}: {entry['loss']:.3f}"
+        axes.errorbar(middles, losses, errors, marker="o", capsize=3, label=label)
+    axes.set_xscale("log")
+    edges = [b["to"] for b in result["results"][0]["by_position"]]
+    axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
+    axes.minorticks_off()
+    axes.set(xlabel="tokens before", ylabel="held-out loss (nats per token)")
+    figure.legend(loc="outside upper left", fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,358 @@
+"""Pass key retrieval: does a model find one digit hidden in a long context?
+
+    scripts/eval_passkey.py outputs/debug/checkpoint/step-40
+    scripts/eval_passkey.py --make-data 20000 passkey.jsonl --lengths 256 512
+
+A document of n tokens, its end included, so that it fills a window of training.seq_len n:
+
+    [BOS] filler, needle, filler, question, digit, [EOS]
+
+    filler      random words of five letters and digits: "x7Qp0 4mZrB ..."
+    needle      "\\nThe pass key is #7. Keep it in mind.\\n"
+    question    "\\nWhat is the pass key? The pass key is #"
+
+The needle stands behind the given part of the filler, its depth. The model reads all up to the
+question, by dense attention; its answer is the likeliest of the ten digits. Ten keys a cell of
+length and depth, each digit once and each in a filler of its own: chance is 0.1. Every document
+follows from --seed, its length, depth and digit. The head sees the last position alone.
+
+--lighthouse measures under Lighthouse Attention instead, as stage 1 trains, with the fields of the
+run and those given. That takes a whole window: more filler behind the question fills it.
+
+--make-data writes documents of the same form to train on, as JSON lines for training.dataset =
+"jsonl": lengths, depths and digits drawn at random, none of the evaluated ones among them. Windows
+of training.seq_len cut documents of other lengths: give --lengths that one alone, and the digit and
+its questions stand in the same window. One digit in a thousand tokens teaches a small model little.
+Two options make it more: --filler-words 1 2 4 0, how many words a filler repeats, one of them
+drawn, 0 for a new word each time; repetitions teach to copy. And --questions 32: a document asks up
+to so often, from the needle on. The model must be trained with the tokenizer named by --tokenizer,
+by default that of bytes.
+
+Writes passkey.png and passkey.json into --output; the last line printed is the same JSON.
+"""
+
+import argparse
+import json
+import random
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.inference.generate import hidden_states
+from torchtitan.experiments.lighthouse.inference.load_model import (
+    TrainedModel,
+    add_arguments,
+    given_fields,
+    open_trained,
+)
+from torchtitan.experiments.lighthouse.runtime.command_line import (
+    Parser,
+    check_device,
+    check_output_folder,
+    open_tokenizer,
+    told_in_one_line,
+)
+from torchtitan.models.llama3 import Transformer
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LENGTHS = [4096, 8192, 16384, 32768, 65536, 98304]
+"""Evaluated by default, in tokens, as far as the model was trained."""
+
+LONGEST_ON_CPU = 8192
+"""Of the default lengths on a CPU, where the longer ones take hours."""
+
+DEPTHS = [0, 15, 30, 50, 70, 85, 100]
+"""In percent of the filler (paper)."""
+
+CHANCE = 0.1
+NEEDLE = "\nThe pass key is #{}. Keep it in mind.\n"
+QUESTION = "\nWhat is the pass key? The pass key is #"
+WORD_LENGTH = 5
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    on_gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="checkpoint or exported folder")
+    add("--make-data", nargs=2, metavar=("N", "FILE"), help="write N documents and stop")
+    add("--lengths", type=int, nargs="+", help="tokens of a document")
+    add("--filler-words", type=int, nargs="+", default=[0], help="different words in it (data)")
+    add("--questions", type=int, default=1, help="asked at most in it (data)")
+    add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="Lighthouse instead of dense")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if on_gpu else "cpu")
+    add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
+    add("--output", type=Path, default=Path("outputs/eval_passkey"))
+    add_arguments(parser)
+    options = parser.parse_args()
+    if (options.model is None) == (options.make_data is None):
+        parser.error("name MODEL or --make-data N FILE, one of them")
+    with told_in_one_line():
+        if options.make_data is not None:
+            make_data(options)
+            return
+        result = evaluate(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "passkey.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(result, options.output / "passkey.png")
+    print(table(result))
+    print(f"  {options.output / 'passkey.png'}")
+    print(json.dumps(result))
+
+
+@dataclass(frozen=True)
+class Document:
+    prompt: list[int]
+    """Tokens up to the digit that is asked for."""
+
+    digit: int
+
+
+class DocumentMaker:
+    """Makes documents with the tokens of `tokenizer`.
+
+    Raises:
+        ValueError: the tokenizer does not give each digit a token of its own.
+    """
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer):
+        self.tokenizer = tokenizer
+        self._needles = [self._encode(NEEDLE.format(digit)) for digit in range(10)]
+        questions = [self._encode(QUESTION + str(digit)) for digit in range(10)]
+        # The sign may belong to the token of the digit: what all have in common is the question.
+        num_common = next(
+            (i for i, tokens in enumerate(zip(*questions, strict=False)) if len({*tokens}) > 1), 0
+        )
+        self._question = questions[0][:num_common]
+        self.digit_ids = [question[num_common] for question in questions]
+        """The token of each digit, 0 to 9."""
+        if len({*self.digit_ids}) < 10 or {*map(len, questions)} != {num_common + 1}:
+            raise ValueError(
+                "--tokenizer must have a token for each digit, for one is asked for, got "
+                f"{tokenizer.tokenizer_path!r} without; use a model with another tokenizer"
+            )
+        self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+    def make(
+        self,
+        length: int,
+        depth: float,
+        digit: int,
+        key: str,
+        filler_words: int = 0,
+        questions: int = 1,
+    ) -> Document:
+        """The document that `key` draws the filler of.
+
+        Args:
+            length: tokens of the whole, with the digit and the end.
+            depth: part of the filler that stands before the needle, 0 to 1.
+            filler_words: how many different words the filler is drawn from; 0: each is new.
+            questions: how often it asks; all but the last stand anywhere behind the needle, with
+                their answer. Fewer where they do not fit.
+        """
+        needle, dice = self._needles[digit], random.Random(key)
+        # The digit and the end are not in the prompt.
+        num_filler = length - 2 - len(self._start) - len(needle) - len(self._question)
+        if num_filler < 0:
+            raise ValueError(
+                f"--lengths must be at least {length - num_filler}, the tokens of the needle and "
+                f"the question, got {length}; use longer ones"
+            )
+        answered = [*self._question, self.digit_ids[digit], *self._encode("\n")]
+        num_answered = min(questions - 1, num_filler // len(answered))
+        filler = self.filler(num_filler - num_answered * len(answered), filler_words, dice)
+        before = round(depth * len(filler))
+        prompt = [*self._start, *filler[:before], *needle]
+        for place in sorted(dice.choices(range(before, len(filler) + 1), k=num_answered)):
+            prompt += [*filler[before:place], *answered]
+            before = place
+        return Document([*prompt, *filler[before:], *self._question], digit)
+
+    def text(self, document: Document) -> str:
+        """The document with its answer, as it is trained on: the loader adds start and end."""
+        tokens = [*document.prompt[len(self._start) :], self.digit_ids[document.digit]]
+        return self.tokenizer.decode(tokens)
+
+    def filler(self, num_tokens: int, num_words: int, dice: random.Random) -> list[int]:
+        """So many tokens, of `num_words` different words; 0: each is new."""
+        words, tokens = random_words(num_words, dice), []
+        while len(tokens) < num_tokens:
+            chosen = dice.choices(words, k=64) if num_words else random_words(64, dice)
+            tokens += self._encode("".join(f"{word} " for word in chosen))
+        return tokens[:num_tokens]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def random_words(count: int, dice: random.Random) -> list[str]:
+    letters = dice.choices(string.ascii_letters + string.digits, k=WORD_LENGTH * count)
+    return ["".join(letters[i::count]) for i in range(count)]
+
+
+def make_data(options: argparse.Namespace) -> None:
+    """Write documents to train on. Raises ValueError for what cannot be."""
+    num_documents, file = options.make_data
+    if not num_documents.isdecimal() or int(num_documents) < 1 or not options.lengths:
+        raise ValueError(
+            "--make-data must be followed by a number and a file, and go with --lengths, got "
+            f"{num_documents!r} and lengths {options.lengths}; give both"
+        )
+    if min(options.filler_words) < 0:
+        raise ValueError(
+            f"--filler-words must be at least 0, got {min(options.filler_words)}; use 0 for a new "
+            "word each time"
+        )
+    if options.questions < 1:
+        raise ValueError(
+            f"--questions must be at least 1, got {options.questions}; use 1 for the form that is "
+            "evaluated"
+        )
+    tokenizer_path = options.tokenizer or BYTE_TOKENIZER_PATH
+    open_tokenizer("--tokenizer", tokenizer_path)
+    check_output_folder("the folder of --make-data FILE", Path(file).parent)
+    if Path(file).is_dir():
+        raise ValueError(
+            f"--make-data must be followed by a number and a file, got the folder {file!r}; name a "
+            "file in it"
+        )
+    maker = DocumentMaker(HuggingFaceTokenizer(tokenizer_path))
+    # Whether all fit, before a file is begun.
+    maker.make(min(options.lengths), 0, 0, "")
+    dice = random.Random(f"train {options.seed}")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with Path(file).open("w") as lines:
+        for i in range(int(num_documents)):
+            length, depth, digit = dice.choice(options.lengths), dice.random(), dice.randrange(10)
+            filler_words = dice.choice(options.filler_words)
+            questions = dice.randint(1, options.questions)
+            key = f"train {options.seed} {i}"
+            document = maker.make(length, depth, digit, key, filler_words, questions)
+            lines.write(json.dumps({"text": maker.text(document)}) + "\n")
+    print(f"{num_documents} documents in {file}")
+
+
+def evaluate(options: argparse.Namespace) -> dict:
+    """Everything that is measured. Raises ValueError for what the options ask for in vain."""
+    check_output_folder("--output", options.output)
+    check_device(options.device)
+    trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
+    maker = DocumentMaker(trained.tokenizer())
+    lengths = sorted({*(options.lengths or default_lengths(trained, options.device))})
+    maker.make(lengths[0], 0, 0, "")
+    window = 0
+    if options.lighthouse is not None:
+        window = max(trained.args.max_seq_len, lengths[-1])
+        lighthouse = given_fields(trained, options.lighthouse, window)
+    model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype], max(window, lengths[-1]))
+    if options.lighthouse is not None:
+        config, layers = lighthouse.attention_config(), lighthouse.full_attn_layers
+        use_lighthouse(model, config, layers, trained.args.n_layers, lighthouse.pool_rotary)
+    answers = {}
+    for length in lengths:
+        try:
+            answers[length] = [
+                [
+                    answer(model, maker, length, depth, digit, options.seed, window)
+                    for digit in range(10)
+                ]
+                for depth in DEPTHS
+            ]
+        except torch.OutOfMemoryError:
+            break
+        print(f"{length:,} tokens: {sum(accuracies(answers[length])) / len(DEPTHS):.2f}")
+    if not answers:
+        raise ValueError(
+            f"--lengths must fit into the memory of {options.device}, got {lengths[0]}, which does "
+            "not; use shorter ones"
+        )
+    accuracy = [accuracies(cells) for cells in answers.values()]
+    return {
+        "model": str(trained.folder),
+        "attention": "dense" if options.lighthouse is None else "Lighthouse",
+        "device": options.device,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "depths": DEPTHS,
+        "lengths": list(answers),
+        "out_of_memory": [length for length in lengths if length not in answers],
+        "accuracy": accuracy,
+        "answers": list(answers.values()),
+        "mean": sum(map(sum, accuracy)) / (len(accuracy) * len(DEPTHS)),
+        "chance": CHANCE,
+    }
+
+
+def default_lengths(trained: TrainedModel, device: str) -> list[int]:
+    """The lengths of `LENGTHS` that are not too long; the model's own if all are."""
+    longest = trained.args.max_seq_len
+    if torch.device(device).type == "cpu":
+        longest = min(longest, LONGEST_ON_CPU)
+    return [length for length in LENGTHS if length <= longest] or [longest]
+
+
+def answer(
+    model, maker: DocumentMaker, length: int, depth: int, digit: int, seed: int, window: int = 0
+) -> int:
+    """The digit that the model names for a document whose key is `digit`, in a window of tokens."""
+    key = f"{seed} {length} {depth} {digit}"
+    prompt = maker.make(length, depth / 100, digit, key).prompt
+    rest = maker.filler(max(0, window - len(prompt)), 0, random.Random(f"rest {key}"))
+    return int(next_logits(model, prompt, rest)[maker.digit_ids].argmax())
+
+
+@torch.inference_mode()
+def next_logits(model: Transformer, prompt: list[int], rest: list[int]) -> torch.Tensor:
+    """Logits [V] of the token behind `prompt`, which `rest` comes after."""
+    tokens = torch.tensor([[*prompt, *rest]], device=model.freqs_cis.device)
+    return model.output(hidden_states(model, tokens)[0, len(prompt) - 1])
+
+
+def accuracies(cells: list[list[int]]) -> list[float]:
+    """For each depth the part of right answers, where the i-th is the one to digit i."""
+    return [sum(a == digit for digit, a in enumerate(cell)) / len(cell) for cell in cells]
+
+
+def table(result: dict) -> str:
+    lines = [
+        f"Pass key retrieval, {result['model']}, {result['attention']} attention, "
+        f"{result['dtype']} on {result['device']}",
+        "",
+        f"{'length':>10}" + "".join(f"{f'{depth} %':>8}" for depth in result["depths"]),
+    ]
+    for length, row in zip(result["lengths"], result["accuracy"], strict=True):
+        lines.append(f"{length:>10,}" + "".join(f"{value:>8.1f}" for value in row))
+    for length in result["out_of_memory"]:
+        lines.append(f"{length:>10,}  out of memory")
+    lines += ["", f"mean {result['mean']:.3f}, chance {result['chance']:.1f}"]
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Lengths to the right, depths downwards."""
+    lengths, depths = result["lengths"], result["depths"]
+    figure, axes = plt.subplots(figsize=(2.5 + len(lengths), 4.5), layout="constrained")
+    columns = list(zip(*result["accuracy"], strict=True))
+    image = axes.imshow(columns, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for y, row in enumerate(columns):
+        for x, value in enumerate(row):
+            axes.text(x, y, f"{value:.1f}", ha="center", va="center")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
+    axes.set(xlabel="context (tokens)", ylabel="depth of the key")
+    axes.set_title(
+        f"{result['attention']}: mean {result['mean']:.2f}, chance {result['chance']:.1f}"
+    )
+    figure.colorbar(image, label="right answers")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

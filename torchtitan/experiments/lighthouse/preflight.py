@@ -1,0 +1,94 @@
+"""Every rule of a configuration, checked before process groups, data or compilation.
+
+Each breach is one `ValueError` of one line: the field, the rule, the value, and what to do.
+"""
+
+from pathlib import Path
+
+from torchtitan.experiments.lighthouse.checkpoint.resume import check_checkpointing
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.parallel_rules import (
+    check_context_parallel,
+    check_lighthouse,
+    check_parallelism,
+)
+from torchtitan.experiments.lighthouse.config.rule_helpers import require
+from torchtitan.experiments.lighthouse.config.rules import (
+    check_computing,
+    check_model,
+    check_numbers,
+    check_optimizer,
+    check_surroundings,
+    check_training,
+)
+from torchtitan.experiments.lighthouse.data.packing import check_data
+from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.runtime.command_line import open_tokenizer
+from torchtitan.tools import utils
+
+
+def check_config(
+    config: JobConfig, world_size: int, device_type: str | None = None, is_start: bool = True
+) -> None:
+    """Check the values of a configuration for a run of `world_size` processes.
+
+    Args:
+        device_type: what the run is for, `cuda` or `cpu`; what is here by default.
+        is_start: whether it is to start now, with the outputs, checkpoints, tokenizer and data that
+            are there.
+
+    Raises:
+        ValueError: the first rule that is broken.
+    """
+    device_type = device_type or utils.device_type
+    check_numbers(config)
+    check_model(config)
+    check_training(config, device_type)
+    check_optimizer(config)
+    check_parallelism(config, world_size)
+    check_computing(config, device_type)
+    check_surroundings(config, device_type, is_start)
+    check_lighthouse(config)
+    check_context_parallel(config, device_type)
+    if is_start or Path(config.model.hf_assets_path).exists():
+        _check_tokenizer(config)
+    check_data(config, must_exist=is_start)
+    _check_prepared(config, must_exist=is_start)
+    check_checkpointing(config, world_size, is_start)
+
+
+def _check_tokenizer(config: JobConfig) -> None:
+    path = Path(config.model.hf_assets_path)
+    if not path.is_dir():
+        raise ValueError(
+            f"model.hf_assets_path must be a folder with a tokenizer, got {str(path)!r}, which is "
+            "none; correct the path, or leave the field out for the byte tokenizer"
+        )
+    found = open_tokenizer("model.hf_assets_path", path)
+    size = found.get_vocab_size()
+    vocab_size = FLAVORS[config.model.flavor].vocab_size
+    if size > vocab_size:
+        raise ValueError(
+            f"model.hf_assets_path must hold a tokenizer of at most {vocab_size} tokens for flavor "
+            f"{config.model.flavor}, got {size} tokens; choose another flavor or tokenizer"
+        )
+    largest = max(found.get_vocab().values(), default=0)
+    require(
+        largest < vocab_size,
+        "model.hf_assets_path",
+        f"a tokenizer with ids less than the {vocab_size} of flavor {config.model.flavor}",
+        largest,
+        "choose another flavor or tokenizer",
+    )
+
+
+def _check_prepared(config: JobConfig, must_exist: bool) -> None:
+    vocab_size = FLAVORS[config.model.flavor].vocab_size
+    for section in ["training"] + ["validation"] * config.validation.enable:
+        options = getattr(config, section)
+        if options.dataset != "prepared":
+            continue
+        paths = (options.dataset_path, config.model.hf_assets_path)
+        if must_exist or all(Path(path).expanduser().exists() for path in paths):
+            check_prepared(options.dataset_path, section, config.model.hf_assets_path, vocab_size)
