@@ -3,6 +3,8 @@
 Each breach is one `ValueError` of one line: the field, the rule, the value, and what to do.
 """
 
+import importlib.util
+import os
 from pathlib import Path
 
 from torchtitan.experiments.lighthouse.checkpoint.resume import check_checkpointing
@@ -14,17 +16,20 @@ from torchtitan.experiments.lighthouse.config.parallel_rules import (
 )
 from torchtitan.experiments.lighthouse.config.rule_helpers import require
 from torchtitan.experiments.lighthouse.config.rules import (
-    check_computing,
-    check_model,
+    COMPUTING_RULES,
+    OPTIMIZER_RULES,
+    OUTPUT_RULES,
+    TRAINING_RULES,
     check_numbers,
-    check_optimizer,
-    check_surroundings,
-    check_training,
+    check_values,
 )
 from torchtitan.experiments.lighthouse.data.packing import check_data
 from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
-from torchtitan.experiments.lighthouse.runtime.command_line import open_tokenizer
+from torchtitan.experiments.lighthouse.runtime.command_line import (
+    check_output_folder,
+    open_tokenizer,
+)
 from torchtitan.tools import utils
 
 
@@ -43,12 +48,11 @@ def check_config(
     """
     device_type = device_type or utils.device_type
     check_numbers(config)
-    check_model(config)
-    check_training(config, device_type)
-    check_optimizer(config)
+    check_values([*TRAINING_RULES, *OPTIMIZER_RULES], config, device_type)
     check_parallelism(config, world_size)
-    check_computing(config, device_type)
-    check_surroundings(config, device_type, is_start)
+    check_values([*COMPUTING_RULES, *OUTPUT_RULES], config, device_type)
+    if is_start:
+        _check_surroundings(config)
     check_lighthouse(config)
     check_context_parallel(config, device_type)
     if is_start or Path(config.model.hf_assets_path).exists():
@@ -56,6 +60,31 @@ def check_config(
     check_data(config, must_exist=is_start)
     _check_prepared(config, must_exist=is_start)
     check_checkpointing(config, world_size, is_start)
+
+
+def _check_surroundings(config: JobConfig) -> None:
+    """What a start finds around it: the folder it writes to, variables, modules."""
+    check_output_folder("job.dump_folder", config.job.dump_folder)
+    require(
+        config.comm.mode != "fake_backend" or os.environ.get("NGPU", "").isdecimal(),
+        "comm.mode",
+        "default unless NGPU is the number of processes to play",
+        config.comm.mode,
+        "set the variable NGPU",
+    )
+    module = config.experimental.custom_import
+    if module:
+        try:
+            is_there = importlib.util.find_spec(module) is not None
+        except (ImportError, ValueError):
+            is_there = False
+        require(
+            is_there,
+            "experimental.custom_import",
+            "a module that can be imported",
+            module,
+            "correct the name, or set PYTHONPATH",
+        )
 
 
 def _check_tokenizer(config: JobConfig) -> None:

@@ -32,7 +32,8 @@ TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 
 
 def check_checkpointing(config: JobConfig, world_size: int, is_start: bool) -> None:
-    checkpoint, lighthouse = config.checkpoint, config.lighthouse
+    """Check the fields of checkpoints and, for a run that starts, what is on disk."""
+    checkpoint = config.checkpoint
     if not checkpoint.enable:
         if checkpoint.create_seed_checkpoint:
             raise ValueError(
@@ -40,6 +41,13 @@ def check_checkpointing(config: JobConfig, world_size: int, is_start: bool) -> N
                 "set it to true"
             )
         return
+    _check_fields(config)
+    if is_start:
+        _check_start(config, world_size)
+
+
+def _check_fields(config: JobConfig) -> None:
+    checkpoint, lighthouse = config.checkpoint, config.lighthouse
     for in_hf, model_only in (
         ("last_save_in_hf", "last_save_model_only"),
         ("initial_load_in_hf", "initial_load_model_only"),
@@ -71,8 +79,11 @@ def check_checkpointing(config: JobConfig, world_size: int, is_start: bool) -> N
             "checkpoint.exclude_from_loading must keep the training state in a run of two stages, "
             f"got {', '.join(sorted(lost))}; remove it"
         )
-    if not is_start:
-        return
+
+
+def _check_start(config: JobConfig, world_size: int) -> None:
+    """The checkpoint that the run goes on from, and room for those to come."""
+    checkpoint = config.checkpoint
     folder = Path(config.job.dump_folder) / checkpoint.folder
     check_folder(folder)
     if not folder.exists():

@@ -16,7 +16,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.rule_helpers import check_choice, did_you_mean, leaves
 
-NO_CUSTOM_CONFIG = (
+_NO_CUSTOM_CONFIG = (
     "job.custom_config_module must be empty, since the configuration is this package's own, "
     "got {}; remove it"
 )
@@ -41,7 +41,7 @@ def load_config(args: list[str]) -> JobConfig:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             return manager.parse_args(args)
     except ImportError as error:
-        raise ValueError(NO_CUSTOM_CONFIG.format(error)) from None
+        raise ValueError(_NO_CUSTOM_CONFIG.format(error)) from None
     except Exception as error:
         # torchtitan's own rule for old tokenizers has no type of its own.
         if type(error) is not Exception:

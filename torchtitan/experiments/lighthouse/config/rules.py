@@ -1,40 +1,410 @@
-"""Rules of the values of fields: model, training, optimizer, computing, outputs."""
+"""Rules of the values of fields, as tables: field, test, rule, remedy.
+
+`check_values` goes through them in order and raises for the first that is broken:
+
+    {field} must be {rule}, got {value}; {remedy}
+
+Rules that concern how a sequence and a batch are shared by ranks, and Lighthouse Attention itself,
+are in `parallel_rules.py`; what has to be looked up on disk, in `preflight.py` and
+`checkpoint/resume.py`.
+"""
 
 import importlib.util
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torchtitan.config import LRScheduler
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
-from torchtitan.experiments.lighthouse.config.load import NO_CUSTOM_CONFIG
 from torchtitan.experiments.lighthouse.config.rule_helpers import (
-    check_at_least,
-    check_choice,
+    did_you_mean,
     leaves,
     require,
     value_of,
 )
 from torchtitan.experiments.lighthouse.flavors import FLAVORS, MODEL_NAME
-from torchtitan.experiments.lighthouse.runtime.command_line import check_output_folder
 
 from lighthouse.sdpa import LONGEST_EFFICIENT
 
-IN_THE_RUN = (
-    "checkpoint.folder",
-    "comm.save_traces_folder",
-    "job.save_config_file",
-    "metrics.save_tb_folder",
-    "profiling.save_memory_snapshot_folder",
-    "profiling.save_traces_folder",
-)
-"""Paths that torchtitan appends to job.dump_folder."""
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of one field, or of each item of a field that is a list."""
+
+    field: str
+    is_right: Callable[[Any, JobConfig], bool]
+    """Of the value and the whole configuration."""
+
+    rule: str | Callable[[JobConfig], str]
+    """What the value must be."""
+
+    remedy: str | Callable[[Any, JobConfig], str]
+    """What to do otherwise."""
+
+    applies: Callable[[JobConfig, str], bool] = lambda config, device_type: True
+    """Whether the rule holds, from the configuration and the type of device."""
+
+    def check(self, config: JobConfig, device_type: str) -> None:
+        """Raise ValueError if the rule is broken."""
+        if not self.applies(config, device_type):
+            return
+        value = value_of(config, self.field)
+        for item in value if isinstance(value, list) else [value]:
+            if not self.is_right(item, config):
+                rule = self.rule if isinstance(self.rule, str) else self.rule(config)
+                remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(item, config)
+                shown = str(item).lower() if isinstance(item, bool) else item
+                require(False, self.field, rule, shown, remedy)
 
 
-NOT_OURS = (
-    "fault_tolerance.enable",
-    "memory_estimation.enable",
-)
-"""Switches of torchtitan for programs of its own: here they would be passed over."""
+def at_least(field: str, least: int, **kwargs) -> Rule:
+    """A number of `least` or more."""
+    return Rule(
+        field, lambda x, _: x >= least, f"at least {least}", f"use {least} or more", **kwargs
+    )
+
+
+def one_of(field: str, choices: list[str] | Callable[[], list[str]], **kwargs) -> Rule:
+    """One of the choices, which a function may look up when they are needed."""
+
+    def known() -> list[str]:
+        return choices() if callable(choices) else choices
+
+    return Rule(
+        field,
+        lambda x, _: x in known(),
+        lambda _: f"one of {', '.join(known())}",
+        lambda x, _: did_you_mean(str(x), known(), "choose one of these"),
+        **kwargs,
+    )
+
+
+def unset(field: str, reason: str, remedy: str = "remove it", **kwargs) -> Rule:
+    """A switch that must be off; `reason` goes on after 'false'."""
+    return Rule(field, lambda x, _: not x, f"false{reason}", remedy, **kwargs)
+
+
+def validates(config: JobConfig, device_type: str) -> bool:
+    return config.validation.enable
+
+
+def on_cpu(config: JobConfig, device_type: str) -> bool:
+    return device_type == "cpu"
+
+
+def on_gpu(config: JobConfig, device_type: str) -> bool:
+    return device_type == "cuda"
+
+
+def is_profiled(config: JobConfig, device_type: str) -> bool:
+    return config.profiling.enable_profiling
+
+
+def compiles_model(config: JobConfig) -> bool:
+    return config.compile.enable and "model" in config.compile.components
+
+
+def total_steps(config: JobConfig) -> int:
+    """Steps of the schedule of the learning rate."""
+    steps = config.lr_scheduler.total_steps
+    return config.training.steps if steps is None else steps
+
+
+def of_loading(section: str) -> list[Rule]:
+    """Rules of `training.dataloader` or `validation.dataloader`."""
+    name = f"{section}.dataloader.prefetch_factor"
+
+    def prefetches(config: JobConfig, device_type: str) -> bool:
+        is_used = section == "training" or config.validation.enable
+        return is_used and value_of(config, name) is not None
+
+    def has_workers(value: Any, config: JobConfig) -> bool:
+        return value_of(config, f"{section}.dataloader.num_workers") > 0
+
+    remedy = f"set {section}.dataloader.num_workers to 1"
+    return [
+        at_least(name, 1, applies=prefetches),
+        Rule(name, has_workers, "left out without workers", remedy, applies=prefetches),
+    ]
+
+
+TRAINING_RULES = [
+    Rule(
+        "job.custom_config_module",
+        lambda x, _: not x,
+        "empty, since the configuration is this package's own",
+        "remove it",
+    ),
+    one_of("model.name", [MODEL_NAME]),
+    one_of("model.flavor", list(FLAVORS)),
+    at_least("training.steps", 1),
+    at_least("training.local_batch_size", 1),
+    at_least("training.seq_len", 1),
+    at_least("training.loss_chunk_size", 0),
+    Rule(
+        "training.mixed_precision_param",
+        lambda x, config: x != "float32" or config.training.seq_len <= LONGEST_EFFICIENT,
+        f"bfloat16 on a GPU beyond {LONGEST_EFFICIENT} tokens, where no fused attention is right "
+        "in fp32",
+        "set it to bfloat16",
+        applies=on_gpu,
+    ),
+    Rule(
+        "training.max_norm",
+        lambda x, _: x > 0,
+        "above 0",
+        "1.0 is common, inf clips nothing",
+    ),
+    at_least("training.gc_freq", 1),
+    at_least("metrics.log_freq", 1),
+    Rule(
+        "debug.seed",
+        lambda x, _: x is None or 0 <= x < 2**64,
+        "from 0 to 2**64 - 1",
+        "use such a number, or leave it out for a random one",
+    ),
+    *of_loading("training"),
+    *of_loading("validation"),
+    at_least("validation.steps", 1, applies=validates),
+    at_least("validation.freq", 1, applies=validates),
+    at_least("validation.local_batch_size", 1, applies=validates),
+    Rule(
+        "validation.seq_len",
+        lambda x, config: 1 <= x <= config.training.seq_len,
+        lambda config: f"from 1 to training.seq_len, {config.training.seq_len}",
+        "lower it",
+        applies=validates,
+    ),
+]
+"""The model and what it is trained and validated on."""
+
+OPTIMIZER_RULES = [
+    one_of("optimizer.name", ["Adam", "AdamW"]),
+    Rule(
+        "optimizer.lr",
+        lambda x, _: 0 < x < math.inf,
+        "a finite number above 0",
+        "1e-3 is common",
+    ),
+    Rule(
+        "optimizer.eps",
+        lambda x, _: 0 < x < math.inf,
+        "a finite number above 0",
+        "1e-8 is common",
+    ),
+    Rule(
+        "optimizer.beta1",
+        lambda x, _: 0 <= x < 1,
+        "at least 0 and less than 1",
+        "0.9 and 0.95 are common",
+    ),
+    Rule(
+        "optimizer.beta2",
+        lambda x, _: 0 <= x < 1,
+        "at least 0 and less than 1",
+        "0.9 and 0.95 are common",
+    ),
+    Rule(
+        "optimizer.weight_decay",
+        lambda x, _: 0 <= x < math.inf,
+        "a finite number of at least 0",
+        "0.1 is common",
+    ),
+    unset(
+        "optimizer.early_step_in_backward",
+        "",
+        "remove it: gradients would neither be clipped nor accumulated",
+    ),
+    at_least("lr_scheduler.warmup_steps", 0),
+    Rule(
+        # Behind its end the rate would be negative, or the program end.
+        "lr_scheduler.total_steps",
+        lambda x, config: x is None or x >= config.training.steps,
+        lambda config: f"at least training.steps, {config.training.steps}",
+        "raise it or leave it out",
+    ),
+    Rule(
+        # The default is one for long runs; torchtitan says how it shortens it.
+        "lr_scheduler.warmup_steps",
+        lambda x, config: x <= max(total_steps(config), LRScheduler.warmup_steps),
+        lambda config: f"at most the {total_steps(config)} steps of the schedule",
+        "lower it, or set lr_scheduler.total_steps to those of the whole schedule",
+    ),
+    Rule(
+        "lr_scheduler.decay_ratio",
+        lambda x, _: x is None or 0 <= x <= 1,
+        "from 0 to 1",
+        "give the decay as a part of all steps",
+    ),
+    Rule(
+        "lr_scheduler.min_lr_factor",
+        lambda x, _: 0 <= x <= 1,
+        "from 0 to 1",
+        "give the last learning rate as a part of optimizer.lr",
+    ),
+]
+"""The optimizer and its schedule."""
+
+
+def compile_backends() -> list[str]:
+    # Imported here, for it takes a while.
+    from torch._dynamo import list_backends
+
+    return list_backends(None)
+
+
+COMPUTING_RULES = [
+    one_of("compile.components", ["model", "loss"]),
+    one_of(
+        "compile.backend",
+        compile_backends,
+        applies=lambda config, _: config.compile.enable and config.compile.backend != "inductor",
+    ),
+    Rule(
+        "activation_checkpoint.selective_ac_option",
+        lambda x, _: x == "op" or (x.isdecimal() and int(x) > 0),
+        "'op' or a number of at least 1",
+        "use 2 for every second layer",
+    ),
+    Rule(
+        "activation_checkpoint.memory_budget",
+        lambda x, _: 0 <= x <= 1,
+        "from 0 to 1",
+        "0.5 is the default",
+    ),
+    Rule(
+        "activation_checkpoint.mode",
+        lambda x, config: x != "memory_budget" or compiles_model(config),
+        "selective, full or none unless the model is compiled",
+        "set compile.enable to true, with 'model' in compile.components",
+    ),
+    one_of("activation_checkpoint.determinism_check", ["default", "none"]),
+    unset(
+        "parallelism.enable_async_tensor_parallel",
+        " unless the model is compiled",
+        "set compile.enable to true, with 'model' in compile.components",
+        applies=lambda config, _: not compiles_model(config),
+    ),
+    one_of("model.converters", ["quantize.linear.float8", "quantize.linear.mx"]),
+    Rule(
+        "model.converters",
+        lambda x, config: (
+            x.endswith("float8")
+            and config.quantize.linear.float8.emulate
+            and not compiles_model(config)
+        ),
+        "left out on a CPU, which has no such arithmetic",
+        "remove it",
+        applies=on_cpu,
+    ),
+    Rule(
+        "model.converters",
+        lambda x, _: importlib.util.find_spec("torchao") is not None,
+        "left out without the package torchao",
+        "pip install torchao, or remove it",
+    ),
+]
+"""Compilation, activation checkpointing, converters."""
+
+
+def is_inside(path: str | None, config: JobConfig) -> bool:
+    """Whether a relative path stays below the folder it is appended to."""
+    # Of an absolute path nothing is before the first separator.
+    return path is None or (
+        path != "" and os.path.normpath(path).split(os.sep)[0] not in ("", ".", "..")
+    )
+
+
+def profiled_steps(config: JobConfig) -> int:
+    return config.profiling.profiler_active + config.profiling.profiler_warmup
+
+
+OUTPUT_RULES = [
+    Rule(
+        "job.dump_folder",
+        lambda x, _: x != "",
+        "the name of a folder",
+        "name one, or leave it out for ./outputs",
+    ),
+    # Paths that torchtitan appends to job.dump_folder.
+    *(
+        Rule(
+            field, is_inside, "a path inside job.dump_folder", "name one without a leading / or .."
+        )
+        for field in (
+            "checkpoint.folder",
+            "comm.save_traces_folder",
+            "job.save_config_file",
+            "metrics.save_tb_folder",
+            "profiling.save_memory_snapshot_folder",
+            "profiling.save_traces_folder",
+        )
+    ),
+    at_least(
+        "profiling.profile_freq",
+        1,
+        applies=lambda config, _: (
+            config.profiling.enable_profiling or config.profiling.enable_memory_snapshot
+        ),
+    ),
+    at_least("profiling.profiler_active", 1, applies=is_profiled),
+    at_least("profiling.profiler_warmup", 0, applies=is_profiled),
+    Rule(
+        "profiling.profile_freq",
+        lambda x, config: x >= profiled_steps(config),
+        lambda config: f"at least {profiled_steps(config)}",
+        lambda _, config: f"use {profiled_steps(config)} or more",
+        applies=is_profiled,
+    ),
+    unset(
+        "profiling.enable_profiling",
+        " on a CPU, where torchtitan's profiler ends",
+        applies=on_cpu,
+    ),
+    unset(
+        "profiling.enable_memory_snapshot",
+        " on a CPU, where torchtitan's profiler ends",
+        applies=on_cpu,
+    ),
+    Rule(
+        "checkpoint.async_mode",
+        lambda x, config: not config.checkpoint.enable or x != "async_with_pinned_mem",
+        "disabled or async on a CPU, which pins no memory",
+        "use async",
+        applies=on_cpu,
+    ),
+    unset(
+        "checkpoint.initial_load_in_hf_quantized",
+        " for a checkpoint in another format than Hugging Face's",
+        "remove it, or set checkpoint.initial_load_in_hf to true",
+        applies=lambda config, _: not config.checkpoint.initial_load_in_hf,
+    ),
+    unset(
+        "training.gc_debug",
+        " on a CPU, since it looks for cycles of tensors on a GPU",
+        applies=on_cpu,
+    ),
+    at_least("comm.init_timeout_seconds", 1),
+    at_least("comm.train_timeout_seconds", 1),
+    at_least("comm.trace_buf_size", 0),
+    one_of("comm.mode", ["default", "fake_backend"]),
+    # Switches of torchtitan for programs of its own, which would be passed over here.
+    unset("fault_tolerance.enable", ", for it has no effect"),
+    unset(
+        "memory_estimation.enable",
+        ", for it has no effect",
+        "scripts/plan.py says what a run needs",
+    ),
+]
+"""Where a run writes, what it records beside its metrics, and how its processes talk."""
+
+
+def check_values(rules: list[Rule], config: JobConfig, device_type: str) -> None:
+    """Raise ValueError for the first rule that is broken."""
+    for rule in rules:
+        rule.check(config, device_type)
 
 
 class _Digits(int):
@@ -45,7 +415,7 @@ class _Digits(int):
 
 
 def check_numbers(config: JobConfig) -> None:
-    """No rule below has to think of what is no number, or of one beyond 64 bits."""
+    """Reject NaN and integers beyond 64 bits, so that the other rules can compare."""
     for name, _ in leaves(JobConfig):
         value = value_of(config, name)
         if isinstance(value, float):
@@ -58,295 +428,3 @@ def check_numbers(config: JobConfig) -> None:
                 _Digits(value),
                 "write a smaller one",
             )
-
-
-def check_model(config: JobConfig) -> None:
-    if config.job.custom_config_module:
-        raise ValueError(NO_CUSTOM_CONFIG.format(repr(config.job.custom_config_module)))
-    check_choice("model.name", config.model.name, [MODEL_NAME])
-    check_choice("model.flavor", config.model.flavor, list(FLAVORS))
-
-
-def check_training(config: JobConfig, device_type: str) -> None:
-    training, validation = config.training, config.validation
-    check_at_least("training.steps", training.steps, 1)
-    check_at_least("training.local_batch_size", training.local_batch_size, 1)
-    check_at_least("training.seq_len", training.seq_len, 1)
-    check_at_least("training.loss_chunk_size", training.loss_chunk_size, 0)
-    on_gpu = device_type == "cuda"
-    if (
-        on_gpu
-        and training.mixed_precision_param == "float32"
-        and training.seq_len > LONGEST_EFFICIENT
-    ):
-        raise ValueError(
-            "training.mixed_precision_param must be bfloat16 on a GPU beyond "
-            f"{LONGEST_EFFICIENT} tokens, got 'float32', for which no fused attention is right at "
-            "that length; set it to bfloat16"
-        )
-    require(
-        training.max_norm > 0,
-        "training.max_norm",
-        "above 0",
-        training.max_norm,
-        "1.0 is common, inf clips nothing",
-    )
-    check_at_least("training.gc_freq", training.gc_freq, 1)
-    check_at_least("metrics.log_freq", config.metrics.log_freq, 1)
-    seed = config.debug.seed
-    require(
-        seed is None or 0 <= seed < 2**64,
-        "debug.seed",
-        "from 0 to 2**64 - 1",
-        seed,
-        "use such a number, or leave it out for a random one",
-    )
-    for section in ["training"] + ["validation"] * validation.enable:
-        loading = getattr(config, section).dataloader
-        if loading.prefetch_factor is not None:
-            name = f"{section}.dataloader.prefetch_factor"
-            check_at_least(name, loading.prefetch_factor, 1)
-            require(
-                loading.num_workers > 0,
-                name,
-                "left out without workers",
-                loading.prefetch_factor,
-                f"set {section}.dataloader.num_workers to 1",
-            )
-    if validation.enable:
-        check_at_least("validation.steps", validation.steps, 1)
-        check_at_least("validation.freq", validation.freq, 1)
-        check_at_least("validation.local_batch_size", validation.local_batch_size, 1)
-        if not 1 <= validation.seq_len <= training.seq_len:
-            raise ValueError(
-                f"validation.seq_len must be from 1 to training.seq_len, {training.seq_len}, got "
-                f"{validation.seq_len}; lower it"
-            )
-
-
-def check_optimizer(config: JobConfig) -> None:
-    optimizer, scheduler = config.optimizer, config.lr_scheduler
-    check_choice("optimizer.name", optimizer.name, ["Adam", "AdamW"])
-    for name, value in (("lr", optimizer.lr), ("eps", optimizer.eps)):
-        example = "1e-3" if name == "lr" else "1e-8"
-        require(
-            0 < value < math.inf,
-            f"optimizer.{name}",
-            "a finite number above 0",
-            value,
-            f"{example} is common",
-        )
-    for name in ("beta1", "beta2"):
-        value = getattr(optimizer, name)
-        require(
-            0 <= value < 1,
-            f"optimizer.{name}",
-            "at least 0 and less than 1",
-            value,
-            "0.9 and 0.95 are common",
-        )
-    require(
-        0 <= optimizer.weight_decay < math.inf,
-        "optimizer.weight_decay",
-        "a finite number of at least 0",
-        optimizer.weight_decay,
-        "0.1 is common",
-    )
-    require(
-        not optimizer.early_step_in_backward,
-        "optimizer.early_step_in_backward",
-        "false",
-        "true",
-        "remove it: gradients would neither be clipped nor accumulated",
-    )
-    check_at_least("lr_scheduler.warmup_steps", scheduler.warmup_steps, 0)
-    steps = config.training.steps
-    total_steps = steps if scheduler.total_steps is None else scheduler.total_steps
-    require(
-        # Behind its end the rate would be negative, or the program end.
-        total_steps >= steps,
-        "lr_scheduler.total_steps",
-        f"at least training.steps, {steps}",
-        total_steps,
-        "raise it or leave it out",
-    )
-    require(
-        # The default is one for long runs; torchtitan says how it shortens it.
-        scheduler.warmup_steps <= max(total_steps, LRScheduler.warmup_steps),
-        "lr_scheduler.warmup_steps",
-        f"at most the {total_steps} steps of the schedule",
-        scheduler.warmup_steps,
-        "lower it, or set lr_scheduler.total_steps to those of the whole schedule",
-    )
-    ratio, factor = scheduler.decay_ratio, scheduler.min_lr_factor
-    require(
-        ratio is None or 0 <= ratio <= 1,
-        "lr_scheduler.decay_ratio",
-        "from 0 to 1",
-        ratio,
-        "give the decay as a part of all steps",
-    )
-    require(
-        0 <= factor <= 1,
-        "lr_scheduler.min_lr_factor",
-        "from 0 to 1",
-        factor,
-        "give the last learning rate as a part of optimizer.lr",
-    )
-
-
-def check_computing(config: JobConfig, device_type: str) -> None:
-    """Compilation, activation checkpointing, converters."""
-    compiling, checkpointing = config.compile, config.activation_checkpoint
-    for name in compiling.components:
-        check_choice("compile.components", name, ["model", "loss"])
-    compiles_model = compiling.enable and "model" in compiling.components
-    if compiling.enable and compiling.backend != "inductor":
-        # Imported here, for it takes a while.
-        from torch._dynamo import list_backends
-
-        check_choice("compile.backend", compiling.backend, list_backends(None))
-    option = checkpointing.selective_ac_option
-    require(
-        option == "op" or (option.isdecimal() and int(option) > 0),
-        "activation_checkpoint.selective_ac_option",
-        "'op' or a number of at least 1",
-        option,
-        "use 2 for every second layer",
-    )
-    require(
-        0 <= checkpointing.memory_budget <= 1,
-        "activation_checkpoint.memory_budget",
-        "from 0 to 1",
-        checkpointing.memory_budget,
-        "0.5 is the default",
-    )
-    require(
-        checkpointing.mode != "memory_budget" or compiles_model,
-        "activation_checkpoint.mode",
-        "selective, full or none unless the model is compiled",
-        checkpointing.mode,
-        "set compile.enable to true, with 'model' in compile.components",
-    )
-    checks = ["default", "none"]
-    check_choice("activation_checkpoint.determinism_check", checkpointing.determinism_check, checks)
-    require(
-        compiles_model or not config.parallelism.enable_async_tensor_parallel,
-        "parallelism.enable_async_tensor_parallel",
-        "false unless the model is compiled",
-        "true",
-        "set compile.enable to true, with 'model' in compile.components",
-    )
-    for name in config.model.converters:
-        check_choice("model.converters", name, ["quantize.linear.float8", "quantize.linear.mx"])
-        is_emulated = name.endswith("float8") and config.quantize.linear.float8.emulate
-        require(
-            device_type != "cpu" or (is_emulated and not compiles_model),
-            "model.converters",
-            "left out on a CPU, which has no such arithmetic",
-            name,
-            "remove it",
-        )
-        require(
-            importlib.util.find_spec("torchao") is not None,
-            "model.converters",
-            "left out without the package torchao",
-            name,
-            "pip install torchao, or remove it",
-        )
-
-
-def check_surroundings(config: JobConfig, device_type: str, is_start: bool) -> None:
-    """Where a run writes, what it records beside its metrics, and how its processes talk."""
-    job, comm, profiling = config.job, config.comm, config.profiling
-    require(
-        job.dump_folder != "",
-        "job.dump_folder",
-        "the name of a folder",
-        job.dump_folder,
-        "name one, or leave it out for ./outputs",
-    )
-    for name in IN_THE_RUN:
-        path = value_of(config, name)
-        if path is not None:
-            top = os.path.normpath(path).split(os.sep)[0]
-            require(
-                # Of an absolute path nothing is before the first separator.
-                path != "" and top not in ("", ".", ".."),
-                name,
-                "a path inside job.dump_folder",
-                path,
-                "name one without a leading / or ..",
-            )
-    if is_start:
-        check_output_folder("job.dump_folder", job.dump_folder)
-    if profiling.enable_profiling or profiling.enable_memory_snapshot:
-        check_at_least("profiling.profile_freq", profiling.profile_freq, 1)
-    if profiling.enable_profiling:
-        check_at_least("profiling.profiler_active", profiling.profiler_active, 1)
-        check_at_least("profiling.profiler_warmup", profiling.profiler_warmup, 0)
-        check_at_least(
-            "profiling.profile_freq",
-            profiling.profile_freq,
-            profiling.profiler_active + profiling.profiler_warmup,
-        )
-    for name in ("enable_profiling", "enable_memory_snapshot"):
-        require(
-            device_type != "cpu" or not getattr(profiling, name),
-            f"profiling.{name}",
-            "false on a CPU, where torchtitan's profiler ends",
-            "true",
-            "remove it",
-        )
-    checkpoint = config.checkpoint
-    require(
-        not checkpoint.enable
-        or device_type != "cpu"
-        or checkpoint.async_mode != "async_with_pinned_mem",
-        "checkpoint.async_mode",
-        "disabled or async on a CPU, which pins no memory",
-        checkpoint.async_mode,
-        "use async",
-    )
-    require(
-        checkpoint.initial_load_in_hf or not checkpoint.initial_load_in_hf_quantized,
-        "checkpoint.initial_load_in_hf_quantized",
-        "false for a checkpoint in another format than Hugging Face's",
-        "true",
-        "remove it, or set checkpoint.initial_load_in_hf to true",
-    )
-    require(
-        device_type != "cpu" or not config.training.gc_debug,
-        "training.gc_debug",
-        "false on a CPU, since it looks for cycles of tensors on a GPU",
-        "true",
-        "remove it",
-    )
-    for name in ("init_timeout_seconds", "train_timeout_seconds"):
-        check_at_least(f"comm.{name}", getattr(comm, name), 1)
-    check_at_least("comm.trace_buf_size", comm.trace_buf_size, 0)
-    check_choice("comm.mode", comm.mode, ["default", "fake_backend"])
-    if is_start and comm.mode == "fake_backend":
-        require(
-            os.environ.get("NGPU", "").isdecimal(),
-            "comm.mode",
-            "default unless NGPU is the number of processes to play",
-            comm.mode,
-            "set the variable NGPU",
-        )
-    for name in NOT_OURS:
-        remedy = "scripts/plan.py says what a run needs" if "memory" in name else "remove it"
-        require(not value_of(config, name), name, "false, for it has no effect", "true", remedy)
-    module = config.experimental.custom_import
-    if is_start and module:
-        try:
-            is_there = importlib.util.find_spec(module) is not None
-        except (ImportError, ValueError):
-            is_there = False
-        require(
-            is_there,
-            "experimental.custom_import",
-            "a module that can be imported",
-            module,
-            "correct the name, or set PYTHONPATH",
-        )
