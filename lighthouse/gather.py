@@ -218,7 +218,7 @@ _scatter_back_backward = register(
     "scatter_back_backward",
     scatter_back_backward_reference,
     _scatter_back_backward_fake,
-    kernels="gather",
+    kernels="scatter_back",
 )
 
 
@@ -252,7 +252,7 @@ _scatter_back = register(
     "scatter_back",
     scatter_back_reference,
     _scatter_back_fake,
-    kernels="gather",
+    kernels="scatter_back",
     backward=_scatter_back_autograd,
     setup_context=_scatter_back_setup,
 )

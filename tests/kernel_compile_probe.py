@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from lighthouse.config import LighthouseConfig
-from lighthouse.kernels import gather, scorers, selection
+from lighthouse.kernels import gather, scatter_back, scorers, selection
 
 # name: dtype, B, H, Hkv, N, D, L, p, topk
 RUNS = {
@@ -78,8 +78,8 @@ def captured_launches(
             q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, *levels, *rotary
         )  # fmt: skip
         gather.gather_backward(*subs, slot, *levels, seq_len, *rotary)
-        out = gather.scatter_back(subs[0], None, entry, slot, *levels, seq_len)
-        gather.scatter_back_backward(out, entry, *levels, 1)
+        out = scatter_back.scatter_back(subs[0], None, entry, slot, *levels, seq_len)
+        scatter_back.scatter_back_backward(out, entry, *levels, 1)
     finally:
         JITFunction.run = launch
     if rotary_dim:

@@ -15,7 +15,7 @@ from lighthouse import selection as selection_ops
 from lighthouse.reference import reference_attention, reference_selection, rope_of
 
 pytest.importorskip("triton")
-from lighthouse.kernels import gather, scorers, selection
+from lighthouse.kernels import gather, scatter_back, scorers, selection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(p, num_levels) for p in (2, 4, 8) for num_levels in (2, 3, 4, 5)]
@@ -250,13 +250,13 @@ def check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, grads=Non
             edges = edges.to(sub_out)
             exact_edges = edges.double()
         arguments = entry, slot, num_levels, p, seq_len
-        actual = gather.scatter_back(sub_out, edges, *arguments)
+        actual = scatter_back.scatter_back(sub_out, edges, *arguments)
         plain = bodies.scatter_back_reference(sub_out, edges, *arguments)
         exact = bodies.scatter_back_reference(sub_out.double(), exact_edges, *arguments)
         assert_as_exact(actual, plain, exact)
 
         arguments = entry, num_levels, p, num_chunks
-        actual = gather.scatter_back_backward(dout, *arguments)
+        actual = scatter_back.scatter_back_backward(dout, *arguments)
         plain = bodies.scatter_back_backward_reference(dout, *arguments)
         exact = bodies.scatter_back_backward_reference(dout.double(), *arguments)
         assert_as_exact(actual, plain, exact)

@@ -24,17 +24,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.planner import render as plan_script
-from torchtitan.experiments.lighthouse.planner.estimate import (
-    checkpoint_facts,
+from torchtitan.experiments.lighthouse.planner.estimate import checkpoint_facts, plan
+from torchtitan.experiments.lighthouse.planner.flops import (
     flops_per_token,
     logged_flops_per_token,
-    plan,
     recomputed_flops_per_token,
-    step_traffic,
 )
 from torchtitan.experiments.lighthouse.planner.gpus import GPUS
 from torchtitan.experiments.lighthouse.planner.memory import kept_tensors, stage_memory
 from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
+from torchtitan.experiments.lighthouse.planner.traffic import step_traffic
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.train import TwoStageTrainer
 

@@ -1,0 +1,133 @@
+"""Rows summed through the two maps, for the kernels of gather and scatter-back.
+
+Two ways to walk, and each kernel writes every row of its output once, with fp32 sums:
+
+    by slot    a program takes a block of slots and reads the rows of tokens that each entry sums
+    by token   a program takes a tile of tokens and reads the rows in the slots of each level
+
+Rows that several entries or tokens of one block share come from the cache. With GQA a program
+serves all tensors that share the maps of a kv head, one after another.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_TILE = 4096
+"""Elements of a block of slots or tokens: 32 rows of 128, 32 elements for each of 128 threads."""
+
+
+@triton.jit
+def block_batch_head(n_heads):
+    """Block along the sequence; batch, head and both as one, int64 since they meet strides."""
+    # Heads are fastest: neighbours touch neighbouring rows of [B, N, H, D].
+    pid = tl.program_id(0)
+    head = (pid % n_heads).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    return pid // n_heads, batch, head, batch * n_heads + head
+
+
+@triton.jit
+def decode(
+    entry_ptr, offs_s, mask_s, seq_len,
+    NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Index within its level and span of the entry in each slot."""
+    entry = tl.load(entry_ptr + offs_s, mask=mask_s, other=0)
+    index = entry
+    span = tl.full((BLOCK_S,), 1, tl.int32)
+    offset = seq_len
+    for level in tl.static_range(1, NUM_LEVELS):
+        is_above = entry >= offset
+        index = tl.where(is_above, entry - offset, index)
+        span = tl.where(is_above, POOLING_FACTOR**level, span)
+        offset += seq_len // POOLING_FACTOR**level
+    return index, span
+
+
+@triton.jit
+def add_rows(
+    acc, x_ptr, stride_n, stride_d, first, num_rows,
+    MAX_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add the `num_rows` rows from `first` on to `acc`, [BLOCK_S, BLOCK_D]."""
+    # Rows of one slot that are in flight together.
+    UNROLL: tl.constexpr = min(MAX_ROWS, 4)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask_d = offs_d < HEAD_DIM
+    x_ptrs = x_ptr + first.to(tl.int64)[:, None] * stride_n + offs_d * stride_d
+    row_stride = tl.full((), stride_n, tl.int64)
+    # Few blocks hold entries of every level: stop after the longest span that is there.
+    most = MAX_ROWS if MAX_ROWS == UNROLL else tl.max(num_rows, 0)
+    for start in range(0, most, UNROLL):
+        for j in tl.static_range(UNROLL):
+            mask = (start + j < num_rows)[:, None] & mask_d
+            x = tl.load(x_ptrs + (start + j) * row_stride, mask=mask, other=0.0)
+            acc += x.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def load_slots(
+    slot_ptr, offs_s, mask_s, seq_len,
+    SHIFT: tl.constexpr, NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Slots that each token takes from, one [BLOCK_S] per level, -1 for none.
+
+    With SHIFT 0 those of the entries that cover the token; with SHIFT 1 those of the entries
+    whose output reaches it.
+    """
+    slots = ()
+    level_ptr = slot_ptr
+    for level in tl.static_range(NUM_LEVELS):
+        index = (offs_s + SHIFT) // POOLING_FACTOR**level - SHIFT
+        slots += (tl.load(level_ptr + index, mask=mask_s & (index >= 0), other=-1),)
+        level_ptr += seq_len // POOLING_FACTOR**level
+    return slots
+
+
+@triton.jit
+def sum_slots(
+    x_ptr, stride_s, stride_d, slots,
+    HEAD_DIM: tl.constexpr, NUM_LEVELS: tl.constexpr, WEIGHT: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums over levels of the rows in `slots`, times WEIGHT**level: [BLOCK_S, BLOCK_D], fp32."""
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask_d = offs_d < HEAD_DIM
+    acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for level in tl.static_range(NUM_LEVELS):
+        slot = slots[level]
+        x_ptrs = x_ptr + slot.to(tl.int64)[:, None] * stride_s + offs_d * stride_d
+        x = tl.load(x_ptrs, mask=(slot >= 0)[:, None] & mask_d, other=0.0)
+        acc += x.to(tl.float32) * WEIGHT**level
+    return acc
+
+
+@triton.jit
+def store_rows(x_ptr, x, row, mask_s, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    x_ptrs = x_ptr + row[:, None] * HEAD_DIM + offs_d
+    tl.store(x_ptrs, x.to(x_ptr.dtype.element_ty), mask=mask_s[:, None] & (offs_d < HEAD_DIM))
+
+
+def launch_sizes(
+    x: torch.Tensor, num_levels: int, pooling_factor: int, cos: torch.Tensor | None = None
+) -> dict[str, int]:
+    head_dim = x.shape[-1]
+    # Cosines and sines take registers, too.
+    tile = _TILE if cos is None else _TILE // 2
+    block_d = triton.next_power_of_2(head_dim)
+    return {
+        "HEAD_DIM": head_dim,
+        "NUM_LEVELS": num_levels,
+        "POOLING_FACTOR": pooling_factor,
+        "BLOCK_S": max(tile // block_d, 1),
+        "BLOCK_D": block_d,
+        "num_warps": 4,
+    }
+
+
+def empty_bnhd(x: torch.Tensor, seq_len: int) -> torch.Tensor:
+    batch, n_heads, _, head_dim = x.shape
+    return x.new_empty((batch, seq_len, n_heads, head_dim)).transpose(1, 2)

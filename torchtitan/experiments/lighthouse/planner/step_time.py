@@ -1,0 +1,191 @@
+"""Seconds of a step: bytes over bandwidth or FLOPs over a rate, part by part, one after another.
+
+Nothing of them is measured. Assumed is that
+
+- FSDP gathers and reduces behind the computation of a layer, and what is longer than that waits;
+- a ring moves keys and values behind attention, and ulysses exchanges behind nothing;
+- compiled, elementwise operations are a kernel between two matrix products or attention; the
+  rotation, in complex numbers, is not compiled.
+
+Not counted: data loading, logging, validation, checkpoints, compilation, and gaps between kernels.
+"""
+
+from torchtitan.experiments.lighthouse.planner.flops import (
+    attention_costs,
+    layer_weights,
+    layers_of,
+    recomputed_steps,
+    recomputed_weights,
+)
+from torchtitan.experiments.lighthouse.planner.gpus import GPUS_PER_NODE, Gpu
+from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
+from torchtitan.experiments.lighthouse.planner.traffic import (
+    fsdp_traffic,
+    is_resharded_after_forward,
+    layer_traffic,
+)
+
+from lighthouse.costs import (
+    floor_seconds,
+)
+
+
+def step_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> dict[str, float]:
+    """Expected seconds of a step, by part."""
+    total = {}
+    # Those with Lighthouse first, which have all parts.
+    for is_lighthouse, checkpointing in sorted(layers_of(sizes, stage), reverse=True):
+        parts = layer_seconds(sizes, is_lighthouse, checkpointing, gpu)
+        for name, size in parts.items():
+            total[name] = total.get(name, 0.0) + size * sizes.micro_batches
+    exposed = total.pop("exposed communication")
+    total["head and loss"] = loss_seconds(sizes, gpu) * sizes.micro_batches
+    total["optimizer"] = optimizer_seconds(sizes, gpu)
+    # The first gather and the last reduction have nothing to hide behind.
+    ends = fsdp_traffic(sizes, sizes.parameters["embedding"], is_resharded_after_forward(sizes))
+    ends = _fsdp_seconds(sizes, ends, gpu)
+    for name in ("gather", "reduce", "all-reduce"):
+        exposed += ends.get(name, 0.0) * sizes.micro_batches
+    total["exposed communication"] = exposed
+    return total
+
+
+def layer_seconds(
+    sizes: Sizes, is_lighthouse: bool, checkpointing: str, gpu: Gpu
+) -> dict[str, float]:
+    """Expected seconds of a layer and micro-batch, forward and backward, by part.
+
+    The steps of attention are those of `lighthouse/costs.py`; of their bytes and FLOPs a rank has
+    the W-th part. What is computed again counts where it belongs.
+    """
+    weights, tokens = layer_weights(sizes), sizes.rank_tokens
+    product = 2 * tokens / gpu.matmul_flops
+    elementwise = [size / gpu.bandwidth for size in elementwise_bytes(sizes)]
+    steps = attention_seconds(sizes, is_lighthouse, gpu)
+    forward = {name for name in steps if not name.endswith("backward")}
+    again = recomputed_steps(sizes, steps, checkpointing)
+    is_again = checkpointing != "none"
+
+    compute = {
+        "linear": product * (3 * weights + recomputed_weights(sizes, checkpointing)),
+        "norms, rotation, SwiGLU": sum(elementwise) + elementwise[0] * is_again,
+    }
+    compute |= {name: steps[name] * (1 + (name in again)) for name in steps}
+    forward_seconds = product * weights + elementwise[0] + sum(steps[name] for name in forward)
+    backward_seconds = sum(compute.values()) - forward_seconds
+
+    traffic = layer_traffic(sizes, is_lighthouse, checkpointing)
+    fsdp = _fsdp_seconds(sizes, traffic, gpu)
+    behind_forward = fsdp.pop("gather", 0.0)
+    exposed = max(0.0, behind_forward - forward_seconds)
+    exposed += max(0.0, sum(fsdp.values()) - backward_seconds)
+    exposed += _exchange_seconds(sizes, traffic, steps, gpu)
+    return compute | {"exposed communication": exposed}
+
+
+def attention_seconds(sizes: Sizes, is_lighthouse: bool, gpu: Gpu) -> dict[str, float]:
+    """The least seconds of each step of attention on a rank, by name, in order."""
+    seconds = {}
+    for name, cost in attention_costs(sizes, is_lighthouse).items():
+        is_backward = name.endswith("backward")
+        rate = gpu.attention_backward_flops if is_backward else gpu.attention_flops
+        seconds |= floor_seconds({name: cost}, gpu.bandwidth, rate)
+    seconds = {name: size / sizes.degree for name, size in seconds.items()}
+    if sizes.scheme == "ring":
+        # Each block's output is cast to fp32 (6 bytes an element) and merged (32), not compiled.
+        rows = sizes.batch * sizes.attended_len(is_lighthouse) // sizes.degree
+        merged = sizes.degree * rows * sizes.n_heads * sizes.head_dim * 38
+        seconds["ring merge"] = merged / gpu.bandwidth
+    return seconds
+
+
+def elementwise_bytes(sizes: Sizes) -> tuple[int, int]:
+    """Bytes that norms, residuals, rotation and SwiGLU move in a layer, forward and backward.
+
+    Compiled, in elements a token, read and written:
+
+        forward     norm 2 dim, residual and norm 4 dim, SwiGLU 3 hidden, residual 4 dim
+        backward    SwiGLU 6 hidden (its product once more), norm and residual 6 dim twice
+        rotation    10 for each of q and k, both ways: cast to fp32, multiply, cast back, where an
+                    fp32 element counts two; 4 where all is fp32
+
+    Not compiled, silu, its product and the norm of a CPU make intermediate results beside; they
+    are counted as half as much again.
+    """
+    dim, hidden_dim = sizes.model_args.dim, sizes.hidden_dim
+    heads = (sizes.n_heads + sizes.n_kv_heads) * sizes.head_dim
+    rotation = (10 if sizes.compute_bytes == 2 else 4) * heads
+    forward, backward = 10 * dim + 3 * hidden_dim, 12 * dim + 6 * hidden_dim
+    if not sizes.is_compiled("model"):
+        forward, backward = forward * 3 // 2, backward * 3 // 2
+    element = sizes.rank_tokens * sizes.compute_bytes
+    return (forward + rotation) * element, (backward + rotation) * element
+
+
+def loss_seconds(sizes: Sizes, gpu: Gpu) -> float:
+    """Expected seconds of the head and the loss of a micro-batch, forward and backward.
+
+    Three products, and bytes for each logit: compiled it is read, read again and replaced by its
+    gradient. Not compiled, cast, log-softmax and two gradients in fp32; in chunks seven passes.
+    """
+    tokens, e = sizes.rank_tokens, sizes.compute_bytes
+    vocab, dim = sizes.model_args.vocab_size, sizes.model_args.dim
+    if sizes.is_compiled("loss"):
+        per_logit = 3 * e
+    elif sizes.config.training.loss_chunk_size:
+        per_logit = 2 * e + 36
+    else:
+        per_logit = 24 if e == 4 else 36
+    return 6 * tokens * vocab * dim / gpu.matmul_flops + tokens * vocab * per_logit / gpu.bandwidth
+
+
+def optimizer_seconds(sizes: Sizes, gpu: Gpu) -> float:
+    """Expected seconds of clipping and of Adam.
+
+    Clipping reads the gradients twice and writes them; Adam reads parameters, gradients and both
+    moments and writes all but the gradients, in one kernel if `fused`, else in eight passes that
+    move 20 elements a parameter.
+    """
+    moved = 7 if sizes.config.optimizer.implementation == "fused" else 20
+    shard = sizes.parameters["total"] / sizes.shards * sizes.param_bytes
+    return (moved + 3) * shard / gpu.bandwidth
+
+
+def _fsdp_seconds(sizes: Sizes, traffic: dict[str, int], gpu: Gpu) -> dict[str, float]:
+    """Seconds of the part of `traffic` that FSDP makes, by purpose."""
+    # A ring over nodes goes through the links of all GPUs of a node.
+    within = min(gpu.nvlink, GPUS_PER_NODE * gpu.network)
+    rate = gpu.nvlink if sizes.shards <= GPUS_PER_NODE else within
+    rates = {"gather": rate, "gather backward": rate, "reduce": rate}
+    rates["all-reduce"] = gpu.nvlink if sizes.world_size <= GPUS_PER_NODE else gpu.network
+    return {name: traffic[name] / rates[name] for name in rates if name in traffic}
+
+
+def _exchange_seconds(
+    sizes: Sizes, traffic: dict[str, int], steps: dict[str, float], gpu: Gpu
+) -> float:
+    """Seconds of a layer that wait for what ranks that share a sequence exchange."""
+    rate = gpu.nvlink if sizes.degree <= GPUS_PER_NODE else gpu.network
+    seconds = {
+        name: size / rate for name, size in traffic.items() if name.startswith(("exch", "edges"))
+    }
+    if sizes.scheme != "ring":
+        return sum(seconds.values())
+    is_gathered = sizes.config.parallelism.context_parallel_rotate_method == "allgather"
+    degree, exposed = sizes.degree, 0.0
+    for name, size in seconds.items():
+        if not name.startswith("exchange"):
+            exposed += size
+            continue
+        is_backward = name.endswith("backward")
+        block = steps["attend backward" if is_backward else "attend"] / degree
+        rotated = seconds["exchange"]
+        if is_gathered:
+            exposed += max(0.0, rotated - block)
+        else:
+            exposed += max(0.0, rotated - (degree - 1) * block)
+        if is_backward:
+            # Gradients of k and v follow each block; the last has none to hide behind.
+            sums = size - rotated
+            exposed += sums / degree + max(0.0, (degree - 1) * (sums / degree - block))
+    return exposed

@@ -1,0 +1,87 @@
+"""Bytes that a rank sends to others, by purpose."""
+
+from torchtitan.experiments.lighthouse.planner.flops import layers_of
+from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
+
+from lighthouse.costs import (
+    edge_bytes,
+    exchange_bytes,
+)
+
+KINDS = {True: "Lighthouse", False: "dense"}
+
+
+def layer_traffic(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[str, int]:
+    """Bytes that a rank sends for one layer and micro-batch, by purpose.
+
+        gather               parameters, in the compute dtype, forward
+        gather backward      once more, unless they stay
+        reduce               gradients, in the dtype of the reduction
+        all-reduce           of shards of gradients between replicas
+        exchange             for attention over sequences that ranks share: `lighthouse/costs.py`
+        exchange recomputed  once more, by activation checkpointing
+        exchange backward
+        edges                and the like, for scatter-back to reach across chunks
+
+    Tensor parallelism is not covered.
+    """
+    traffic = fsdp_traffic(
+        sizes, sizes.parameters["layer"], is_resharded=is_resharded_after_forward(sizes)
+    )
+    if sizes.scheme is None:
+        return traffic
+    shape = sizes.attention_shape(sizes.attended_len(is_lighthouse))
+    exchanged = exchange_bytes(shape, sizes.degree, sizes.scheme)
+    if is_lighthouse:
+        exchanged |= edge_bytes(shape, sizes.attention, sizes.degree, sizes.scheme)
+    for name, size in exchanged.items():
+        traffic[name] = size
+        # The outputs of an all-to-all are kept by `op`; those of the ring on a GPU only.
+        is_kept = name == "edges" or sizes.scheme == "ulysses" or sizes.device_type == "cuda"
+        is_again = checkpointing == "full" or (checkpointing == "op" and not is_kept)
+        if is_again and not name.endswith("backward"):
+            traffic[f"{name} recomputed"] = size
+    return traffic
+
+
+def step_traffic(sizes: Sizes, stage: int) -> dict[str, int]:
+    """Bytes that a rank sends in a step, by purpose, sums of a few numbers left out."""
+    policy = sizes.config.parallelism.fsdp_reshard_after_forward
+    parts = [layer_traffic(sizes, *layer) for layer in layers_of(sizes, stage)]
+    parameters = sizes.parameters
+    parts.append(fsdp_traffic(sizes, parameters["embedding"], is_resharded_after_forward(sizes)))
+    parts.append(fsdp_traffic(sizes, parameters["head"], is_resharded=policy == "always"))
+    if sizes.shards == 1 and sizes.replicas > 1:
+        parts.append(
+            {"all-reduce": all_reduce_bytes(sizes, parameters["total"] * sizes.param_bytes)}
+        )
+    total = {}
+    for part in parts:
+        for name, size in part.items():
+            total[name] = total.get(name, 0) + size * sizes.micro_batches
+    return total
+
+
+def is_resharded_after_forward(sizes: Sizes) -> bool:
+    """Whether a layer's parameters are given up after its forward pass."""
+    return sizes.config.parallelism.fsdp_reshard_after_forward != "never"
+
+
+def fsdp_traffic(sizes: Sizes, parameters: int, is_resharded: bool) -> dict[str, int]:
+    """Bytes that a rank sends for a group of `parameters` and a micro-batch."""
+    if sizes.shards == 1:
+        return {}
+    others = parameters * (sizes.shards - 1) // sizes.shards
+    traffic = {"gather": others * sizes.compute_bytes}
+    if is_resharded:
+        traffic["gather backward"] = others * sizes.compute_bytes
+    traffic["reduce"] = others * sizes.reduce_bytes
+    if sizes.replicas > 1:
+        shard = parameters // sizes.shards * sizes.reduce_bytes
+        traffic["all-reduce"] = all_reduce_bytes(sizes, shard)
+    return traffic
+
+
+def all_reduce_bytes(sizes: Sizes, size: int) -> int:
+    """Bytes that a rank sends for the sum of `size` bytes over the replicas: in a ring."""
+    return 2 * size * (sizes.replicas - 1) // sizes.replicas
