@@ -22,6 +22,7 @@ import triton.language as tl
 
 from lighthouse.kernels.rotary import (
     HALVES,
+    INTERLEAVED,
     NO_PAIRS,
     load_pairs,
     load_phases,
@@ -104,7 +105,7 @@ def _score_pool_head(
     """
     SPAN: tl.constexpr = POOLING_FACTOR ** (NUM_LEVELS - 1)
     # Rows of one span that are in flight together.
-    IN_FLIGHT: tl.constexpr = min(BLOCK_T, 4 if PAIRS == NO_PAIRS else 8)
+    IN_FLIGHT: tl.constexpr = min(BLOCK_T, 8 if PAIRS == INTERLEAVED else 4)
     BLOCK_P: tl.constexpr = max(BLOCK_D // 2, 1)
     mask_r = offs_r < seq_len // SPAN
     offs_d = tl.arange(0, BLOCK_D)
