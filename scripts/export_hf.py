@@ -18,7 +18,7 @@ from torchtitan.experiments.lighthouse.inference.load_model import add_arguments
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_output_folder,
-    told_in_one_line,
+    exit_on_value_error,
 )
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     add_arguments(parser)
     options = parser.parse_args()
     out = Path(options.out)
-    with told_in_one_line():
+    with exit_on_value_error():
         check_output_folder("OUT", out)
         trained = open_trained(
             options.checkpoint, options.flavor, options.max_seq_len, options.tokenizer

@@ -21,7 +21,7 @@ from torchtitan.experiments.lighthouse.data.tokenize import (
     verify,
 )
 from torchtitan.experiments.lighthouse.data.tokenized import Manifest
-from torchtitan.experiments.lighthouse.runtime.command_line import Parser, told_in_one_line
+from torchtitan.experiments.lighthouse.runtime.command_line import Parser, exit_on_value_error
 
 
 def main(args: list[str] | None = None) -> None:
@@ -37,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
     add("--verify", action="store_true", help="check what is in --out, and prepare nothing")
     options = parser.parse_args(args)
     try:
-        with told_in_one_line():
+        with exit_on_value_error():
             for manifest in run(options):
                 documents = sum(shard.documents for shard in manifest.shards)
                 print(

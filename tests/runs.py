@@ -192,7 +192,7 @@ def train(
 @contextlib.contextmanager
 def trainer_of(config, trainer_class: type = RecordedTrainer):
     """A trainer on the CPU, closed in the end, whose ``train`` does not sleep."""
-    cpu_device.install()
+    cpu_device.use_cpu_device()
     alone = not dist.is_initialized()
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

@@ -16,11 +16,11 @@ from torchtitan.experiments.lighthouse.checkpoint.files import (
     check_folder,
     check_safe,
     checkpoint_steps,
-    fault,
+    damage_reason,
     is_whole,
 )
 from torchtitan.experiments.lighthouse.checkpoint.manager import TwoStageCheckpointManager
-from torchtitan.experiments.lighthouse.runtime.errors import Stop
+from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
 
 
 def make(folder: Path, *steps: int, torn: tuple[int, ...] = ()) -> None:
@@ -53,14 +53,16 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path):
 def test_a_checkpoint_is_whole_if_every_byte_that_its_metadata_name_is_there(tmp_path):
     make(tmp_path, 1)
     path = tmp_path / "step-1"
-    assert is_whole(path) and fault(path) is None
+    assert is_whole(path) and damage_reason(path) is None
     data = (path / "__0_0.distcp").read_bytes()
     (path / "__0_0.distcp").write_bytes(data[:-1])
-    assert fault(path) == f"__0_0.distcp ends after {len(data) - 1:,} of {len(data):,} bytes"
+    assert (
+        damage_reason(path) == f"__0_0.distcp ends after {len(data) - 1:,} of {len(data):,} bytes"
+    )
     (path / "__0_0.distcp").write_bytes(data + b"more")
     assert is_whole(path)
     (path / "__0_0.distcp").unlink()
-    assert fault(path) == "__0_0.distcp is missing"
+    assert damage_reason(path) == "__0_0.distcp is missing"
 
 
 def test_a_checkpoint_that_is_purged_meanwhile_is_torn(tmp_path, monkeypatch):
@@ -81,13 +83,13 @@ def test_metadata_that_end_early_are_torn(tmp_path, size):
     make(tmp_path, 1)
     metadata = tmp_path / "step-1" / ".metadata"
     metadata.write_bytes(metadata.read_bytes()[:size])
-    assert fault(tmp_path / "step-1").startswith("its metadata cannot be read (.metadata: ")
+    assert damage_reason(tmp_path / "step-1").startswith("its metadata cannot be read (.metadata: ")
 
 
 def test_no_metadata_are_torn(tmp_path):
     make(tmp_path, torn=(1,))
     (tmp_path / "step-1" / ".metadata.tmp").write_text("")
-    assert fault(tmp_path / "step-1") == ".metadata, which is written last, is missing"
+    assert damage_reason(tmp_path / "step-1") == ".metadata, which is written last, is missing"
     assert not is_whole(tmp_path / "missing")
     (tmp_path / "step-1" / ".metadata").mkdir()
     assert not is_whole(tmp_path / "step-1")
@@ -96,11 +98,11 @@ def test_no_metadata_are_torn(tmp_path):
 def test_a_model_in_the_format_of_hugging_face_is_whole_with_its_files(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"weight": "model-1.safetensors"}}')
-    assert fault(tmp_path) == "model-1.safetensors is missing"
+    assert damage_reason(tmp_path) == "model-1.safetensors is missing"
     (tmp_path / "model-1.safetensors").write_text("tensors")
     assert is_whole(tmp_path)
     index.write_text('{"weight_map": ')
-    assert "cannot be read" in fault(tmp_path)
+    assert "cannot be read" in damage_reason(tmp_path)
 
 
 class Caller:
@@ -125,7 +127,7 @@ def test_what_would_run_when_it_is_loaded_is_refused_and_does_not_run(tmp_path):
     metadata.planner_data = caller
     with (tmp_path / "step-1" / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
-    assert "names posix.mkdir, which has no place there" in fault(tmp_path / "step-1")
+    assert "names posix.mkdir, which has no place there" in damage_reason(tmp_path / "step-1")
     assert not (tmp_path / "called").exists()
     # Loaded as torch does, it runs.
     dcp.FileSystemReader(tmp_path / "step-1").read_metadata()
@@ -274,7 +276,7 @@ def test_a_save_that_fails_stops_the_run_and_names_the_last_good_checkpoint(
 
     monkeypatch.setattr(CheckpointManager, "save", fail)
     manager = manager_of(tmp_path, **SYNCHRONOUS)
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(TrainingAborted) as stop:
         manager.save(20)
     message = str(stop.value)
     assert message.startswith("the checkpoint of step 20 could not be saved (OSError: [Errno 28]")

@@ -38,7 +38,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data import datasets, readers, retry, tokenized
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.packing import build_dataloader, check_dataset
-from torchtitan.experiments.lighthouse.data.retry import Dropped, retrying
+from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
 from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
 
@@ -86,7 +86,7 @@ class Flaky:
         for number in range(start, 10):
             if self.breaks and self.breaks[0] == number:
                 self.breaks.pop(0)
-                raise Dropped("training.dataset must hold, got an error", "mend it")
+                raise TransientReadError("training.dataset must hold, got an error", "mend it")
             yield number, number + 1
 
 

@@ -18,7 +18,7 @@ from runs import (
 from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.metrics import read_metrics
-from torchtitan.experiments.lighthouse.runtime.errors import Stop
+from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
 from torchtitan.experiments.lighthouse.runtime.nonfinite import SKIPPED, gradient_norm
 from torchtitan.models.llama3 import Transformer
 
@@ -59,7 +59,7 @@ def broken(spoil: str) -> type:
 @pytest.mark.parametrize("spoil", ["nan", "inf", "-inf", "large", "loss"])
 def test_the_run_stops_with_the_step_and_the_last_good_checkpoint(tmp_path, corpus, spoil):
     args = command_line(tmp_path / "run", corpus, checkpoint__interval=2, training__steps=4)
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(TrainingAborted) as stop:
         train([*args, "--lighthouse.stage1_steps", "-1"], broken(spoil))
     message = str(stop.value)
     what = "loss" if spoil == "loss" else "gradient"
@@ -101,7 +101,9 @@ def test_one_more_than_may_be_skipped_stops_the_run(tmp_path, corpus):
             return self.with_loss_times(math.nan, batch)
 
     args = command_line(tmp_path / "run", corpus, training__max_skipped_steps=2)
-    with pytest.raises(Stop, match=r"^step 3: .* there is no good checkpoint;.*steps, now 2$"):
+    with pytest.raises(
+        TrainingAborted, match=r"^step 3: .* there is no good checkpoint;.*steps, now 2$"
+    ):
         train(args, AlwaysBroken)
 
 
@@ -109,7 +111,7 @@ def rank(folder: Path, corpus: Path, options: dict) -> str:
     """What a rank of a run says whose last rank goes wrong."""
     try:
         train(command_line(folder / "run", corpus, **options), broken("nan"))
-    except Stop as stop:
+    except TrainingAborted as stop:
         return str(stop)
     return "trained"
 

@@ -10,9 +10,9 @@ from torchtitan.experiments.lighthouse.analysis import report
 from torchtitan.experiments.lighthouse.analysis.run_metrics import (
     WINDOW,
     crossing_step,
-    figures,
     read_run,
     smooth,
+    summarize_run,
     switch_of,
 )
 
@@ -59,7 +59,7 @@ def dense(folder: Path, losses: dict[int, float], per_step: int = 50) -> Path:
 def test_figures_of_a_run(tmp_path):
     run = read_run(two_stages(tmp_path / "two", HELD_OUT))
     other = read_run(dense(tmp_path / "dense", {10: 2.9, 20: 2.6, 30: 2.4, 40: 2.1}))
-    assert figures(run, other) == {
+    assert summarize_run(run, other) == {
         "steps": 40,
         "tokens_seen": 2000,
         "final_held_out_loss": 2.0,
@@ -79,21 +79,21 @@ def test_figures_of_a_run(tmp_path):
         "whole_run_speed_up": pytest.approx(25 / 15),
         "device_hours": pytest.approx(15 / 3600),
     }
-    alone = figures(run)
+    alone = summarize_run(run)
     assert alone["stage_1_speed_up"] == 2.0
     assert alone["crossing_step"] is None and alone["whole_run_speed_up"] is None
 
 
 def test_a_run_without_a_switch_or_validation(tmp_path):
     run = read_run(write(tmp_path, trained(1, 1, 5.0), trained(5, 1, 4.0)))
-    found = figures(run)
+    found = summarize_run(run)
     assert found["final_training_loss"] == 4.5 and found["tokens_seen"] == 250
     assert {key for key, value in found.items() if value is None} == {
         *["final_held_out_loss", "switch_step", "held_out_before_switch", "held_out_after_switch"],
         *["spike_nats", "recovery_step", "crossing_step", "stage_2_tokens_per_second"],
         *["stage_1_speed_up", "whole_run_speed_up"],
     }
-    assert figures(run, run)["crossing_step"] is None
+    assert summarize_run(run, run)["crossing_step"] is None
 
 
 def test_a_switch_without_validation_has_no_cost(tmp_path):

@@ -29,7 +29,7 @@ from torchtitan.experiments.lighthouse.runtime import cpu_device
 _accelerator = torch.accelerator.current_accelerator(check_available=True)
 if _accelerator is None or _accelerator.type == "mps":
     # Before the imports below: torchtitan binds its device when it is imported.
-    cpu_device.install()
+    cpu_device.use_cpu_device()
 
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers

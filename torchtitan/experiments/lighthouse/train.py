@@ -30,7 +30,7 @@ from torchtitan.experiments.lighthouse.context_parallel import (
 from torchtitan.experiments.lighthouse.metrics import SWITCH
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime import cpu_device, signals
-from torchtitan.experiments.lighthouse.runtime.errors import Stop
+from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
 from torchtitan.experiments.lighthouse.runtime.nonfinite import FiniteSteps
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
@@ -96,13 +96,15 @@ class TwoStageTrainer(Trainer):
             yield from super().batch_generator(data_iterable)
         except ValueError as error:
             # From the data: what a caller does with a batch is not raised in here.
-            raise Stop(f"{error}; {self.checkpointer.last_good()}", of_all_ranks=False) from error
+            raise TrainingAborted(
+                f"{error}; {self.checkpointer.last_good()}", of_all_ranks=False
+            ) from error
 
     def post_dataloading_process(self, input_dict, labels):
         # A dictionary of tokens alone comes from our data loader.
-        inputs, labels, to_tell = shard_batch(input_dict["input"], labels, self.context)
+        inputs, labels, extra_kwargs = shard_batch(input_dict["input"], labels, self.context)
         self._last_inputs = inputs
-        return inputs, labels, {}, to_tell
+        return inputs, labels, {}, extra_kwargs
 
     def train_step(self, data_iterator) -> None:
         super().train_step(data_iterator)
@@ -116,7 +118,7 @@ class TwoStageTrainer(Trainer):
 
     def forward_backward_step(self, **batch) -> torch.Tensor:
         loss = super().forward_backward_step(**batch)
-        self.finite_steps.see(loss)
+        self.finite_steps.record_loss(loss)
         return loss
 
     def should_continue_training(self) -> bool:
@@ -223,7 +225,7 @@ def main(args: list[str] | None = None) -> None:
             trainer.checkpointer.save(0, last_step=True)
         else:
             trainer.train()
-    except Stop as stop:
+    except TrainingAborted as stop:
         rank = os.environ["RANK"]
         if rank == "0" or not stop.of_all_ranks:
             where = "" if stop.of_all_ranks else f"rank {rank}: "

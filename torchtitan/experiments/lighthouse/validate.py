@@ -61,9 +61,9 @@ class HeldOutValidator(BaseValidator):
         for _ in range(self.job_config.validation.steps):
             inputs, labels = next(batches)
             inputs, labels = (x.to(utils.device_type) for x in (inputs["input"], labels))
-            inputs, labels, to_tell = shard_batch(inputs, labels, self.context_parallel)
+            inputs, labels, extra_kwargs = shard_batch(inputs, labels, self.context_parallel)
             with self.context(), self.maybe_enable_amp:
-                loss = self.loss_fn(model(inputs, **to_tell), labels)
+                loss = self.loss_fn(model(inputs, **extra_kwargs), labels)
             # Under tensor parallelism the vocabulary is sharded, and the loss knows of it.
             loss_sum += loss.full_tensor() if isinstance(loss, DTensor) else loss
             num_tokens += (labels != IGNORE_INDEX).sum()

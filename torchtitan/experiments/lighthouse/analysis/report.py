@@ -16,14 +16,14 @@ import numpy as np
 from torchtitan.experiments.lighthouse.analysis.run_metrics import (
     WINDOW,
     Run,
-    figures,
     read_run,
     smooth,
+    summarize_run,
 )
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_output_folder,
-    told_in_one_line,
+    exit_on_value_error,
 )
 
 matplotlib.use("Agg")
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/report"), metavar="FOLDER")
     options = parser.parse_args()
     folders = options.runs + [options.dense] * (options.dense is not None)
-    with told_in_one_line():
+    with exit_on_value_error():
         check_output_folder("--out", options.out)
         runs = dict(zip(names_of(folders), map(read_run, folders), strict=True))
     dense = list(runs)[-1] if options.dense else None
@@ -85,7 +85,7 @@ def report(runs: dict[str, Run], dense: str | None) -> str:
         dense: name of the dense run, or None.
     """
     columns = {
-        name: figures(run, runs[dense] if dense not in (None, name) else None)
+        name: summarize_run(run, runs[dense] if dense not in (None, name) else None)
         for name, run in runs.items()
     }
     header = [f"{name} (the dense run)" if name == dense else name for name in columns]

@@ -165,7 +165,7 @@ def crossing_step(run: Run, dense: Run) -> int | None:
     return crossing
 
 
-def figures(run: Run, dense: Run | None = None) -> dict[str, Any]:
+def summarize_run(run: Run, dense: Run | None = None) -> dict[str, Any]:
     """The figures of a run, and against a dense one; None for what is not there.
 
     The speed-up of stage 1 is that over the dense run if there is one, else over stage 2; the

@@ -41,14 +41,14 @@ from typing import Any
 import matplotlib
 import tomli
 import torch
-from torchtitan.experiments.lighthouse.analysis.run_metrics import figures, read_run
+from torchtitan.experiments.lighthouse.analysis.run_metrics import read_run, summarize_run
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_output_folder,
-    told_in_one_line,
+    exit_on_value_error,
 )
 from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS
 
@@ -119,7 +119,7 @@ def main() -> None:
     add("--nproc", type=int, default=num_devices, metavar="N", help="processes of a run")
     options, overrides = parser.parse_known_args()
     exit_code = 0
-    with told_in_one_line():
+    with exit_on_value_error():
         if options.nproc < 1:
             raise ValueError(f"--nproc must be at least 1, got {options.nproc}; use 1 or more")
         check_output_folder("--out", options.out)
@@ -247,14 +247,14 @@ def list_cells(cells: list[Cell]) -> None:
 # ---- runs
 
 
-class Stop:
+class SignalForwarder:
     """Whether a signal has asked to stop; it is handed on to the run of the moment."""
 
     def __init__(self):
         self.is_asked = False
         self.process = None
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "SignalForwarder":
         numbers = (*SIGNALS, signal.SIGINT)
         self._former = {number: signal.signal(number, self._arrive) for number in numbers}
         return self
@@ -284,7 +284,7 @@ def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc:
     for cell in legal:
         take_folder(cell, config_file, overrides)
     failed = []
-    with Stop() as stop:
+    with SignalForwarder() as stop:
         for i, cell in enumerate(legal):
             if stop.is_asked:
                 break
@@ -340,7 +340,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def train(cell: Cell, config_file: Path, overrides: list[str], nproc: int, stop: Stop) -> None:
+def train(
+    cell: Cell, config_file: Path, overrides: list[str], nproc: int, stop: SignalForwarder
+) -> None:
     """Train a cell, or go on with it; its folder then says what came of it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     command = [
@@ -381,7 +383,7 @@ def collect(out: Path) -> None:
         cell = Cell(path.parent, read_settings(path)["fields"], [], None)
         row = {"cell": cell.folder.name, **cell.fields, "state": cell.state()}
         try:
-            row |= figures(read_run(cell.folder))
+            row |= summarize_run(read_run(cell.folder))
         except ValueError:
             # It has not trained a step.
             row |= dict.fromkeys(COLUMNS)

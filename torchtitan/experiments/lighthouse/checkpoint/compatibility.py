@@ -126,7 +126,7 @@ def check_checkpoint(
     for name in names:
         if name not in was or was[name] == now[name] or name in accepted:
             continue
-        if name in OF_STAGES and not _is_felt(name, was, now, step):
+        if name in OF_STAGES and not _affects_remaining_steps(name, was, now, step):
             continue
         raise ValueError(
             f"{name} must be that of {path}, {_said(name, was, now)}; {_set_back(name, was)}, or "
@@ -150,7 +150,9 @@ def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None
     return None
 
 
-def _is_felt(name: str, was: dict[str, Any], now: dict[str, Any], step: int) -> bool:
+def _affects_remaining_steps(
+    name: str, was: dict[str, Any], now: dict[str, Any], step: int
+) -> bool:
     """Whether the change would make `step` steps, or those after them, of two kinds.
 
     The switch may move as long as no step was trained beyond either place. What stage 1 is, no

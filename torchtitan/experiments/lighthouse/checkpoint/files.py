@@ -45,7 +45,7 @@ def checkpoint_faults(folder: str | Path) -> dict[int, str | None]:
     for path in folder.iterdir() if folder.is_dir() else ():
         match = re.fullmatch(r"step-(\d+)", path.name)
         if match and path.is_dir():
-            faults[int(match.group(1))] = fault(path)
+            faults[int(match.group(1))] = damage_reason(path)
     return dict(sorted(faults.items()))
 
 
@@ -61,10 +61,10 @@ def whole_steps(folder: str | Path) -> list[int]:
 
 def is_whole(path: str | Path) -> bool:
     """Whether the checkpoint in the folder `path` is there to its last byte."""
-    return fault(path) is None
+    return damage_reason(path) is None
 
 
-def fault(path: str | Path) -> str | None:
+def damage_reason(path: str | Path) -> str | None:
     """What the checkpoint in the folder `path` lacks, in words; None if it is whole."""
     path = Path(path)
     try:

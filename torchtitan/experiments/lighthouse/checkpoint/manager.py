@@ -30,7 +30,7 @@ from torchtitan.experiments.lighthouse.checkpoint.files import (
     checkpoint_steps,
     whole_steps,
 )
-from torchtitan.experiments.lighthouse.runtime.errors import Stop
+from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
 from torchtitan.tools.logging import logger
 
 
@@ -98,7 +98,7 @@ class TwoStageCheckpointManager(CheckpointManager):
         try:
             yield
         except (CheckpointException, OSError, RuntimeError) as error:
-            raise Stop(
+            raise TrainingAborted(
                 f"{what} could not be saved ({_reason(error)}); {self.last_good()}; see to "
                 "the space and the rights of its folder"
             ) from error

@@ -11,8 +11,8 @@ from torchtitan.experiments.lighthouse.checkpoint.files import (
     check_folder,
     check_safe,
     corpus_fingerprint,
+    damage_reason,
     data_parallel_degree,
-    fault,
     holds_training_state,
     is_whole,
     prepared_position,
@@ -126,7 +126,7 @@ def _check_start(config: JobConfig, world_size: int) -> None:
         flavor = config.model.flavor
         hf_llama.check_flavor(initial, FLAVORS[flavor], flavor)
         return
-    if torn := fault(initial):
+    if torn := damage_reason(initial):
         raise ValueError(
             f"checkpoint.initial_load_path must hold a whole checkpoint, got {initial!r}: {torn}; "
             "name an older one"

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN, SourceFile, look_at
-from torchtitan.experiments.lighthouse.data.retry import Dropped, retrying
+from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN, SourceFile, stat_files
+from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
 from torchtitan.tools.logging import logger
 
 # About 3 % of the documents: enough for a stable loss, little taken from a small corpus.
@@ -185,7 +185,7 @@ def check_dataset(
             f"{field} must hold {patterns} files for dataset {name!r}, got {str(root)!r} "
             f"without any: {remedy}"
         )
-    sources = look_at(files, corpus.reader, field)
+    sources = stat_files(files, corpus.reader, field)
     for file in sources:
         if file.size == 0 and file.path.suffix in (".gz", ".parquet"):
             raise ValueError(
@@ -212,7 +212,7 @@ def open_documents(
     if corpus.reader == "hub":
         return HubDocuments(name, split, *share)
     field = f"{SECTIONS[split]}.dataset_path"
-    files = look_at(find_files(name, path, split), corpus.reader, field)
+    files = stat_files(find_files(name, path, split), corpus.reader, field)
     if corpus.reader == "documents":
         return ShuffledDocuments(name, files, split, *share)
     return FileDocuments(name, corpus_root(name, path), files, split, *share)
@@ -399,7 +399,7 @@ class HubDocuments:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             message = f"{SECTIONS[self._split]}.dataset must be a stream that can be read, got"
             if _is_of_the_connection(error):
-                raise Dropped(
+                raise TransientReadError(
                     f"{message} {self._name!r} with its connection lost: {reason}",
                     "see to the network and start the same run again, which goes on from its last "
                     "checkpoint, or download the files for 'c4_local'",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan.experiments.lighthouse.data.retry import Dropped, retrying
+from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
 
 TEXT_COLUMN = "text"
 
@@ -48,7 +48,7 @@ class SourceFile:
         """Yields the rows, numbered from 1. A chunk is checked for a change after it is read.
 
         Raises:
-            Dropped: where the file cannot be opened or read.
+            TransientReadError: where the file cannot be opened or read.
             ValueError: where it is broken, or has changed since the corpus was opened.
         """
         count = 0
@@ -60,11 +60,13 @@ class SourceFile:
                     count += 1
                     yield count, row
         except READ_ERRORS as error:
-            raise fault(error, self.field, where(self.reader, self.path, count + 1)) from error
+            raise read_error(
+                error, self.field, row_location(self.reader, self.path, count + 1)
+            ) from error
 
     def text(self, number: int, row: Row) -> str | None:
         """Returns the text of a row; see `document_text`."""
-        place = where(self.reader, self.path, number)
+        place = row_location(self.reader, self.path, number)
         return document_text(row, self.reader, self.field, place)
 
     def check_unchanged(self) -> None:
@@ -78,7 +80,7 @@ class SourceFile:
             )
 
 
-def look_at(paths: Iterable[Path], reader: str, field: str) -> list[SourceFile]:
+def stat_files(paths: Iterable[Path], reader: str, field: str) -> list[SourceFile]:
     """Returns the files as they are now.
 
     Raises:
@@ -91,18 +93,18 @@ def look_at(paths: Iterable[Path], reader: str, field: str) -> list[SourceFile]:
             try:
                 status = os.stat(path)
             except OSError as error:
-                raise fault(error, field, f" in {str(path)!r}") from error
+                raise read_error(error, field, f" in {str(path)!r}") from error
             yield SourceFile(path, reader, field, status.st_size, status.st_mtime_ns), number
 
     return [file for file, _ in retrying(read, 0)]
 
 
-def fault(error: Exception, field: str, place: str) -> Dropped | ValueError:
+def read_error(error: Exception, field: str, place: str) -> TransientReadError | ValueError:
     """Returns what to raise for an error of reading: whether it can help to try again."""
     reason = " ".join(str(error).split())
     # What gzip and Arrow say of the content are `OSError`s, too, but without a number.
     if getattr(error, "errno", None) is not None:
-        return Dropped(
+        return TransientReadError(
             f"{field} must hold files that can be read, got an error{place}: {reason}",
             f"restore the file or its file system, and {_GO_ON}",
         )
@@ -112,7 +114,7 @@ def fault(error: Exception, field: str, place: str) -> Dropped | ValueError:
     )
 
 
-def where(reader: str, path: Path, number: int) -> str:
+def row_location(reader: str, path: Path, number: int) -> str:
     """Says which row is meant; rows count from 1."""
     row = {"lines": f" line {number}", "parquet": f" row {number}"}.get(reader, "")
     return f" in {str(path)!r}{row}"

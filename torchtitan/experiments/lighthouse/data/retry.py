@@ -6,9 +6,9 @@
         unless it broke off: return
         wait 1, 2, 4, 8 s; the fifth time in a row: stop
 
-A reader says with `Dropped` that trying again can help: an error of the operating system, a lost
-connection. What a file holds does not get better, and is a `ValueError` at once. Since a cursor
-stands behind the value it came with, nothing is read twice and nothing is left out.
+A reader raises `TransientReadError` where trying again can help: an error of the operating system,
+a lost connection. What a file holds does not get better, and is a `ValueError` at once. Since a
+cursor stands behind the value it came with, nothing is read twice and nothing is left out.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 Cursor = TypeVar("Cursor")
 
 
-class Dropped(Exception):
+class TransientReadError(Exception):
     """Reading broke off and can be tried again. `str()` has the field, the rule and the place."""
 
     def __init__(self, message: str, remedy: str) -> None:
@@ -39,7 +39,7 @@ def retrying(
     """Yields what `read(cursor)` does: values, each with the cursor behind it.
 
     Raises:
-        ValueError: in one line, where it was `Dropped` five times without a value in between.
+        ValueError: in one line, after five `TransientReadError`s without a value in between.
     """
     failures, behind = 0, cursor
     while True:
@@ -48,7 +48,7 @@ def retrying(
                 failures, behind = 0, after
                 yield value, behind
             return
-        except Dropped as dropped:
+        except TransientReadError as dropped:
             if failures == len(DELAYS):
                 raise ValueError(
                     f"{dropped}, for the {failures + 1}th time in a row: {dropped.remedy}"

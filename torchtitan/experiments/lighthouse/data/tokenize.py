@@ -43,7 +43,7 @@ from torchtitan.experiments.lighthouse.data.readers import (
     READERS,
     Row,
     document_text,
-    where,
+    row_location,
 )
 from torchtitan.experiments.lighthouse.data.tokenized import (
     FORMAT,
@@ -138,7 +138,7 @@ def prepare(
         sources={_name(file, root): _size(file) for file in files},
         shards=[],
     )
-    manifest, is_whole = _take_up(out, manifest)
+    manifest, is_whole = _resume_manifest(out, manifest)
     with _writing(out):
         if is_whole:
             (folder / PARTIAL_MANIFEST).unlink(missing_ok=True)
@@ -282,7 +282,7 @@ def _tokenizer(path: str) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(path)
 
 
-def _take_up(out: str | Path, manifest: Manifest) -> tuple[Manifest, bool]:
+def _resume_manifest(out: str | Path, manifest: Manifest) -> tuple[Manifest, bool]:
     """Returns the manifest with the shards that are there and stay, and whether those are all."""
     folder = Path(out).expanduser() / manifest.split
     names = [name for name in (MANIFEST, PARTIAL_MANIFEST) if (folder / name).exists()]
@@ -341,7 +341,7 @@ def _read_rows(files: list[Path], reader: str, start: list[int]) -> Iterator[_Ro
                     yield _Rows(files[file], file, row + begin, rows[begin:], num_bytes)
                 row += len(rows)
         except READ_ERRORS as error:
-            raise _unreadable(where(reader, files[file], row + 1), error) from error
+            raise _unreadable(row_location(reader, files[file], row + 1), error) from error
 
 
 def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
@@ -349,7 +349,7 @@ def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
     tokenizer = _tokenizer(encoding.tokenizer_path)
     tokens, counts = [], []
     for number, row in enumerate(rows.rows, rows.first + 1):
-        place = where(encoding.reader, rows.path, number)
+        place = row_location(encoding.reader, rows.path, number)
         text, ids = document_text(row, encoding.reader, _FIELD, place), []
         if text and (encoding.all_rows or is_held_out(text) == (encoding.split == "validation")):
             ids = tokenizer.encode(text, add_bos=True, add_eos=True)

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import Dataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.experiments.lighthouse.data.datasets import SECTIONS
-from torchtitan.experiments.lighthouse.data.readers import fault, look_at
+from torchtitan.experiments.lighthouse.data.readers import read_error, stat_files
 from torchtitan.experiments.lighthouse.data.retry import in_one_line, retrying
 
 FORMAT = 1
@@ -258,7 +258,7 @@ class PreparedDataset(Dataset, Stateful):
         field = f"{self._section}.dataset_path"
         self._manifest = read_manifest(path, split, field)
         shards = [self._folder / shard.file for shard in self._manifest.shards]
-        self._files = look_at(shards, "shard", field)
+        self._files = stat_files(shards, "shard", field)
         self._ends = list(itertools.accumulate(shard.tokens for shard in self._manifest.shards))
         self.seq_len, self.seed = seq_len, seed
         self.consumed = 0
@@ -349,7 +349,7 @@ class PreparedDataset(Dataset, Stateful):
                     content = shard.read(length * itemsize)
                 file.check_unchanged()
             except OSError as error:
-                raise fault(error, file.field, f" in {str(file.path)!r}") from error
+                raise read_error(error, file.field, f" in {str(file.path)!r}") from error
             yield content, None
 
         content, _ = next(retrying(read, None))

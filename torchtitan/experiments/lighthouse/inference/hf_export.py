@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
-from torchtitan.experiments.lighthouse.inference.load_model import TrainedModel
+from torchtitan.experiments.lighthouse.inference.load_model import ModelSource
 from torchtitan.models.llama3 import Transformer
 
 TOLERANCE = 1e-4
@@ -37,7 +37,7 @@ _TOKENIZER_FILES = (
 
 
 def export(
-    trained: TrainedModel, folder: str | Path, dtype: str, max_file_size: str = MAX_FILE_SIZE
+    trained: ModelSource, folder: str | Path, dtype: str, max_file_size: str = MAX_FILE_SIZE
 ) -> None:
     """Write `trained` to `folder`.
 
@@ -104,7 +104,7 @@ class Comparison:
         return self.same_tokens and self.logit_difference < TOLERANCE
 
 
-def check_export(trained: TrainedModel, folder: str | Path) -> Comparison:
+def check_export(trained: ModelSource, folder: str | Path) -> Comparison:
     """Compare the model in `folder`, as transformers loads it, with `trained`.
 
     Both compute in fp32 with the weights rounded as they were written. The text is the source code

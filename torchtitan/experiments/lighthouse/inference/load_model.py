@@ -43,7 +43,7 @@ LIGHTHOUSE_FIELDS = [
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class ModelSource:
     """Where a model lies, and what it is."""
 
     folder: Path
@@ -112,7 +112,7 @@ def open_trained(
     flavor: str | None = None,
     max_seq_len: int | None = None,
     tokenizer_path: str | None = None,
-) -> TrainedModel:
+) -> ModelSource:
     """Find out what lies in `folder`; loads nothing.
 
     Args:
@@ -166,7 +166,7 @@ def open_trained(
     open_tokenizer("--tokenizer", tokenizer_path)
     saved = {"pool_rotary": POOL_ROTARY_BEFORE, **settings.get("lighthouse", {})}
     known = dataclasses.fields(Lighthouse)
-    return TrainedModel(
+    return ModelSource(
         folder=folder,
         args=dataclasses.replace(args, max_seq_len=max_seq_len),
         tokenizer_path=tokenizer_path,
@@ -219,7 +219,7 @@ def _flavor_of(checkpoint: Path, flavor: str | None) -> str:
     return flavor or fitting[0]
 
 
-def given_fields(model: TrainedModel, assignments: list[str], seq_len: int) -> Lighthouse:
+def given_fields(model: ModelSource, assignments: list[str], seq_len: int) -> Lighthouse:
     """The fields of the run with those of --lighthouse, each "FIELD=VALUE".
 
     Args:

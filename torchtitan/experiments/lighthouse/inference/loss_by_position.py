@@ -34,7 +34,7 @@ from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import (
     LIGHTHOUSE_FIELDS,
-    TrainedModel,
+    ModelSource,
     add_arguments,
     given_fields,
     open_trained,
@@ -43,7 +43,7 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_device,
     check_output_folder,
-    told_in_one_line,
+    exit_on_value_error,
 )
 from torchtitan.models.llama3 import Transformer
 
@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     # A call inside torchdata that users cannot do anything about.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-    with told_in_one_line():
+    with exit_on_value_error():
         result = evaluate(options)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "eval_loss.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -120,7 +120,7 @@ def evaluate(options: argparse.Namespace) -> dict:
 
 
 def measure(
-    model: TrainedModel, attention: str, transformer: Transformer, windows: list, **more
+    model: ModelSource, attention: str, transformer: Transformer, windows: list, **more
 ) -> dict:
     """The entry of one model under one attention."""
     losses = token_losses(transformer, windows)
@@ -139,7 +139,7 @@ def measure(
 
 
 def held_out_windows(
-    model: TrainedModel, options: argparse.Namespace, seq_len: int
+    model: ModelSource, options: argparse.Namespace, seq_len: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and labels, [1, S] each, of the first windows of the held-out text."""
     check_dataset(options.dataset, options.dataset_path, "validation")

@@ -46,7 +46,7 @@ from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import (
-    TrainedModel,
+    ModelSource,
     add_arguments,
     given_fields,
     open_trained,
@@ -55,8 +55,8 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_device,
     check_output_folder,
+    exit_on_value_error,
     open_tokenizer,
-    told_in_one_line,
 )
 from torchtitan.models.llama3 import Transformer
 
@@ -96,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     if (options.model is None) == (options.make_data is None):
         parser.error("name MODEL or --make-data N FILE, one of them")
-    with told_in_one_line():
+    with exit_on_value_error():
         if options.make_data is not None:
             make_data(options)
             return
@@ -293,7 +293,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     }
 
 
-def default_lengths(trained: TrainedModel, device: str) -> list[int]:
+def default_lengths(trained: ModelSource, device: str) -> list[int]:
     """The lengths of `LENGTHS` that are not too long; the model's own if all are."""
     longest = trained.args.max_seq_len
     if torch.device(device).type == "cpu":

@@ -19,7 +19,7 @@ from torchtitan.experiments.lighthouse.planner.estimate import USABLE_SHARE, Pla
 from torchtitan.experiments.lighthouse.planner.gpus import GPUS
 from torchtitan.experiments.lighthouse.planner.memory import Memory
 from torchtitan.experiments.lighthouse.preflight import check_config
-from torchtitan.experiments.lighthouse.runtime.command_line import Parser, told_in_one_line
+from torchtitan.experiments.lighthouse.runtime.command_line import Parser, exit_on_value_error
 
 NOTE = "expected from stated rates, not measured"
 WIDTH = 12
@@ -30,7 +30,7 @@ def main(args: list[str] | None = None) -> None:
     options, overrides = parse(args)
     gpu = GPUS.get(options.gpu)
     device_type = "cpu" if gpu is None else "cuda"
-    with told_in_one_line():
+    with exit_on_value_error():
         if options.world_size < 1:
             raise ValueError(
                 f"--world-size must be at least 1, got {options.world_size}; use 1 or more"

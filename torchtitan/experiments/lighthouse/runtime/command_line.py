@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
+def exit_on_value_error() -> Iterator[None]:
     """A ValueError inside is a wrong call: one line on stderr, and exit code 2."""
     try:
         yield

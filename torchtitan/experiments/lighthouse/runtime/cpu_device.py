@@ -16,7 +16,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 
-def install() -> None:
+def use_cpu_device() -> None:
     """Make the CPU torchtitan's device, also in modules of it that are imported already."""
     from torchtitan.tools import utils
 

@@ -1,7 +1,7 @@
 """A run that cannot go on, for a reason that its user is to know."""
 
 
-class Stop(Exception):
+class TrainingAborted(Exception):
     """Ends the run with its message, one line, on stderr, and exit code 1.
 
     Args:

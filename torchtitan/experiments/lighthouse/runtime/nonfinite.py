@@ -12,7 +12,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.experiments.lighthouse.runtime.errors import Stop
+from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
 from torchtitan.tools.logging import logger
 
 SKIPPED = "lighthouse/skipped_steps"
@@ -28,7 +28,7 @@ class FiniteSteps:
         self._step_optimizers = trainer.optimizers.step
         trainer.optimizers.step = self._step
 
-    def see(self, loss: torch.Tensor) -> None:
+    def record_loss(self, loss: torch.Tensor) -> None:
         """Take note of the loss of a micro-batch, a scalar."""
         self._losses.append(loss.detach())
 
@@ -57,7 +57,7 @@ class FiniteSteps:
         said = _said([tuple(part.tolist()) for part in each])
         allowed = trainer.job_config.training.max_skipped_steps
         if self.num_skipped >= allowed:
-            raise Stop(
+            raise TrainingAborted(
                 f"step {trainer.step}: {said}; {trainer.checkpointer.last_good()}; lower "
                 "optimizer.lr, or leave such steps out with training.max_skipped_steps, now "
                 f"{allowed}"
