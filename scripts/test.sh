@@ -8,4 +8,5 @@ bin=${VENV:-.venv}/bin
 "$bin/ruff" format --check .
 # A process for each core, with one thread: small tensors gain nothing from more.
 export OMP_NUM_THREADS=1
-exec "$bin/python" -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile "$@"
+exec "$bin/python" -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile \
+    --durations 25 "$@"

@@ -377,7 +377,7 @@ class Watch:
 
     def _hook_the_switch(self) -> None:
         replace, write_handover = os.replace, stage_switch.write_handover
-        use_dense = train.backend.use_dense
+        use_dense = train.apply_lighthouse.use_dense
 
         def watched_replace(source, target, *args, **options):
             if Path(os.fspath(target)).name == stage_switch.FILE_NAME:
@@ -394,7 +394,7 @@ class Watch:
             self.reach("within the switch")
 
         os.replace, stage_switch.write_handover = watched_replace, watched_write_handover
-        train.backend.use_dense = watched_use_dense
+        train.apply_lighthouse.use_dense = watched_use_dense
 
     def _hook_the_rest(self) -> None:
         read_data = filesystem.FileSystemReader.read_data
