@@ -9,7 +9,7 @@ import torch
 from models import GQA, random_model, save
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
-from torchtitan.experiments.lighthouse.inference.load_model import open_trained
+from torchtitan.experiments.lighthouse.inference.load_model import given_fields, open_trained
 
 NAMED = {"max_seq_len": 64, "tokenizer_path": BYTE_TOKENIZER_PATH}
 
@@ -96,3 +96,10 @@ def test_a_folder_that_is_no_model(checkpoint):
     message = errors(checkpoint.parent)
     assert "which is neither" in message and "name step-1 in it" in message
     assert "correct the path" in errors(checkpoint / "none")
+
+
+def test_phases_are_chosen_by_name(checkpoint):
+    trained = open_trained(checkpoint, **NAMED)
+    assert given_fields(trained, ["pool_rotary=aligned"], 24576).pool_rotary == "aligned"
+    with pytest.raises(ValueError, match="pool_rotary must be one of averaged, aligned, got 'no'"):
+        given_fields(trained, ["pool_rotary=no"], 24576)
