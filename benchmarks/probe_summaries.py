@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse.apply_lighthouse import rotary_phases
+from torchtitan.experiments.lighthouse.apply_lighthouse import rotary_phases, use_stage_1
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import open_trained
@@ -49,22 +49,21 @@ def main() -> None:
     config, seq_len = trained.lighthouse.attention_config(), trained.args.max_seq_len
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
     rotary = rotary_phases(model, config)
-    own = rotary if trained.lighthouse.pool_rotary == "aligned" else None
-    layers, seen = {}, {}
+    use_stage_1(model, trained.lighthouse, trained.args.n_layers)
+    seen = {}
     for name, block in model.layers.items():
-        layer = LighthouseAttention(block.attention.inner_attention, config, own)
-        layer.register_forward_pre_hook(
-            lambda module, qkv, name=name: seen.setdefault(name, []).append(qkv)
-        )
-        block.attention.inner_attention = layer
-        layers[name] = layer
+        layer = block.attention.inner_attention
+        if isinstance(layer, LighthouseAttention):
+            layer.register_forward_pre_hook(
+                lambda module, qkv, name=name: seen.setdefault(name, []).append(qkv)
+            )
     with options.text.open() as lines:
         for line in itertools.islice(lines, options.windows):
             tokens = tokenizer.encode(json.loads(line)["text"], add_bos=True, add_eos=True)
             hidden_states(model, torch.tensor([tokens[:seq_len]]))
     for name, windows in seen.items():
         for kind, phases in (("averaged", None), ("aligned", rotary)):
-            trained_with = "trained" if phases is own else "not trained"
+            trained_with = "trained" if kind == trained.lighthouse.pool_rotary else "not trained"
             found = [probe(qkv, config, phases) for qkv in windows]
             means = {key: sum(x[key] for x in found) / len(found) for key in found[0]}
             print(json.dumps({"layer": name, "pooling": kind, "model": trained_with, **means}))

@@ -321,6 +321,7 @@ def _mean_spans(
         return F.embedding_bag(ids, _rows(x), mode="mean")
     rows = _rows(x)[ids].to(torch.promote_types(x.dtype, torch.float32))  # [B*H*n, span, D]
     rotated = rotate_to_last(rows, cos, sin, interleaved).flatten(0, 1)
+    # Summed as without a table, in the same order: a rotation by nothing changes no bit.
     ids = torch.arange(ids.numel(), device=x.device).view_as(ids)
     return F.embedding_bag(ids, rotated, mode="mean").to(x.dtype)
 

@@ -11,7 +11,8 @@ Scores rank entries and nothing else: they have no gradient and no parameters.
 
 Norms are squared, which ranks the same. One pass over q, k, v gives the scores of `norm` and, on
 the way, the pooled coarsest level, which the gather would otherwise have to read everything again
-for. The other two are expensive: activation checkpointing keeps their scores (`ops.OPS_TO_SAVE`).
+for. The other two call it for that alone: its scores cost little beside theirs, which activation
+checkpointing keeps (`ops.OPS_TO_SAVE`).
 """
 
 from collections.abc import Callable

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torchtitan.experiments.lighthouse.config.job_config import Lighthouse
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.llama3.model.args import TransformerModelArgs
@@ -54,6 +55,23 @@ def use_lighthouse(
             attention.inner_attention = LighthouseAttention(
                 attention.inner_attention, config, rotary, context
             )
+
+
+def use_stage_1(
+    model: nn.Module,
+    lighthouse: Lighthouse,
+    n_layers: int,
+    context: ContextParallel | None = None,
+) -> None:
+    """`use_lighthouse` with the fields of the section [lighthouse]."""
+    use_lighthouse(
+        model,
+        lighthouse.attention_config(),
+        lighthouse.full_attn_layers,
+        n_layers,
+        lighthouse.pool_rotary,
+        context,
+    )
 
 
 def rotary_phases(model: nn.Module, config: LighthouseConfig) -> RotaryPhases:

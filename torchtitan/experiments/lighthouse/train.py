@@ -149,14 +149,8 @@ class TwoStageTrainer(Trainer):
         before = stage_switch.state_digests(self) if is_handover else None
         for part in self.model_parts:
             if stage == 1:
-                lighthouse = self.job_config.lighthouse
-                apply_lighthouse.use_lighthouse(
-                    part,
-                    lighthouse.attention_config(),
-                    lighthouse.full_attn_layers,
-                    self.model_args.n_layers,
-                    lighthouse.pool_rotary,
-                    self.context,
+                apply_lighthouse.use_stage_1(
+                    part, self.job_config.lighthouse, self.model_args.n_layers, self.context
                 )
             else:
                 apply_lighthouse.use_dense(part)

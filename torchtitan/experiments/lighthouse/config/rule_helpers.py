@@ -1,7 +1,8 @@
-"""Fields by their names, and the one line that a broken rule ends a run with."""
+"""Fields by their names, rules of them, and the one line that a broken rule ends a run with."""
 
 import difflib
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
@@ -29,17 +30,79 @@ def require(is_right: bool, name: str, rule: str, value: Any, remedy: str) -> No
         raise ValueError(f"{name} must be {rule}, got {value!r}; {remedy}")
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}; use {least} or more")
-
-
-def check_choice(name: str, value: str, choices: list[str]) -> None:
-    if value not in choices:
-        remedy = did_you_mean(str(value), choices, "choose one of these")
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}; {remedy}")
-
-
 def did_you_mean(value: str, choices, otherwise: str = "see --help for all") -> str:
     close = difflib.get_close_matches(value, list(choices), n=1)
     return f"did you mean {close[0]}?" if close else otherwise
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of one field, or of each item of a field that is a list."""
+
+    field: str
+    is_right: Callable[[Any, JobConfig | None], bool]
+    """Of the value and the whole configuration."""
+
+    rule: str | Callable[[JobConfig], str]
+    """What the value must be."""
+
+    remedy: str | Callable[[Any, JobConfig], str]
+    """What to do otherwise."""
+
+    applies: Callable[[JobConfig, str], bool] = lambda config, device_type: True
+    """Whether the rule holds, from the configuration and the type of device."""
+
+    shown: Callable[[Any], Any] = lambda value: value
+    """The value as the message shows it."""
+
+    def check(self, config: JobConfig, device_type: str) -> None:
+        """Raise ValueError if the rule is broken."""
+        if not self.applies(config, device_type):
+            return
+        value = value_of(config, self.field)
+        for item in value if isinstance(value, list) else [value]:
+            self.check_value(item, config)
+
+    def check_value(self, value: Any, config: JobConfig | None = None) -> None:
+        """The same for one value; without the configuration if the rule does not look at it."""
+        if not self.is_right(value, config):
+            rule = self.rule if isinstance(self.rule, str) else self.rule(config)
+            remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(value, config)
+            require(False, self.field, rule, self.shown(value), remedy)
+
+
+def at_least(field: str, least: int, **kwargs) -> Rule:
+    """A number of `least` or more."""
+    return Rule(
+        field, lambda x, _: x >= least, f"at least {least}", f"use {least} or more", **kwargs
+    )
+
+
+def one_of(field: str, choices: list[str] | Callable[[], list[str]], **kwargs) -> Rule:
+    """One of the choices, which a function may look up when they are needed."""
+
+    def known() -> list[str]:
+        return choices() if callable(choices) else choices
+
+    return Rule(
+        field,
+        lambda x, _: x in known(),
+        lambda _: f"one of {', '.join(known())}",
+        lambda x, _: did_you_mean(str(x), known(), "choose one of these"),
+        **kwargs,
+    )
+
+
+def unset(field: str, reason: str, remedy: str = "remove it", **kwargs) -> Rule:
+    """A switch that must be off; `reason` goes on after 'false'."""
+    return Rule(
+        field, lambda x, _: not x, f"false{reason}", remedy, shown=lambda _: "true", **kwargs
+    )
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    at_least(name, least).check_value(value)
+
+
+def check_choice(name: str, value: Any, choices: list[str]) -> None:
+    one_of(name, choices).check_value(value)

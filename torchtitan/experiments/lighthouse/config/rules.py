@@ -12,78 +12,22 @@ are in `parallel_rules.py`; what has to be looked up on disk, in `preflight.py` 
 import importlib.util
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torchtitan.config import LRScheduler
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.rule_helpers import (
-    did_you_mean,
+    Rule,
+    at_least,
     leaves,
+    one_of,
     require,
+    unset,
     value_of,
 )
 from torchtitan.experiments.lighthouse.flavors import FLAVORS, MODEL_NAME
 
 from lighthouse.sdpa import LONGEST_EFFICIENT
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A rule of one field, or of each item of a field that is a list."""
-
-    field: str
-    is_right: Callable[[Any, JobConfig], bool]
-    """Of the value and the whole configuration."""
-
-    rule: str | Callable[[JobConfig], str]
-    """What the value must be."""
-
-    remedy: str | Callable[[Any, JobConfig], str]
-    """What to do otherwise."""
-
-    applies: Callable[[JobConfig, str], bool] = lambda config, device_type: True
-    """Whether the rule holds, from the configuration and the type of device."""
-
-    def check(self, config: JobConfig, device_type: str) -> None:
-        """Raise ValueError if the rule is broken."""
-        if not self.applies(config, device_type):
-            return
-        value = value_of(config, self.field)
-        for item in value if isinstance(value, list) else [value]:
-            if not self.is_right(item, config):
-                rule = self.rule if isinstance(self.rule, str) else self.rule(config)
-                remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(item, config)
-                shown = str(item).lower() if isinstance(item, bool) else item
-                require(False, self.field, rule, shown, remedy)
-
-
-def at_least(field: str, least: int, **kwargs) -> Rule:
-    """A number of `least` or more."""
-    return Rule(
-        field, lambda x, _: x >= least, f"at least {least}", f"use {least} or more", **kwargs
-    )
-
-
-def one_of(field: str, choices: list[str] | Callable[[], list[str]], **kwargs) -> Rule:
-    """One of the choices, which a function may look up when they are needed."""
-
-    def known() -> list[str]:
-        return choices() if callable(choices) else choices
-
-    return Rule(
-        field,
-        lambda x, _: x in known(),
-        lambda _: f"one of {', '.join(known())}",
-        lambda x, _: did_you_mean(str(x), known(), "choose one of these"),
-        **kwargs,
-    )
-
-
-def unset(field: str, reason: str, remedy: str = "remove it", **kwargs) -> Rule:
-    """A switch that must be off; `reason` goes on after 'false'."""
-    return Rule(field, lambda x, _: not x, f"false{reason}", remedy, **kwargs)
 
 
 def validates(config: JobConfig, device_type: str) -> bool:

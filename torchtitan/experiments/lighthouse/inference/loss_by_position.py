@@ -26,7 +26,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
+from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Validation
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset
 from torchtitan.experiments.lighthouse.data.packing import build_validation_dataloader
@@ -105,8 +105,7 @@ def evaluate(options: argparse.Namespace) -> dict:
         transformer = model.load(options.device, TORCH_DTYPE_MAP[options.dtype], seq_len)
         results.append(measure(model, "dense", transformer, windows))
         if lighthouse is not None:
-            config, layers = lighthouse.attention_config(), lighthouse.full_attn_layers
-            use_lighthouse(transformer, config, layers, model.args.n_layers, lighthouse.pool_rotary)
+            use_stage_1(transformer, lighthouse, model.args.n_layers)
             chosen = {name: getattr(lighthouse, name) for name in LIGHTHOUSE_FIELDS}
             results.append(measure(model, "Lighthouse", transformer, windows, fields=chosen))
     return {

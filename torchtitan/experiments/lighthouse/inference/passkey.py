@@ -42,7 +42,7 @@ import matplotlib
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
+from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import (
@@ -256,8 +256,7 @@ def evaluate(options: argparse.Namespace) -> dict:
         lighthouse = given_fields(trained, options.lighthouse, window)
     model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype], max(window, lengths[-1]))
     if options.lighthouse is not None:
-        config, layers = lighthouse.attention_config(), lighthouse.full_attn_layers
-        use_lighthouse(model, config, layers, trained.args.n_layers, lighthouse.pool_rotary)
+        use_stage_1(model, lighthouse, trained.args.n_layers)
     answers = {}
     for length in lengths:
         try:

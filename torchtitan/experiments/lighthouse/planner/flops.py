@@ -11,11 +11,7 @@ from collections.abc import Iterable
 from torchtitan.experiments.lighthouse.apply_lighthouse import flops_saved_per_token
 from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
 
-from lighthouse.costs import (
-    Cost,
-    dense_costs,
-    layer_costs,
-)
+from lighthouse.costs import Cost, dense_costs, layer_costs
 
 
 def flops_per_token(sizes: Sizes, stage: int) -> dict[str, float]:

@@ -25,9 +25,7 @@ from torchtitan.experiments.lighthouse.planner.traffic import (
     layer_traffic,
 )
 
-from lighthouse.costs import (
-    floor_seconds,
-)
+from lighthouse.costs import floor_seconds
 
 
 def step_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> dict[str, float]:

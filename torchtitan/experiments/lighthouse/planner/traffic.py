@@ -3,10 +3,7 @@
 from torchtitan.experiments.lighthouse.planner.flops import layers_of
 from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
 
-from lighthouse.costs import (
-    edge_bytes,
-    exchange_bytes,
-)
+from lighthouse.costs import edge_bytes, exchange_bytes
 
 KINDS = {True: "Lighthouse", False: "dense"}
 
