@@ -29,8 +29,8 @@ for part in $parts; do
     case $part in
         tests)
             # Of these the time goes into compiling kernels.
-            keep kernels "$python" -m pytest tests/test_kernels.py -q --numprocesses 8
-            keep tests "$python" -m pytest tests/test_gpu.py -m gpu -q
+            keep kernels "$python" -m pytest tests/attention/test_kernels.py -q --numprocesses 8
+            keep tests "$python" -m pytest tests/attention/test_gpu.py -m gpu -q
             ;;
         training)
             keep training "$python" scripts/bench_training.py --breakdown

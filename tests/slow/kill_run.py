@@ -1,6 +1,6 @@
 """Runs of the trainer that are killed with SIGKILL at a named moment, for `test_kill.py`.
 
-    python tests/kill_run.py        # a request as a line of JSON in, an answer as a line out
+    python tests/slow/kill_run.py        # a request as a line of JSON in, an answer as a line out
 
 A request is one start of a run: the command line, the number of ranks, and perhaps a kill. Every
 rank is a process of its own, forked from this one, which has imported everything already and runs

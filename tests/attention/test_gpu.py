@@ -1,6 +1,6 @@
 """On a GPU: the kernels at real sizes, repeatability, long offsets, compilation, a training run.
 
-`tests/test_kernels.py` runs on the GPU too where there is one; `scripts/gpu_check.sh` runs both.
+`test_kernels.py` runs on the GPU too where there is one. `scripts/gpu_check.sh` runs both.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ from lighthouse.selection import select_spans
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAPER = LighthouseConfig(3, 4, 1536)
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A SLURM cluster of four nodes that are all this machine, for tests/test_slurm.py, as root:
-#     tests/slurm/cluster.sh start FOLDER
-#     tests/slurm/cluster.sh stop FOLDER
+# A SLURM cluster of four nodes that are all this machine, for tests/scripts/test_slurm.py, as root:
+#     tests/scripts/cluster.sh start FOLDER
+#     tests/scripts/cluster.sh stop FOLDER
 # Everything is written to FOLDER. With SLURM_CONF=FOLDER/slurm.conf the commands of SLURM find it.
 # Partitions: `low` and `low_no_grace` give way to `high`, which requeues their jobs, the first one
 # 60 s after a SIGTERM.
 set -euo pipefail
 
 usage() {
-    echo "usage: tests/slurm/cluster.sh start|stop FOLDER" >&2
+    echo "usage: tests/scripts/cluster.sh start|stop FOLDER" >&2
     exit 2
 }
 

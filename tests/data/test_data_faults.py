@@ -33,7 +33,7 @@ from test_data import (
     take,
     write_parquet,
 )
-from test_prepared import write_prepared
+from test_tokenized import write_prepared
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data import datasets, readers, retry, tokenized
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from texts import TEXTS
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import (
     BYTE_TOKENIZER_PATH,
@@ -12,14 +13,6 @@ from torchtitan.experiments.lighthouse.data.byte_tokenizer import (
     byte_characters,
     write_byte_tokenizer,
 )
-
-TEXTS = {
-    "empty": "",
-    "ascii": "def f(x):\n\treturn x  # two  spaces \r\n",
-    "utf8": "naïve ☃ 𝄞 漢字 \u00ad\u00a0\u2028\ufeff",
-    "control": "".join(map(chr, range(32))) + "\x7f",
-    "every_code_point_length": "".join(map(chr, [0, 0x7F, 0x80, 0x7FF, 0x800, 0xFFFF, 0x10FFFF])),
-}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "run_train.sh"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_train.sh"
 
 # Finds 4 GPUs, and shows the arguments it is started with.
 PYTHON = """#!/usr/bin/env bash

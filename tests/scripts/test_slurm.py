@@ -21,7 +21,7 @@ from runs import write_corpus
 from torchtitan.experiments.lighthouse import metrics
 from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
 SEARCHED = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=SEARCHED) is None]

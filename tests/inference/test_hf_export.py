@@ -12,7 +12,7 @@ import torch
 from models import GQA, random_model, save
 from runs import command_line, train, write_corpus
 from safetensors.torch import load_file
-from test_byte_tokenizer import TEXTS
+from texts import TEXTS
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import (
     BYTE_TOKENIZER_PATH,
     EOS_ID,
@@ -25,7 +25,7 @@ from torchtitan.models.llama3.model.model import precompute_freqs_cis
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "export_hf.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "export_hf.py"
 SEQ_LEN = 512
 
 

@@ -8,7 +8,7 @@ from runs import losses_of, trainer_of
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.preflight import check_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "train_configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 RANKS = {"1m_context": 32, "cp_smoke_cpu": 2, "cp_smoke_gpu": 2, "llama3_8b_128k": 16}
 IDS = [path.stem for path in CONFIGS]
 

@@ -20,7 +20,7 @@ from runs import RecordedTrainer, command_line, losses_of, train, trainer_of
 from torchtitan.experiments.lighthouse import metrics
 from torchtitan.experiments.lighthouse.config.load import load_config
 
-CONFIGS = Path(__file__).parents[1] / "train_configs"
+CONFIGS = Path(__file__).parents[2] / "train_configs"
 STEPS, STAGE1_STEPS = 20, 12
 # A stratum for each of four chunks, with more candidates, 136, than are selected.
 SEQ_LEN = 4 * 136 * 2

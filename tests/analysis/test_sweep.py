@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from torchtitan.experiments.lighthouse.analysis import sweep
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "train_configs" / "debug.toml"
 GRID = '{scorer = ["norm", "none"], topk = [128, 200], stage1_share = [0.25, 0.5]}'
 

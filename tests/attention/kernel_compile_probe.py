@@ -1,6 +1,6 @@
 """Compile the Triton kernels for GPUs that need not be there, and print what came out.
 
-    python tests/kernel_compile_probe.py 90 100
+    python tests/attention/kernel_compile_probe.py 90 100
 
 The launchers run on meta tensors of the size of real runs, and instead of a launch each kernel is
 compiled for compute capabilities 9.0 and 10.0 with what the launch would specialize on. Prints

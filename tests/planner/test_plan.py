@@ -42,7 +42,7 @@ from lighthouse.gather import gather
 from lighthouse.scorers import score
 from lighthouse.selection import select_spans
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "train_configs").glob("*.toml"))
 CONTEXT_1M = ROOT / "train_configs" / "1m_context.toml"
 DEBUG = ROOT / "train_configs" / "debug.toml"

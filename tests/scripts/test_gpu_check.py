@@ -11,7 +11,7 @@ echo "called with $*"
 case "$1" in scripts/*) echo '{"json": 1}' ;; esac
 case "$*" in *FAILING*) exit 1 ;; esac
 """
-SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check.sh"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.sh"
 
 
 @pytest.fixture

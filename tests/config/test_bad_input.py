@@ -28,7 +28,7 @@ from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.tools.logging import logger
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 LIMIT = 15
 """CPU seconds of a process: those that it takes on a machine with nothing else to do."""
