@@ -5,8 +5,8 @@ same command, and left alone at last. Every batch and every loss of every start,
 and moments in the end, are those of a run that was never disturbed. Where a kill leaves no whole
 checkpoint, the run must say so, in one line, and go on from step 0 when the folder is moved away.
 
-The quick suite runs a small sample. `pytest -m slow tests/slow/test_kill.py` runs all kills and prints
-how many there were at each moment. Set `KILL_SEED` to repeat or vary those at random moments.
+The quick suite runs a small sample. `pytest -m slow tests/slow/test_kill.py` runs all kills and
+prints how many there were at each moment. Set `KILL_SEED` to repeat or vary the random ones.
 """
 
 import json
