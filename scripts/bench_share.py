@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One rank's share of a run on many: tokens per second and peak memory, on one device.
 
-    scripts/bench_share.py train_configs/1m_context.toml --ranks 32 --training.loss_chunk_size 0
+    scripts/bench_share.py train_configs/1m_context.toml --world-size 32
 
 Trains a few steps as rank 0 of the given number of ranks, with its part of the parameters, of the
 sequence and of the heads; what the other ranks would send is left out (torchtitan's fake backend
@@ -20,27 +20,26 @@ import tempfile
 from pathlib import Path
 
 from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
+from torchtitan.experiments.lighthouse.runtime.command_line import Parser
 
 WARM_UP = 2
 """Steps that are not counted: kernels compile, memory is first taken."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument(*("--world-size", "--ranks"), type=int, required=True)
     parser.add_argument("--steps", type=int, default=5)
     options, overrides = parser.parse_known_args()
-    title = f"{options.config.stem}, a share of 1/{options.ranks}, {' '.join(overrides)}"
+    title = f"{options.config.stem}, a share of 1/{options.world_size}, {' '.join(overrides)}"
     lines = train(options, overrides)[WARM_UP:]
     if not lines:
         print(f"{title}: does not fit into the memory of this device")
         return
     result = {
         "config": str(options.config),
-        "ranks": options.ranks,
+        "ranks": options.world_size,
         "overrides": overrides,
         "stage": lines[-1]["stage"],
         "tokens_per_second": statistics.median(line[TOKENS_PER_SECOND] for line in lines),
@@ -65,7 +64,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> list[dict]:
             "--checkpoint.no_enable", "--validation.no_enable", "--metrics.log_freq", "1",
             *overrides,
         ]  # fmt: skip
-        environment = {**os.environ, "NGPU": str(options.ranks)}
+        environment = {**os.environ, "NGPU": str(options.world_size)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if "OutOfMemoryError" in done.stderr:
             return []

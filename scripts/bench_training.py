@@ -2,7 +2,7 @@
 """Tokens per second of a training run in both stages, on this machine's device.
 
     scripts/bench_training.py --breakdown                    # 268M, 98,304 tokens, one GPU
-    scripts/bench_training.py --flavor debugmodel --seq-len 4096 --topk 128 --device-dtype float32
+    scripts/bench_training.py --flavor debugmodel --seq-len 4096 --topk 128 --dtype float32
 
 Trains a few steps with Lighthouse and a few dense through the trainer itself and prints the median
 of each stage, the first steps left out. With `--breakdown`, on a GPU, a second such run is profiled
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
+from torchtitan.experiments.lighthouse.runtime.command_line import Parser
 
 WARM_UP = 2
 """Steps of each stage that are not counted: kernels compile, memory is first taken."""
@@ -41,15 +42,13 @@ KINDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--flavor", default="268M")
     add("--seq-len", type=int, default=98304)
     add("--topk", type=int, default=1536)
     add("--steps", type=int, default=6, help="of each stage")
-    add("--device-dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add(*("--dtype", "--device-dtype"), default="bfloat16", choices=["bfloat16", "float32"])
     add("--compile", action="store_true")
     add("--activation-checkpoint", default="selective", choices=["none", "selective", "full"])
     add("--breakdown", action="store_true", help="profile a second run, on a GPU")
@@ -126,7 +125,7 @@ def train(options: argparse.Namespace, folder: str, *overrides: str) -> None:
         "--job.dump_folder", folder, "--model.flavor", options.flavor,
         "--training.seq_len", str(options.seq_len), "--training.local_batch_size", "1",
         "--training.steps", str(2 * options.steps), "--training.mixed_precision_param",
-        options.device_dtype, "--lighthouse.topk", str(options.topk),
+        options.dtype, "--lighthouse.topk", str(options.topk),
         "--lighthouse.stage1_steps", str(options.steps),
         "--activation_checkpoint.mode", options.activation_checkpoint,
         "--activation_checkpoint.selective_ac_option", "op",

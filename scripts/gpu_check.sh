@@ -40,11 +40,11 @@ for part in $parts; do
             # A rank's share of the 1M-token run, with the loss in chunks and without.
             for chunk in 2048 0; do
                 keep "share-$chunk" "$python" scripts/bench_share.py train_configs/1m_context.toml \
-                    --ranks 32 --training.loss_chunk_size "$chunk"
+                    --world-size 32 --training.loss_chunk_size "$chunk"
             done
             ;;
         attention)
-            keep attention "$python" scripts/bench_attention.py --backends cudnn flash \
+            keep attention "$python" -m lighthouse_cli bench --backends cudnn flash \
                 --pool-rotary averaged aligned --output "$output" \
                 --seq-lens 8192 16384 32768 98304 262144 524288 1048576
             ;;

@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
-exec .venv/bin/python scripts/quickstart.py "$@"
+exec .venv/bin/python -m torchtitan.experiments.lighthouse.analysis.quickstart "$@"

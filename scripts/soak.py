@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train for a long time and watch what the process holds: memory, open files, threads, processes.
 
-    scripts/soak.py train_configs/debug.toml --out outputs/soak --minutes 60 \\
+    scripts/soak.py train_configs/debug.toml --output outputs/soak --minutes 60 \\
         --training.steps 1000000 --lighthouse.stage1_steps 3000
 
 Further arguments override the configuration; after so many minutes the run is asked to stop. What
@@ -36,7 +36,9 @@ MEMORY_GROWTH = 0.01
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("config", type=Path, metavar="CONFIG")
-    parser.add_argument("--out", type=Path, default=Path("outputs/soak"), metavar="FOLDER")
+    parser.add_argument(
+        *("--output", "--out"), type=Path, default=Path("outputs/soak"), metavar="FOLDER"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="until it is stopped")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS")
     options, overrides = parser.parse_known_args()
@@ -44,19 +46,20 @@ def main() -> None:
         if getattr(options, name) <= 0:
             parser.error(f"--{name} must be above 0, got {getattr(options, name)}; leave it out")
     try:
-        check_output_folder("--out", options.out)
+        check_output_folder("--output", options.output)
     except ValueError as error:
         parser.error(str(error))
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
-        "--job.config_file", str(options.config), "--job.dump_folder", str(options.out), *overrides,
+        "--job.config_file", str(options.config), "--job.dump_folder", str(options.output),
+        *overrides,
     ]  # fmt: skip
     samples = []
     start, is_asked = time.monotonic(), False
     with (
-        (options.out / "log.txt").open("w") as log,
-        (options.out / "samples.jsonl").open("w") as file,
+        (options.output / "log.txt").open("w") as log,
+        (options.output / "samples.jsonl").open("w") as file,
     ):
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -69,9 +72,9 @@ def main() -> None:
                 is_asked = True
             time.sleep(options.every)
     if process.returncode not in (0, EXIT_CODE):
-        raise SystemExit(f"the run ended with {process.returncode}; see {options.out / 'log.txt'}")
-    result = compare(samples, options.out)
-    plot(samples, result, options.out / "soak.png")
+        raise SystemExit(f"the run ended with {process.returncode}; see {options.output}/log.txt")
+    result = compare(samples, options.output)
+    plot(samples, result, options.output / "soak.png")
     print(json.dumps(result))
     raise SystemExit(0 if result["is_flat"] else 1)
 

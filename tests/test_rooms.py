@@ -24,6 +24,7 @@ FLOORS = [
     ["planner", "analysis"],
     ["__init__"],
     ["train"],
+    ["launch"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -64,6 +65,14 @@ def test_the_attention_imports_no_trainer():
     for name, path in modules(ROOT / "lighthouse").items():
         for target in imported(path):
             assert target.split(".")[0] in allowed, f"lighthouse.{name} imports {target}"
+
+
+def test_the_command_imports_no_trainer():
+    allowed = {"lighthouse", "lighthouse_cli", "torch", "triton", "matplotlib"}
+    allowed |= sys.stdlib_module_names
+    for name, path in modules(ROOT / "lighthouse_cli").items():
+        for target in imported(path):
+            assert target.split(".")[0] in allowed, f"lighthouse_cli.{name} imports {target}"
 
 
 @pytest.mark.parametrize("name", [name for name in modules(ROOT / "lighthouse") if "." not in name])

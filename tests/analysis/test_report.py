@@ -155,7 +155,7 @@ def test_what_is_no_run(tmp_path):
 
 @pytest.fixture
 def script(monkeypatch):
-    """Runs scripts/report.py with arguments in this process."""
+    """Runs `lighthouse report` with arguments in this process."""
 
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, args)])
@@ -169,7 +169,7 @@ def test_report_and_plot(script, tmp_path, capsys):
     other = two_stages(tmp_path / "b" / "run", [])
     base = dense(tmp_path / "dense", {10: 2.9, 20: 2.6, 30: 2.4, 40: 2.1})
     out = tmp_path / "out"
-    script(run, other, "--dense", base, "--out", out)
+    script(run, other, "--dense", base, "--output", out)
     assert capsys.readouterr().out.split() == [str(out / "report.md"), str(out / "loss.png")]
     text = (out / "report.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]

@@ -1,4 +1,4 @@
-"""scripts/ablate.py: which cells a grid has, what is started for them, and what comes of it.
+"""`lighthouse sweep`: which cells a grid has, what is started for them, and what comes of it.
 
 A script stands in for the trainer: it keeps the arguments it is started with, ends as it is told.
 """
@@ -50,7 +50,17 @@ def ablate(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "TRAINER", [str(tmp_path / "trainer.py")])
 
     def call(*args, out=tmp_path / "grid", grid=GRID):
-        command = ["ablate.py", CONFIG, "--out", out, "--nproc", "1", "--grid", grid, *args]
+        command = [
+            "lighthouse sweep",
+            CONFIG,
+            "--output",
+            out,
+            "--world-size",
+            "1",
+            "--grid",
+            grid,
+            *args,
+        ]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in command])
         with pytest.raises(SystemExit) as exit:
             sweep.main()
@@ -217,7 +227,7 @@ def test_several_processes_are_started_by_torchrun(ablate, tmp_path, monkeypatch
         (["--job.dump-folder", "x"], GRID, "--job.dump-folder must not be given"),
         (["--training.step", "3"], GRID, "did you mean --training.steps"),
         (["--run"], "{topk = [100]}", "--grid must have a legal cell"),
-        (["--collect"], GRID, "--out must hold cells"),
+        (["--collect"], GRID, "--output must hold cells"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

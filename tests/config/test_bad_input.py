@@ -28,6 +28,8 @@ from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.tools.logging import logger
 
+from lighthouse_cli import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 
 LIMIT = 15
@@ -311,7 +313,7 @@ COMMAND_LINES = [
     run("--comm.mode local_tensor", "comm.mode must be one of", "'local_tensor'", "choose one"),
     run("--comm.mode fake_backend", "comm.mode must be", "got 'fake_backend'", "set the variable"),
     run("--fault_tolerance.enable", "fault_tolerance.enable must", "got 'true'", "remove it"),
-    run("--memory_estimation.enable", "memory_estimation.enable", "got 'true'", "scripts/plan.py"),
+    run("--memory_estimation.enable", "memory_estimation.enable", "got 'true'", "lighthouse plan"),
     run(
         "--experimental.custom_import no_such_module",
         *("experimental.custom_import must be a module", "got 'no_such_module'", "correct the"),
@@ -451,187 +453,232 @@ SCRIPTS = [
         "{place}/ok.toml --world-size 2 --parallelism.tensor_parallel_degree 2",
         *("parallelism.tensor_parallel_degree must be 1", "got 2", ";"),
     ),
-    script("ablate", "{place}/ok.toml", "arguments are required: --out", "see --help"),
-    script("ablate", "{place}/no.toml --out {dump}", "job.config_file", "no.toml'", "correct the"),
-    script("ablate", "{place}/ok.toml --out {place}/file", "--out must be", "/file'", "another"),
-    script("ablate", "{place}/ok.toml --out {dump} --nproc 0", "--nproc", "got 0", "use 1 or more"),
+    script("sweep", "{place}/ok.toml", "arguments are required: --output", "see --help"),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --grid {place}/no.toml",
+        "sweep", "{place}/no.toml --output {dump}", "job.config_file", "no.toml'", "correct the"
+    ),
+    script(
+        "sweep", "{place}/ok.toml --output {place}/file", "--output must be", "/file'", "another"
+    ),
+    script(
+        "sweep",
+        "{place}/ok.toml --output {dump} --nproc 0",
+        "--world-size",
+        "got 0",
+        "use 1 or more",
+    ),
+    script(
+        "sweep",
+        "{place}/ok.toml --output {dump} --grid {place}/no.toml",
         *("--grid must be a TOML file", "no.toml'", "correct it"),
     ),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --grid {place}/random.bin",
+        "sweep",
+        "{place}/ok.toml --output {dump} --grid {place}/random.bin",
         *("--grid must be a TOML file", "random.bin'", "correct it"),
     ),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --grid '{{topk = }}'",
+        "sweep",
+        "{place}/ok.toml --output {dump} --grid '{{topk = }}'",
         *("--grid must be an inline table", "{topk = }", "correct it"),
     ),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --grid '{{}}'",
+        "sweep",
+        "{place}/ok.toml --output {dump} --grid '{{}}'",
         *("--grid must name a field", "'{}'", "leave it out"),
     ),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --grid '{{topks = [128]}}'",
+        "sweep",
+        "{place}/ok.toml --output {dump} --grid '{{topks = [128]}}'",
         *("--grid: topks is not a field", "use scorer, pooling_factor"),
     ),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --grid '{{topk = 128}}'",
+        "sweep",
+        "{place}/ok.toml --output {dump} --grid '{{topk = 128}}'",
         *("--grid: topk must be a list", "got 128", "write one"),
     ),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --grid '{{seed = [\"0\"]}}'",
+        "sweep",
+        "{place}/ok.toml --output {dump} --grid '{{seed = [\"0\"]}}'",
         *("--grid: seed must be a list of numbers", "got '0'", "change its type"),
     ),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --grid '{{stage1_share = [1.5]}}'",
+        "sweep",
+        "{place}/ok.toml --output {dump} --grid '{{stage1_share = [1.5]}}'",
         *("--grid: stage1_share must be from 0 to 1", "got 1.5", "as a part of training.steps"),
     ),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --run --grid '{{topk = [100]}}'",
+        "sweep",
+        "{place}/ok.toml --output {dump} --run --grid '{{topk = [100]}}'",
         *("--grid must have a legal cell", "got none", "see --list"),
     ),
-    script("ablate", "{place}/ok.toml --out {dump} --collect", "--out must hold", "none", "use"),
     script(
-        "ablate",
-        "{place}/ok.toml --out {place}/grid --collect",
-        *("--out must hold the cells as they were begun", "cell.json'", "remove the folder"),
+        "sweep", "{place}/ok.toml --output {dump} --collect", "--output must hold", "none", "use"
     ),
     script(
-        "ablate",
-        "{place}/ok.toml --out {dump} --run --job.dump_folder elsewhere",
+        "sweep",
+        "{place}/ok.toml --output {place}/grid --collect",
+        *("--output must hold the cells as they were begun", "cell.json'", "remove the folder"),
+    ),
+    script(
+        "sweep",
+        "{place}/ok.toml --output {dump} --run --job.dump_folder elsewhere",
         *("--job.dump_folder must not be given", "since a cell sets it", "leave it out"),
     ),
-    script("export_hf", MODEL, "the following arguments are required: OUT", "see --help"),
-    script("export_hf", "{place}/no {dump}", "a model must be a whole", "/no'", "correct the path"),
-    script("export_hf", "{place}/run/checkpoint {dump}", "a model must be", "name step-1 in it"),
-    script("export_hf", f"{MODEL} {{place}}/file", "OUT must be a folder", "/file'", "another one"),
-    script("export_hf", f"{MODEL} {{place}}/corpus", "OUT must be a new", "/corpus'", "another"),
-    script("export_hf", f"{MODEL} {{dump}} --dtype float16", "--dtype", "'float16'", "choose from"),
-    script("export_hf", f"{MODEL} {{dump}} --flavor 53M", "--flavor must be", "'53M'", "choose"),
-    script("export_hf", f"{MODEL} {{dump}} --flavor 10M", "--flavor must be", "'10M'", "use debug"),
-    script("export_hf", f"{MODEL} {{dump}} --max-seq-len 0", "--max-seq-len", "got 0", "use 1"),
+    script("export", MODEL, "--output FOLDER must be given", "see --help"),
     script(
-        "export_hf",
-        f"{MODEL} {{dump}} --tokenizer {{place}}/not_json",
+        "export",
+        "{place}/no --output {dump}",
+        "a model must be a whole",
+        "/no'",
+        "correct the path",
+    ),
+    script(
+        "export", "{place}/run/checkpoint --output {dump}", "a model must be", "name step-1 in it"
+    ),
+    script(
+        "export",
+        f"{MODEL} --output {{place}}/file",
+        "--output must be a folder",
+        "/file'",
+        "another one",
+    ),
+    script(
+        "export",
+        f"{MODEL} --output {{place}}/corpus",
+        "--output must be a new",
+        "/corpus'",
+        "another",
+    ),
+    script(
+        "export",
+        f"{MODEL} --output {{dump}} --dtype float16",
+        "--dtype",
+        "'float16'",
+        "choose from",
+    ),
+    script(
+        "export", f"{MODEL} --output {{dump}} --flavor 53M", "--flavor must be", "'53M'", "choose"
+    ),
+    script(
+        "export",
+        f"{MODEL} --output {{dump}} --flavor 10M",
+        "--flavor must be",
+        "'10M'",
+        "use debug",
+    ),
+    script(
+        "export", f"{MODEL} --output {{dump}} --max-seq-len 0", "--max-seq-len", "got 0", "use 1"
+    ),
+    script(
+        "export",
+        f"{MODEL} --output {{dump}} --tokenizer {{place}}/not_json",
         *("--tokenizer must hold a readable tokenizer", "/not_json'", "download it again"),
     ),
-    script("eval_loss", "", "the following arguments are required: MODEL", "see --help"),
-    script("eval_loss", "{place}/no", "a model must be a whole", "/no'", "correct the path"),
-    script("eval_loss", f"{MODEL} --windows 0", "--windows must be", "got 0", "use 1 or more"),
-    script("eval_loss", f"{MODEL} --seq-len -4", "--seq-len must be", "got -4", "use 1 or more"),
-    script("eval_loss", f"{MODEL} --device gpu", "--device must be", "'gpu'", "use cpu"),
-    script("eval_loss", f"{MODEL} --device cuda:99", "--device must be", "'cuda:99'", "use cpu"),
-    script("eval_loss", f"{MODEL} --output {{place}}/file", "--output must", "/file'", "another"),
-    script("eval_loss", f"{MODEL} --dataset pile", "--dataset", "'pile'", "choose from"),
-    script("eval_loss", f"{MODEL} --dataset text", "dataset_path must be set", "None", "name the"),
+    script("eval-loss", "", "the following arguments are required: MODEL", "see --help"),
+    script("eval-loss", "{place}/no", "a model must be a whole", "/no'", "correct the path"),
+    script("eval-loss", f"{MODEL} --windows 0", "--windows must be", "got 0", "use 1 or more"),
+    script("eval-loss", f"{MODEL} --seq-len -4", "--seq-len must be", "got -4", "use 1 or more"),
+    script("eval-loss", f"{MODEL} --device gpu", "--device must be", "'gpu'", "use cpu"),
+    script("eval-loss", f"{MODEL} --device cuda:99", "--device must be", "'cuda:99'", "use cpu"),
+    script("eval-loss", f"{MODEL} --output {{place}}/file", "--output must", "/file'", "another"),
+    script("eval-loss", f"{MODEL} --dataset pile", "--dataset", "'pile'", "choose from"),
+    script("eval-loss", f"{MODEL} --dataset text", "dataset_path must be set", "None", "name the"),
     script(
-        "eval_loss",
+        "eval-loss",
         f"{MODEL} --lighthouse topk=12",
         *("--lighthouse for", "topk must be a positive multiple", "got 12", "nearest: 128"),
     ),
-    script("eval_loss", f"{MODEL} --lighthouse k=12", "--lighthouse must set", "'k=12'", "write"),
-    script("eval_loss", f"{MODEL} --lighthouse topk=a", "--lighthouse topk", "'a'", "a number"),
-    script("eval_loss", "{place}/not_json", "config.json must be", "Expecting", "name a folder"),
-    script("eval_passkey", "", "name MODEL or --make-data N FILE", "see --help"),
-    script("eval_passkey", "{place}/empty", "a model must be a whole", "/empty'", "correct the"),
-    script("eval_passkey", f"{MODEL} --lengths 9", "--lengths must be", "got 9", "use longer ones"),
-    script("eval_passkey", f"{MODEL} --lengths a", "--lengths", "'a'", "see --help"),
-    script("eval_passkey", f"{MODEL} --device tpu", "--device must be", "'tpu'", "use cpu"),
+    script("eval-loss", f"{MODEL} --lighthouse k=12", "--lighthouse must set", "'k=12'", "write"),
+    script("eval-loss", f"{MODEL} --lighthouse topk=a", "--lighthouse topk", "'a'", "a number"),
+    script("eval-loss", "{place}/not_json", "config.json must be", "Expecting", "name a folder"),
+    script("eval-passkey", "", "name MODEL or --make-data N FILE", "see --help"),
+    script("eval-passkey", "{place}/empty", "a model must be a whole", "/empty'", "correct the"),
+    script("eval-passkey", f"{MODEL} --lengths 9", "--lengths must be", "got 9", "use longer ones"),
+    script("eval-passkey", f"{MODEL} --lengths a", "--lengths", "'a'", "see --help"),
+    script("eval-passkey", f"{MODEL} --device tpu", "--device must be", "'tpu'", "use cpu"),
     script(
-        "eval_passkey",
+        "eval-passkey",
         "--make-data 0 {dump}/x.jsonl --lengths 256",
         *("--make-data must be followed by a number and a file", "'0'", "give both"),
     ),
     script(
-        "eval_passkey",
+        "eval-passkey",
         "--make-data 4 {dump}/x.jsonl --lengths 256 9",
         *("--lengths must be at least", "got 9", "use longer ones"),
     ),
     script(
-        "eval_passkey",
+        "eval-passkey",
         "--make-data 4 {dump}/x.jsonl --lengths 256 --filler-words 2 -1",
         *("--filler-words must be at least 0", "got -1", "use 0 for a new word"),
     ),
     script(
-        "eval_passkey",
+        "eval-passkey",
         "--make-data 4 {dump}/x.jsonl --lengths 256 --questions 0",
         *("--questions must be at least 1", "got 0", "use 1 for the form"),
     ),
     script(
-        "eval_passkey",
+        "eval-passkey",
         "--make-data 4 {place}/file/x.jsonl --lengths 256",
         *("the folder of --make-data FILE must be", "/file'", "name another one"),
     ),
     script(
-        "eval_passkey",
+        "eval-passkey",
         "--make-data 4 {dump}/x.jsonl --lengths 256 --tokenizer {place}/no",
         *("--tokenizer must hold tokenizer.json", "/no'", "correct the path"),
     ),
     script("report", "", "the following arguments are required: RUN", "see --help"),
-    script("report", "{place}/no --out {dump}", "a run must be a folder", "/no'", "correct the"),
-    script("report", "{place}/silent --out {dump}", "a run must have", "/silent'", "leave it out"),
-    script("report", "{place}/garbled --out {dump}", "a run must have", "/garbled'", "leave it"),
-    script("report", "{place}/binary --out {dump}", "a run must have", "/binary'", "leave it"),
-    script("report", "{place}/partial --out {dump}", "metrics.jsonl", "/partial'", "remove that"),
-    script("report", "{place}/ran --out {place}/file", "--out must be", "/file'", "another one"),
+    script("report", "{place}/no --output {dump}", "a run must be a folder", "/no'", "correct the"),
+    script(
+        "report", "{place}/silent --output {dump}", "a run must have", "/silent'", "leave it out"
+    ),
+    script("report", "{place}/garbled --output {dump}", "a run must have", "/garbled'", "leave it"),
+    script("report", "{place}/binary --output {dump}", "a run must have", "/binary'", "leave it"),
+    script(
+        "report", "{place}/partial --output {dump}", "metrics.jsonl", "/partial'", "remove that"
+    ),
+    script(
+        "report", "{place}/ran --output {place}/file", "--output must be", "/file'", "another one"
+    ),
     script(
         "report",
-        "{place}/ran {place}/ran --out {dump}",
+        "{place}/ran {place}/ran --output {dump}",
         *("every run must be another folder", "got one twice", "leave it out"),
     ),
-    script("prepare_data", "", "the following arguments are required: --out", "see --help"),
-    script("prepare_data", "--out {dump}", "--dataset must be one of", "got None", "choose one"),
-    script("prepare_data", "--out {dump} --dataset c4", "--dataset must be", "'c4'", "choose one"),
-    script("prepare_data", "--out {dump} --dataset text", "--dataset-path must", "None", "name"),
-    script("prepare_data", "--out {dump} --verify", "--out must hold", "'", "correct the path"),
+    script("prepare", "", "the following arguments are required: --output", "see --help"),
+    script("prepare", "--output {dump}", "--dataset must be one of", "got None", "choose one"),
+    script("prepare", "--output {dump} --dataset c4", "--dataset must be", "'c4'", "choose one"),
+    script("prepare", "--output {dump} --dataset text", "--dataset-path must", "None", "name"),
+    script("prepare", "--output {dump} --verify", "--output must hold", "'", "correct the path"),
     script(
-        "prepare_data",
-        "--out {dump} --dataset text --dataset-path {place}/no",
+        "prepare",
+        "--output {dump} --dataset text --dataset-path {place}/no",
         *("--dataset-path must exist", "/no'", "correct the path"),
     ),
     script(
-        "prepare_data",
-        "--out {dump} --dataset text --dataset-path {place}/corpus --workers 0",
+        "prepare",
+        "--output {dump} --dataset text --dataset-path {place}/corpus --workers 0",
         *("--workers must be at least 1", "got 0", "use 1 or more"),
     ),
     script(
-        "prepare_data",
-        "--out {dump} --dataset text --dataset-path {place}/corpus --shard-size -1",
+        "prepare",
+        "--output {dump} --dataset text --dataset-path {place}/corpus --shard-size -1",
         *("--shard-size must be at least 1", "got -1", "use 1 or more"),
     ),
     script(
-        "prepare_data",
-        "--out {place}/file --dataset text --dataset-path {place}/corpus",
-        *("--out must be a folder", "/file'", ":"),
+        "prepare",
+        "--output {place}/file --dataset text --dataset-path {place}/corpus",
+        *("--output must be a folder", "/file'", ":"),
     ),
     script(
-        "prepare_data",
-        "--out {dump} --dataset text --dataset-path {place}/corpus --tokenizer {place}/not_json",
+        "prepare",
+        "--output {dump} --dataset text --dataset-path {place}/corpus --tokenizer {place}/not_json",
         *("--tokenizer must be a folder with a readable", "/not_json'", "correct the path"),
     ),
-    script("prepare_data", "--out {dump} --split half", "--split", "'half'", "choose from"),
+    script("prepare", "--output {dump} --split half", "--split", "'half'", "choose from"),
 ]
 
 SHELL = [
-    script("run_train.sh", "", "CONFIG must come first", "got ''", "run_train.sh CONFIG"),
-    script("run_train.sh", "--training.steps 3", "CONFIG must", "'--training.steps'", "CONFIG"),
-    script("run_train.sh", "{place}/no.toml", "CONFIG must be a TOML file", "no.toml'", "correct"),
-    Row(
-        "run_train.sh",
-        "{place}/ok.toml",
-        ("NPROC must be a number of at least 1", "got 'two'", "correct it"),
-        env={"NPROC": "two"},
-    ),
     script("slurm/one_node.sbatch", "", "CONFIG must come first", "got ''", "sbatch scripts/slurm"),
     script("slurm/one_node.sbatch", "no.toml", "CONFIG must be a TOML", "'no.toml'", "correct it"),
     script(
@@ -722,7 +769,7 @@ def call(place, tmp_path):
 
 
 def main_of(program: str):
-    module = train if program == "train" else importlib.import_module(program)
+    module = train if program == "train" else importlib.import_module(COMMANDS[program][0])
     return module.main
 
 
@@ -767,7 +814,7 @@ def slowest(request):
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_so_does_the_program_itself(row, call, slowest, tmp_path):
     arguments, check = call
-    program = [f"{ROOT}/scripts/{row.program}.py"]
+    program = ["-m", "lighthouse_cli", row.program]
     if row.program == "train":
         program = ["-m", "torchtitan.experiments.lighthouse.train"]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepare_data import main
 from test_data import assert_one_line, make_corpus, make_texts, write_parquet, write_shards
 from torchtitan.experiments.lighthouse.data import readers
 from torchtitan.experiments.lighthouse.data import tokenize as prepare_module
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import find_files, is_held_out
+from torchtitan.experiments.lighthouse.data.prepare import main
 from torchtitan.experiments.lighthouse.data.tokenize import prepare, source_files, verify
 from torchtitan.experiments.lighthouse.data.tokenized import Manifest
 
@@ -293,7 +293,7 @@ def test_a_damaged_shard_is_found_and_made_anew(tmp_path, split, damage):
     damage(shard)
     with pytest.raises(ValueError) as error:
         verify(tmp_path / "out")
-    assert_one_line(error, "--out", str(shard), "checksum", "remove the file")
+    assert_one_line(error, "--output", str(shard), "checksum", "remove the file")
     shard.unlink(missing_ok=True)
     make(name, path, tmp_path / "out", split=split, shard_size=30)
     assert bytes_of(tmp_path / "out") == expected
@@ -303,7 +303,7 @@ def test_a_damaged_shard_is_found_and_made_anew(tmp_path, split, damage):
 def test_verify_refuses_a_folder_without_data(tmp_path):
     with pytest.raises(ValueError) as error:
         verify(tmp_path)
-    assert_one_line(error, "--out must hold prepared data", str(tmp_path), "correct the path")
+    assert_one_line(error, "--output must hold prepared data", str(tmp_path), "correct the path")
 
 
 # ---- refusals: the corpus
@@ -422,18 +422,18 @@ def test_refuses_a_folder_of_other_data(tmp_path, corpus, is_ended):
             write_parquet(Path(corpus) / "a.parquet", "text", ["x"])
         with pytest.raises(ValueError) as error:
             make(*arguments, **options)
-        assert_one_line(error, "--out must be a new folder", str(out), *parts, "another folder")
+        assert_one_line(error, "--output must be a new folder", str(out), *parts, "another folder")
     write_lines(Path(corpus) / "a.jsonl", make_texts(21))
     with pytest.raises(ValueError) as error:
         make("jsonl", corpus, out)
-    assert_one_line(error, "--out must be a new folder", str(out), "names and sizes")
+    assert_one_line(error, "--output must be a new folder", str(out), "names and sizes")
     assert bytes_of(out) == before
 
 
 def test_refuses_to_write_into_the_corpus(corpus):
     with pytest.raises(ValueError) as error:
         make("jsonl", corpus, Path(corpus) / "out")
-    assert_one_line(error, "--out", corpus, "outside", "another folder")
+    assert_one_line(error, "--output", corpus, "outside", "another folder")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
@@ -445,7 +445,7 @@ def test_a_full_disk_is_told_and_a_second_call_goes_on(tmp_path, corpus, file):
     full.symlink_to("/dev/full")
     with pytest.raises(ValueError) as error:
         make("jsonl", corpus, tmp_path / "out")
-    assert_one_line(error, "--out", str(tmp_path / "out"), "No space left", "make room")
+    assert_one_line(error, "--output", str(tmp_path / "out"), "No space left", "make room")
     full.unlink()
     make("jsonl", corpus, tmp_path / "out")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
@@ -455,7 +455,7 @@ def test_refuses_a_folder_that_cannot_be_written(tmp_path, corpus):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError) as error:
         make("jsonl", corpus, tmp_path / "file")
-    assert_one_line(error, "--out", str(tmp_path / "file"), "start the same command")
+    assert_one_line(error, "--output", str(tmp_path / "file"), "start the same command")
 
 
 @pytest.mark.parametrize("content", [None, "{}"], ids=["missing", "broken"])
@@ -495,7 +495,7 @@ def test_the_command_prepares_both_splits_and_verifies(tmp_path, capsys):
         main([*out, "--verify"])
     assert exit.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --out must hold") and error.count("\n") == 1
+    assert error.startswith("error: --output must hold") and error.count("\n") == 1
 
 
 def test_the_command_checks_both_splits_first(tmp_path, capsys):

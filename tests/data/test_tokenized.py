@@ -372,7 +372,7 @@ def test_refuses_a_folder_without_the_whole_split(place, section):
     (folder / "manifest.partial.json").unlink()
     with pytest.raises(ValueError) as error:
         check(place, section)
-    assert_one_line(error, f"{section}.dataset_path", f"{folder.name}/manifest.json", "--out")
+    assert_one_line(error, f"{section}.dataset_path", f"{folder.name}/manifest.json", "--output")
 
 
 @pytest.mark.parametrize("size", [None, 3, 1000], ids=["missing", "shorter", "longer"])

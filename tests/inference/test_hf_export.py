@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import export_hf
 import pytest
 import torch
 from models import GQA, random_model, save
@@ -19,13 +18,13 @@ from torchtitan.experiments.lighthouse.data.byte_tokenizer import (
     EOS_TOKEN,
 )
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.inference import export as export_hf
 from torchtitan.experiments.lighthouse.inference.hf_export import check_export, export
 from torchtitan.experiments.lighthouse.inference.load_model import open_trained
 from torchtitan.models.llama3.model.model import precompute_freqs_cis
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "export_hf.py"
 SEQ_LEN = 512
 
 
@@ -159,16 +158,27 @@ def test_transformers_generates_with_its_settings(random, tmp_path):
 
 def test_a_folder_that_holds_something_is_left_alone(random, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"^OUT must be a new or an empty folder, got") as error:
+    with pytest.raises(
+        ValueError, match=r"^--output must be a new or an empty folder, got"
+    ) as error:
         export(random, tmp_path, "float32")
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_script(tmp_path):
+def test_the_command(tmp_path):
     checkpoint = save(random_model(FLAVORS["debugmodel"], SEQ_LEN), tmp_path, "debugmodel")
-    command = [sys.executable, str(SCRIPT), str(checkpoint), str(tmp_path / "out")]
-    done = subprocess.run([*command, "--dtype", "bfloat16"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "lighthouse_cli",
+        "export",
+        str(checkpoint),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    command += [tmp_path / "out", "--dtype", "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "debugmodel, 512 tokens, bfloat16" in done.stdout
     assert done.stdout.endswith("tokenizers agree.\ntransformers computes the same.\n")
@@ -179,7 +189,7 @@ def script(monkeypatch):
     """The script's `main` in this process, with a command line."""
 
     def main(*args):
-        monkeypatch.setattr(sys, "argv", ["export_hf.py", *map(str, args)])
+        monkeypatch.setattr(sys, "argv", ["lighthouse export", *map(str, args)])
         export_hf.main()
 
     return main
@@ -203,5 +213,5 @@ def test_a_difference_is_exit_code_1(random, script, tmp_path, monkeypatch, caps
 
 
 def test_without_the_comparison(random, script, tmp_path, monkeypatch, capsys):
-    script(random.folder, tmp_path / "out", "--no-verify")
+    script(random.folder, "--output", tmp_path / "out", "--no-verify")
     assert capsys.readouterr().out.endswith("Not compared with transformers.\n")

@@ -1,4 +1,4 @@
-"""scripts/eval_loss.py: losses are those of the model, by position and under both attentions."""
+"""`lighthouse eval-loss`: losses are those of the model, by position and under both attentions."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""scripts/eval_passkey.py: the documents are what they claim, and right answers are counted."""
+"""`lighthouse eval-passkey`: the documents are what they claim, and right answers are counted."""
 
 import json
 import re

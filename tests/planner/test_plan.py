@@ -124,7 +124,7 @@ def test_overrides_as_in_training(capsys):
 
 
 def test_illegal_values_end_it_with_one_line_and_code_2():
-    command = [sys.executable, ROOT / "scripts" / "plan.py", CONTEXT_1M, "--world-size", "32"]
+    command = [sys.executable, "-m", "lighthouse_cli", "plan", CONTEXT_1M, "--world-size", "32"]
     result = subprocess.run(
         [*command, "--gpu", "B200", "--lighthouse.topk", "4000"],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},

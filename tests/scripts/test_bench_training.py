@@ -8,7 +8,7 @@ import pytest
 
 def test_both_stages_are_measured(capsys, monkeypatch):
     options = ["--flavor", "debugmodel", "--seq-len", "2048", "--topk", "128", "--steps", "3"]
-    monkeypatch.setattr("sys.argv", ["bench_training.py", *options, "--device-dtype", "float32"])
+    monkeypatch.setattr("sys.argv", ["bench_training.py", *options, "--dtype", "float32"])
     bench_training.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["speed_up"] == result["lighthouse"] / result["dense"] > 0

@@ -8,7 +8,7 @@ import pytest
 
 STAND_IN = """#!/bin/sh
 echo "called with $*"
-case "$1" in scripts/*) echo '{"json": 1}' ;; esac
+case "$*" in scripts/*|*bench*) echo '{"json": 1}' ;; esac
 case "$*" in *FAILING*) exit 1 ;; esac
 """
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.sh"
@@ -36,7 +36,7 @@ def test_all_parts_run_and_are_collected(check, tmp_path):
     done = check()
     assert done.returncode == 0, done.stderr
     calls = [line for line in done.stdout.splitlines() if line.startswith("called")]
-    assert len(calls) == 7 and "bench_attention.py" in calls[-1]
+    assert len(calls) == 7 and "lighthouse_cli bench" in calls[-1]
     report = (tmp_path / "out" / "gpu.md").read_text()
     assert all(call in report for call in calls) and "json" not in report
 
@@ -45,7 +45,7 @@ def test_a_part_that_fails_is_told_and_stops_no_other(check):
     done = check(failing="test_gpu.py")
     assert done.returncode == 1
     assert done.stderr.startswith("failed: tests; see")
-    assert "bench_attention.py" in done.stdout
+    assert "lighthouse_cli bench" in done.stdout
 
 
 def test_parts_can_be_chosen(check):

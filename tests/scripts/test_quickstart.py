@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "quickstart.py"
+MODULE = "torchtitan.experiments.lighthouse.analysis.quickstart"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,9 @@ def output(config) -> Path:
 
 
 def run(config: Path, output: Path) -> str:
-    command = [sys.executable, str(SCRIPT), "--config", str(config), "--output", str(output)]
+    command = [
+        sys.executable, "-m", MODULE, "--config", str(config), "--output", str(output)
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=config.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,6 +1,6 @@
 """Compare runs: their losses, what the switch to dense attention cost, and their speed.
 
-    scripts/report.py outputs/two_stages outputs/other --dense outputs/dense --out outputs/report
+    lighthouse report outputs/two_stages outputs/other --dense outputs/dense --output outputs/report
 
 Reads `metrics.jsonl` in the dump folder of each run, finished or not, and writes
 
@@ -53,18 +53,20 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="dump folder of a run")
     parser.add_argument("--dense", type=Path, metavar="RUN", help="the dense run to compare with")
-    parser.add_argument("--out", type=Path, default=Path("outputs/report"), metavar="FOLDER")
+    parser.add_argument(
+        *("--output", "--out"), type=Path, default=Path("outputs/report"), metavar="FOLDER"
+    )
     options = parser.parse_args()
     folders = options.runs + [options.dense] * (options.dense is not None)
     with exit_on_value_error():
-        check_output_folder("--out", options.out)
+        check_output_folder("--output", options.output)
         runs = dict(zip(names_of(folders), map(read_run, folders), strict=True))
     dense = list(runs)[-1] if options.dense else None
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "report.md").write_text(report(runs, dense))
-    plot(runs, dense, options.out / "loss.png")
-    print(options.out / "report.md")
-    print(options.out / "loss.png")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "report.md").write_text(report(runs, dense))
+    plot(runs, dense, options.output / "loss.png")
+    print(options.output / "report.md")
+    print(options.output / "loss.png")
 
 
 def names_of(folders: list[Path]) -> list[str]:

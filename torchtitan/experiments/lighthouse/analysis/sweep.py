@@ -1,7 +1,7 @@
 """Train one configuration over a grid of Lighthouse's settings, and compare what came of it.
 
-    scripts/ablate.py train_configs/c4_530m_98k.toml --out outputs/grid --list
-    scripts/ablate.py train_configs/c4_530m_98k.toml --out outputs/grid --run --collect --nproc 8
+    lighthouse sweep c4_530m_98k.toml --output outputs/grid --list
+    lighthouse sweep c4_530m_98k.toml --output outputs/grid --run --collect --world-size 8
 
 A grid gives values to fields of [lighthouse], to `stage1_share`, stage 1 as a part of
 `training.steps` (0: dense throughout), and to `seed`, debug.seed; without one it is the paper's. It
@@ -111,26 +111,40 @@ def main() -> None:
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG", help="TOML file of a run in two stages")
     add("--grid", metavar="FILE|TABLE", help="TOML file or inline table; default: the paper's")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="holds a folder for each cell")
+    add(
+        *("--output", "--out"),
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="holds a folder for each cell",
+    )
     add("--list", action="store_true", help="print the cells (default)")
     add("--run", action="store_true", help="train them")
     add("--collect", action="store_true", help="write tables and plots")
     num_devices = max(1, torch.cuda.device_count())
-    add("--nproc", type=int, default=num_devices, metavar="N", help="processes of a run")
+    add(
+        *("--world-size", "--nproc"),
+        type=int,
+        default=num_devices,
+        metavar="N",
+        help="processes of a run",
+    )
     options, overrides = parser.parse_known_args()
     exit_code = 0
     with exit_on_value_error():
-        if options.nproc < 1:
-            raise ValueError(f"--nproc must be at least 1, got {options.nproc}; use 1 or more")
-        check_output_folder("--out", options.out)
+        if options.world_size < 1:
+            raise ValueError(
+                f"--world-size must be at least 1, got {options.world_size}; use 1 or more"
+            )
+        check_output_folder("--output", options.output)
         grid = PAPER_GRID if options.grid is None else read_grid(options.grid)
-        cells = cells_of(options.config, overrides, grid, options.out, options.nproc)
+        cells = cells_of(options.config, overrides, grid, options.output, options.world_size)
         if options.list or not (options.run or options.collect):
             list_cells(cells)
         if options.run:
-            exit_code = run_cells(cells, options.config, overrides, options.nproc)
+            exit_code = run_cells(cells, options.config, overrides, options.world_size)
         if options.collect:
-            collect(options.out)
+            collect(options.output)
     raise SystemExit(exit_code)
 
 
@@ -323,8 +337,8 @@ def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
         write_json(path, settings)
     elif read_settings(path) != settings:
         raise ValueError(
-            f"--out must be a folder of the same configuration, got {str(cell.folder)!r} with "
-            "another one; name another --out, or remove that cell"
+            f"--output must be a folder of the same configuration, got {str(cell.folder)!r} with "
+            "another one; name another --output, or remove that cell"
         )
 
 
@@ -335,8 +349,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         return {name: settings[name] for name in ("fields", "overrides", "config")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--out must hold the cells as they were begun, got {str(path)!r}: {error!r}; remove "
-            "the folder of that cell, which is then trained anew"
+            f"--output must hold the cells as they were begun, got {str(path)!r}: {error!r}; "
+            "remove the folder of that cell, which is then trained anew"
         ) from None
 
 
@@ -389,7 +403,9 @@ def collect(out: Path) -> None:
             row |= dict.fromkeys(COLUMNS)
         rows.append(row)
     if not rows:
-        raise ValueError(f"--out must hold cells to collect, got none in {str(out)!r}; use --run")
+        raise ValueError(
+            f"--output must hold cells to collect, got none in {str(out)!r}; use --run"
+        )
     loss = loss_of(rows)
     rows.sort(key=lambda row: (row[loss] is None, row[loss]))
     names = list(dict.fromkeys(name for row in rows for name in row))

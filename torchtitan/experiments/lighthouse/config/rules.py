@@ -340,7 +340,7 @@ OUTPUT_RULES = [
     unset(
         "memory_estimation.enable",
         ", for it has no effect",
-        "scripts/plan.py says what a run needs",
+        "lighthouse plan says what a run needs",
     ),
 ]
 """Where a run writes, what it records beside its metrics, and how its processes talk."""

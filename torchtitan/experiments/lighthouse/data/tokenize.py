@@ -208,9 +208,11 @@ def verify(out: str | Path) -> list[Manifest]:
         ValueError: in one line, for the first shard that differs, and where there is no split.
     """
     folders = [Path(out).expanduser() / split for split in SECTIONS]
-    manifests = [read_manifest(out, folder.name, "--out") for folder in folders if folder.is_dir()]
+    manifests = [
+        read_manifest(out, folder.name, "--output") for folder in folders if folder.is_dir()
+    ]
     if not manifests:
-        raise ValueError(f"--out must hold prepared data, got {str(out)!r}: correct the path")
+        raise ValueError(f"--output must hold prepared data, got {str(out)!r}: correct the path")
     for manifest in manifests:
         total = manifest.tokens * manifest.itemsize
         with _progress(f"verify {manifest.split}", total) as bar:
@@ -218,8 +220,8 @@ def verify(out: str | Path) -> list[Manifest]:
                 file = Path(out).expanduser() / manifest.split / shard.file
                 if _file_sha256(file, bar) != shard.sha256:
                     raise ValueError(
-                        f"--out must hold the shards as they were written, got {str(file)!r} with "
-                        "another checksum or none: remove the file and start the same "
+                        f"--output must hold the shards as they were written, got {str(file)!r} "
+                        "with another checksum or none: remove the file and start the same "
                         "preparation again, which makes it anew"
                     )
     return manifests
@@ -237,7 +239,7 @@ def _check_arguments(
     root = corpus_root(dataset, dataset_path).resolve()
     if Path(out).expanduser().resolve().is_relative_to(root):
         raise ValueError(
-            f"--out must lie outside of the corpus, got {str(out)!r} within {str(root)!r}: its "
+            f"--output must lie outside of the corpus, got {str(out)!r} within {str(root)!r}: its "
             "files could be taken for documents; name another folder"
         )
 
@@ -288,7 +290,7 @@ def _resume_manifest(out: str | Path, manifest: Manifest) -> tuple[Manifest, boo
     names = [name for name in (MANIFEST, PARTIAL_MANIFEST) if (folder / name).exists()]
     if not names:
         return manifest, False
-    found = read_manifest(out, manifest.split, "--out", names[0])
+    found = read_manifest(out, manifest.split, "--output", names[0])
     flags = {
         "dataset": "--dataset",
         "tokenizer_sha256": "--tokenizer",
@@ -297,9 +299,10 @@ def _resume_manifest(out: str | Path, manifest: Manifest) -> tuple[Manifest, boo
     for name, flag in flags.items():
         if getattr(found, name) != getattr(manifest, name):
             raise ValueError(
-                f"--out must be a new folder or one begun with this {flag}, got {str(folder)!r}, "
-                f"begun with {getattr(found, name)!r} and not {getattr(manifest, name)!r}: name "
-                "another folder, or the former value"
+                f"--output must be a new folder or one begun with this {flag}, got "
+                f"{str(folder)!r}, begun with {getattr(found, name)!r} and not "
+                f"{getattr(manifest, name)!r}: "
+                "name another folder, or the former value"
             )
 
     sources = [list(m.sources.items()) for m in (found, manifest)]
@@ -313,7 +316,7 @@ def _resume_manifest(out: str | Path, manifest: Manifest) -> tuple[Manifest, boo
     kept = list(itertools.takewhile(is_unchanged, found.shards))
     if (sources[0] != sources[1]) if is_ended else (found.shards and not kept):
         raise ValueError(
-            f"--out must be a new folder or one of the same files, got {str(folder)!r}, made of "
+            f"--output must be a new folder or one of the same files, got {str(folder)!r}, made of "
             f"{len(found.sources)} files whose names and sizes are not those of the "
             f"{len(manifest.sources)} here: name another folder, or the former --dataset-path"
         )
@@ -490,8 +493,9 @@ def _writing(out: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"--out must be a folder that can be written and has room, got {str(out)!r}: {error}: "
-            "make room and start the same command again, which goes on from the last whole shard"
+            f"--output must be a folder that can be written and has room, got {str(out)!r}: "
+            f"{error}: make room and start the same command again, which goes on from the last "
+            "whole shard"
         ) from error
 
 

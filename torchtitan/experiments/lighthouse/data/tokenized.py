@@ -124,9 +124,9 @@ def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST
         raise ValueError(
             f"{field} must be a folder with a prepared {split} split, got {str(path)!r} "
             + (
-                "whose preparation has not ended: start the same scripts/prepare_data.py again"
+                "whose preparation has not ended: start the same lighthouse prepare again"
                 if is_begun
-                else f"without {split}/{name}: make it with scripts/prepare_data.py --out {path}"
+                else f"without {split}/{name}: make it with lighthouse prepare --output {path}"
             )
         )
     try:
@@ -199,7 +199,7 @@ def check_prepared(path: str, section: str, tokenizer_path: str, vocab_size: int
             raise ValueError(
                 f"{field} must hold every shard whole, got {found} for the "
                 f"{shard.tokens * manifest.itemsize} bytes of {str(file)!r}: restore the file, or "
-                "start the same scripts/prepare_data.py again, which makes it anew"
+                "start the same lighthouse prepare again, which makes it anew"
             )
 
 
@@ -357,7 +357,7 @@ class PreparedDataset(Dataset, Stateful):
             raise ValueError(
                 f"{file.field} must hold every shard whole, got {file.size} bytes for the "
                 f"{self._manifest.shards[number].tokens * itemsize} of {str(file.path)!r}: restore "
-                "the file, or start the same scripts/prepare_data.py again, which makes it anew"
+                "the file, or start the same lighthouse prepare again, which makes it anew"
             )
         return np.frombuffer(content, self._manifest.dtype)
 

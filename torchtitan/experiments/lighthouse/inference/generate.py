@@ -1,13 +1,19 @@
 """Text from a trained model, by the dense attention that training ends with.
 
+    lighthouse generate outputs/debug/checkpoint/step-60 --prompt "def read_lines(path):"
+
+MODEL is a checkpoint, .../checkpoint/step-N of either stage, or a folder in the format of Hugging
+Face. The text ends after --num-tokens tokens, or before the token that ends a document.
+
     hidden = hidden_states(model, prompt)          # once, by fused causal attention
     repeat:
         token = sample(head(hidden of the last position))
         hidden = hidden_states(model, token)       # one query against the keys and values so far
 
-Neither ever holds S * S logits of attention, and the head is applied to one position alone.
+Attention never holds S * S logits, and the head is applied to one position alone.
 """
 
+import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +21,64 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
-from torchtitan.experiments.lighthouse.inference.load_model import load_model
+from torchtitan.experiments.lighthouse.inference.load_model import (
+    add_arguments,
+    load_model,
+    open_trained,
+)
+from torchtitan.experiments.lighthouse.runtime.command_line import (
+    Parser,
+    check_device,
+    exit_on_value_error,
+)
 from torchtitan.models.llama3 import Transformer
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    on_gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="checkpoint or exported folder")
+    add("--prompt", required=True, help="the text to continue")
+    add("--num-tokens", type=int, default=200, help="at most; default: 200")
+    add("--temperature", type=float, default=0.7, help="0: the likeliest token; default: 0.7")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if on_gpu else "cpu")
+    add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
+    add_arguments(parser)
+    options = parser.parse_args()
+    with exit_on_value_error():
+        print(continued(options))
+
+
+def continued(options: argparse.Namespace) -> str:
+    """The prompt and its continuation. Raises ValueError for options that cannot be met."""
+    check_device(options.device)
+    if options.num_tokens < 1:
+        raise ValueError(
+            f"--num-tokens must be at least 1, got {options.num_tokens}; use 1 or more"
+        )
+    if not 0 <= options.temperature < float("inf"):
+        raise ValueError(
+            f"--temperature must be at least 0, got {options.temperature}; use 0 for the likeliest "
+            "token"
+        )
+    trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
+    tokenizer = trained.tokenizer()
+    prompt = tokenizer.encode(options.prompt, add_eos=False)
+    longest = trained.args.max_seq_len
+    if not prompt or len(prompt) + options.num_tokens > longest:
+        raise ValueError(
+            f"--prompt and --num-tokens must be at least 1 and at most {longest} tokens together, "
+            f"got {len(prompt)} and {options.num_tokens}; shorten the prompt"
+        )
+    model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype])
+    tokens = generate(model, prompt, options.num_tokens, options.temperature, options.seed)
+    if tokenizer.eos_id in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eos_id)]
+    return options.prompt + tokenizer.decode(tokens)
 
 
 def load_dense_model(flavor: str, checkpoint: str | Path, max_seq_len: int) -> Transformer:

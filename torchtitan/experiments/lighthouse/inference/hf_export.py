@@ -56,8 +56,8 @@ def export(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
-            f"OUT must be a new or an empty folder, got {str(folder)!r}, which holds something; "
-            "name another one or remove it"
+            f"--output must be a new or an empty folder, got {str(folder)!r}, which holds "
+            "something; name another one or remove it"
         )
     model = trained.load(dtype=TORCH_DTYPE_MAP[dtype])
     adapter = hf_llama.Llama3Adapter(model.model_args, None)

@@ -1,7 +1,7 @@
 """Pass key retrieval: does a model find one digit hidden in a long context?
 
-    scripts/eval_passkey.py outputs/debug/checkpoint/step-40
-    scripts/eval_passkey.py --make-data 20000 passkey.jsonl --lengths 256 512
+    lighthouse eval-passkey outputs/debug/checkpoint/step-40
+    lighthouse eval-passkey --make-data 20000 passkey.jsonl --lengths 256 512
 
 A document of n tokens, its end included, so that it fills a window of training.seq_len n:
 

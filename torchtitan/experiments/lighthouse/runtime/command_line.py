@@ -3,46 +3,22 @@
 error: --world-size must be ...; what to do
 """
 
-import argparse
-import contextlib
 import json
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from tokenizers import Tokenizer
 
+from lighthouse_cli.parser import Parser, exit_on_value_error
 
-class Parser(argparse.ArgumentParser):
-    """The parser of a program whose help is the docstring of its module.
-
-    Other than argparse it does not print the usage with an error, and guesses no abbreviations:
-    a misspelt option must not be taken for another one.
-    """
-
-    def __init__(self, doc: str | None):
-        super().__init__(
-            description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see --help", file=sys.stderr)
-        raise SystemExit(2)
-
-
-@contextlib.contextmanager
-def exit_on_value_error() -> Iterator[None]:
-    """A ValueError inside is a wrong call: one line on stderr, and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+__all__ = [
+    "Parser",
+    "check_device",
+    "check_output_folder",
+    "exit_on_value_error",
+    "open_tokenizer",
+]
 
 
 def check_output_folder(name: str, path: str | Path) -> None:

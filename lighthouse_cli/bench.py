@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Time a layer of Lighthouse Attention, step by step, against dense attention and the floor.
 
-    scripts/bench_attention.py --device cpu --seq-lens 8192 16384 32768
-    scripts/bench_attention.py --seq-lens 8192 32768 98304 524288 1048576   # on a GPU
+    lighthouse bench --device cpu --seq-lens 8192 16384 32768
+    lighthouse bench --seq-lens 8192 32768 98304 524288 1048576   # on a GPU
 
 Every length uses topk = N/64, rounded to a legal value, unless --topk is given. Each time is the
 median of several runs, forward and backward apart. `copy` is a copy of as many bytes as the step
@@ -12,6 +11,7 @@ output is one JSON object.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import platform
@@ -20,7 +20,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,9 +29,7 @@ from lighthouse.gather import gather, scatter_back
 from lighthouse.scorers import SCORERS, score
 from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import select_spans
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from lighthouse_cli.parser import Parser
 
 BACKWARD = ("scatter back backward", "attend backward", "gather backward")
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -61,9 +58,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--device", default="cuda" if on_gpu else "cpu", choices=["cuda", "cpu"])
@@ -82,6 +77,8 @@ def parse() -> argparse.Namespace:
     add("--runs", type=int, default=None, help="per time; default 20 on a GPU, 3 on the CPU")
     add("--output", type=Path, default=None, help="folder for the table and the plot")
     options = parser.parse_args()
+    if options.output is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--output draws a plot with matplotlib, which is not installed; install it")
     options.n_kv_heads = options.n_kv_heads or options.n_heads
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.runs = options.runs or (20 if options.device == "cuda" else 3)
@@ -326,6 +323,11 @@ def break_even(rows: list[dict]) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Time of the layer and of dense attention over the length, and their ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     series = {}
     for row in rows:
@@ -352,7 +354,3 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,14 @@
-#!/usr/bin/env python3
 """Write a checkpoint as a folder that transformers loads as a Llama, and check that it does.
 
-    scripts/export_hf.py outputs/debug/checkpoint/step-40 exported
-    scripts/export_hf.py outputs/debug/checkpoint/step-40 exported --dtype bfloat16 --no-verify
+    lighthouse export outputs/debug/checkpoint/step-40 --output exported
+    lighthouse export outputs/debug/checkpoint/step-40 --output exported --dtype bfloat16
 
 The checkpoint may be of either stage; what is written is the dense model. The check loads the
 folder with transformers and compares its logits on real text with ours; a difference that rounding
 does not explain ends the script with exit code 1.
 """
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -26,14 +26,18 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="the folder .../checkpoint/step-N")
-    add("out", metavar="OUT", help="a new folder")
+    # Where it was once named without the option.
+    add("out", metavar="OUTPUT", nargs="?", help=argparse.SUPPRESS)
+    add("--output", help="a new folder")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     add("--no-verify", action="store_true", help="do not compare with transformers")
     add_arguments(parser)
     options = parser.parse_args()
-    out = Path(options.out)
+    if (options.output is None) == (options.out is None):
+        parser.error("--output FOLDER must be given, once")
+    out = Path(options.output or options.out)
     with exit_on_value_error():
-        check_output_folder("OUT", out)
+        check_output_folder("--output", out)
         trained = open_trained(
             options.checkpoint, options.flavor, options.max_seq_len, options.tokenizer
         )
@@ -44,7 +48,9 @@ def main() -> None:
     if options.no_verify:
         print("Not compared with transformers.")
     elif importlib.util.find_spec("transformers") is None:
-        print('Not compared with transformers: not installed; pip install -e ".[export]"')
+        print(
+            "Not compared with transformers: not installed; pip install 'lighthouse-attention[hf]'"
+        )
     else:
         verify(trained, out)
 
@@ -66,7 +72,3 @@ def verify(trained, out: Path) -> None:
         print(f"error: {out} is not the model of the checkpoint; do not use it", file=sys.stderr)
         raise SystemExit(1)
     print("transformers computes the same.")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train in two stages and dense on the same text, compare, and write down what came of it.
 
     outputs/quickstart/report.md      settings, losses at the switch and at the end, speed
@@ -38,14 +37,13 @@ from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, r
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def read_lines(path):\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default=ROOT / "train_configs" / "quickstart.toml", type=Path)
-    parser.add_argument("--output", default=ROOT / "outputs" / "quickstart", type=Path)
+    parser.add_argument("--config", type=Path, default=Path("train_configs/quickstart.toml"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     options = parser.parse_args()
     folders = {
         "two stages": train("two stages", options.config, options.output / "two_stages"),

@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Tokenize a corpus once, for training on it with `training.dataset = "prepared"`.
 
-    scripts/prepare_data.py --dataset c4_local --dataset-path FOLDER --out OUT --workers 16
-    scripts/prepare_data.py --out OUT --verify
+    lighthouse prepare --dataset c4_local --dataset-path FOLDER --output OUT --workers 16
+    lighthouse prepare --output OUT --verify
 
 Stopped or killed at any moment, the same command goes on from the last whole shard. `--verify`
-compares every shard with its checksum. `data/tokenized.py` of the package says what is written.
+compares every shard with its checksum. `tokenized.py` describes what is written.
 """
 
 import argparse
@@ -29,12 +28,12 @@ def main(args: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--dataset", help=f"what to prepare: {', '.join(SOURCES)}")
     add("--dataset-path", help="its folder or file")
-    add("--out", required=True, help="folder for the shards")
+    add(*("--output", "--out"), required=True, help="folder for the shards")
     add("--tokenizer", default=BYTE_TOKENIZER_PATH, help="folder of tokenizer.json")
     add("--split", choices=["train", "validation", "both"], default="both")
     add("--shard-size", type=int, default=SHARD_SIZE, help="tokens of a shard")
     add("--workers", type=int, default=1, help="processes that tokenize")
-    add("--verify", action="store_true", help="check what is in --out, and prepare nothing")
+    add("--verify", action="store_true", help="check what is in --output, and prepare nothing")
     options = parser.parse_args(args)
     try:
         with exit_on_value_error():
@@ -52,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> Iterator[Manifest]:
     """Yields the manifest of each split."""
     if options.verify:
-        yield from verify(options.out)
+        yield from verify(options.output)
         return
     splits = ["train", "validation"] if options.split == "both" else [options.split]
     for split in splits:
@@ -62,13 +61,9 @@ def run(options: argparse.Namespace) -> Iterator[Manifest]:
         yield prepare(
             options.dataset,
             options.dataset_path,
-            options.out,
+            options.output,
             options.tokenizer,
             split=split,
             shard_size=options.shard_size,
             workers=options.workers,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,74 @@
+"""The console command `lighthouse`. It imports the module of the chosen program and no other.
+
+    lighthouse COMMAND [arguments ...]
+
+This package stands outside `torchtitan`, because importing anything below `torchtitan` imports
+torch first. `lighthouse --help` and `lighthouse init` need neither.
+"""
+
+import difflib
+import importlib
+import sys
+
+_TRAINER = "torchtitan.experiments.lighthouse"
+
+COMMANDS = {
+    "init": ("lighthouse_cli.init", "copy a shipped configuration into the current folder"),
+    "train": (f"{_TRAINER}.launch", "train in two stages from a TOML file"),
+    "plan": (f"{_TRAINER}.planner.render", "memory, FLOPs and time of a run before it starts"),
+    "prepare": (f"{_TRAINER}.data.prepare", "tokenize a corpus once"),
+    "export": (f"{_TRAINER}.inference.export", "write a checkpoint as a Hugging Face Llama"),
+    "generate": (f"{_TRAINER}.inference.generate", "continue a prompt"),
+    "eval-loss": (f"{_TRAINER}.inference.loss_by_position", "held-out loss by position"),
+    "eval-passkey": (f"{_TRAINER}.inference.passkey", "pass key retrieval by length and depth"),
+    "report": (f"{_TRAINER}.analysis.report", "compare the metrics of runs"),
+    "sweep": (f"{_TRAINER}.analysis.sweep", "train a grid of Lighthouse's settings"),
+    "bench": ("lighthouse_cli.bench", "time a layer of Lighthouse Attention"),
+}
+"""Name of each command: the module whose `main()` it calls, and what it does."""
+
+
+def main() -> None:
+    """Entry point. A wrong call ends with one line on stderr and exit code 2."""
+    name, args = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        remedy = f"did you mean {close[0]}?" if close else "see lighthouse --help"
+        refuse(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}; {remedy}")
+    # The program reads its arguments, and its help says its name, from here.
+    sys.argv = [f"lighthouse {name}", *args]
+    try:
+        program = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.startswith((_TRAINER, "lighthouse")):
+            raise
+        refuse(
+            f"lighthouse {name} needs the package {missing.split('.')[0]}, which is not installed; "
+            "pip install 'lighthouse-attention[train]'"
+        )
+    program.main()
+
+
+def refuse(message: str) -> None:
+    """Print one line and exit with code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def usage() -> str:
+    lines = [f"  {name:<14}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lighthouse COMMAND [arguments ...]",
+            "",
+            "Long-context pre-training with Lighthouse Attention: sparse first, dense at the end.",
+            "",
+            *lines,
+            "",
+            "lighthouse COMMAND --help describes one command.",
+        ]
+    )

@@ -1,0 +1,39 @@
+"""Parsing of command lines. A wrong call ends with one line on stderr, before any work.
+
+error: --world-size must be ...; what to do
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a program whose help is the docstring of its module.
+
+    Unlike argparse it prints no usage with an error and accepts no abbreviated options: a misspelt
+    option must not be taken for another one.
+    """
+
+    def __init__(self, doc: str | None):
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def exit_on_value_error() -> Iterator[None]:
+    """A ValueError inside is a wrong call: one line on stderr, and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,102 @@
+"""The command `lighthouse`: what it lists, what it imports, and what it says without its extras."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lighthouse_cli
+from lighthouse_cli import COMMANDS, init
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "lighthouse_cli"]
+
+REFUSING = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {refused}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+"""Makes a process one in which packages are not installed."""
+
+EXTRAS = ["torchtitan", "wandb", "datasets", "matplotlib", "transformers", "tokenizers", "tyro"]
+
+
+def python(code: str, refused: list[str], *args: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run `code` in a process without the packages `refused`."""
+    code = REFUSING.format(refused=refused) + code
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["init", "--list"]], ids=str)
+def test_help_and_lists_import_no_torch(args, tmp_path):
+    code = "from lighthouse_cli import main; main()"
+    done = python(code, [*EXTRAS, "torch", "numpy"], *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    listed = [line.split()[0] for line in done.stdout.splitlines() if line]
+    assert {*(init.shipped() if args == ["init", "--list"] else COMMANDS)} <= {*listed}
+
+
+def test_an_unknown_command_is_one_line(tmp_path):
+    done = subprocess.run([*COMMAND, "trian"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the command must be one of init, train, plan, ")
+    assert line.endswith("got 'trian'; did you mean train?")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lighthouse", name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        lighthouse_cli.main()
+    assert not end.value.code
+    out = capsys.readouterr().out
+    doc = importlib.import_module(COMMANDS[name][0]).__doc__
+    # The example in it is of this command.
+    assert f"\n    lighthouse {name}" in doc and doc.partition("\n")[0] in out
+    assert f"usage: lighthouse {name}" in out
+
+
+def test_the_attention_needs_torch_alone(tmp_path):
+    code = """
+import torch
+from lighthouse import LighthouseConfig, lighthouse_attention
+
+q = k = v = torch.randn(1, 2, 2048, 16)
+config = LighthouseConfig(num_levels=3, pooling_factor=4, topk=128)
+print(tuple(lighthouse_attention(q, k, v, config).shape))
+"""
+    done = python(code, EXTRAS, cwd=tmp_path)
+    assert done.stdout == "(1, 2, 2048, 16)\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "report"])
+def test_a_missing_extra_is_named_in_one_line(name, tmp_path):
+    code = "from lighthouse_cli import main; main()"
+    done = python(code, EXTRAS, name, "x", cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        f"error: lighthouse {name} needs the package torchtitan, which is not installed; "
+        "pip install 'lighthouse-attention[train]'\n"
+    )
+
+
+def test_wandb_and_transformers_are_not_imported_unasked(tmp_path):
+    code = """
+import torchtitan.experiments.lighthouse.launch
+import torchtitan.experiments.lighthouse.inference.export
+import torchtitan.experiments.lighthouse.inference.loss_by_position
+import torchtitan.experiments.lighthouse.analysis.sweep
+print({"wandb", "transformers"} & {*sys.modules})
+"""
+    done = python(code, [], cwd=tmp_path)
+    assert done.stdout == "set()\n", done.stderr

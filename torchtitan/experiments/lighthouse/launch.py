@@ -1,0 +1,173 @@
+"""Train in two stages from a TOML file: in this process, or in one process for each GPU.
+
+    lighthouse train debug.toml
+    lighthouse train debug.toml --nproc-per-node 2 --training.steps 100
+
+Any field of the configuration can be overridden by --section.field VALUE. --job.config_file FILE
+may take the place of FILE. --nproc-per-node is by default the number of GPUs that are visible, and
+1 without any. Started by torchrun or srun, which set WORLD_SIZE, this process is one of theirs.
+
+The exit code is 0 at the end, 75 after a signal (SIGTERM, SIGUSR1) with everything saved, 2 for a
+configuration that is refused, which is checked before any process is started, and 1 for a run that
+failed.
+
+Several processes are started here and not by torchrun, because torchrun ends with 1 whatever the
+exit code of its workers is, and kills them 30 s after a signal, before a long step has ended.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import torch
+from torchtitan.experiments.lighthouse import train
+from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.preflight import check_config
+from torchtitan.experiments.lighthouse.runtime.command_line import exit_on_value_error
+from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS
+
+NPROC = ("--nproc-per-node", "--nproc_per_node", "--nproc", "--world-size")
+"""Spellings of the number of processes, torchrun's first."""
+
+GRACE_SECONDS = 30.0
+"""Between the failure of a process and the end of those that wait for it, as torchrun has it."""
+
+
+def main() -> None:
+    """Entry point of `lighthouse train`."""
+    args = sys.argv[1:]
+    if {"-h", "--help"} & set(args):
+        print(__doc__)
+        train.main(args)
+        return
+    with exit_on_value_error():
+        args, nproc = split(args)
+        is_launched = "WORLD_SIZE" in os.environ
+        if is_launched and nproc is not None:
+            raise ValueError(
+                f"{NPROC[0]} must not be given under a launcher, which has set WORLD_SIZE, got "
+                f"{nproc}; leave it out"
+            )
+        nproc = 1 if is_launched else nproc or default_nproc(args)
+        if nproc > 1:
+            check_config(load_config(args), nproc)
+    if nproc == 1:
+        train.main(args)
+        return
+    raise SystemExit(launch(args, nproc))
+
+
+def split(args: list[str]) -> tuple[list[str], int | None]:
+    """Take the number of processes out of a command line, and name its file as torchtitan does.
+
+    Raises:
+        ValueError: no file comes first, or the number is none.
+    """
+    rest, nproc = [], None
+    remaining = iter(args)
+    for argument in remaining:
+        name, is_joined, value = argument.partition("=")
+        if name not in NPROC:
+            rest.append(argument)
+            continue
+        value = value if is_joined else next(remaining, "")
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"{name} must be a number of at least 1, got {value!r}; correct it")
+        nproc = int(value)
+    if rest and not rest[0].startswith("-"):
+        return ["--job.config_file", *rest], nproc
+    if not any(argument.startswith("--job.config") for argument in rest):
+        raise ValueError(
+            f"FILE must come first, got {(rest or [''])[0]!r}; write lighthouse train FILE "
+            "[overrides ...]"
+        )
+    return rest, nproc
+
+
+def default_nproc(args: list[str]) -> int:
+    """One process for each visible GPU, and one without any."""
+    num_gpus = torch.cuda.device_count()
+    # torchtitan's fake backend plays all ranks in one process.
+    is_alone = num_gpus > 1 and load_config(args).comm.mode == "fake_backend"
+    return 1 if is_alone else max(1, num_gpus)
+
+
+def launch(args: list[str], nproc: int) -> int:
+    """Train in `nproc` processes on this machine and return the exit code of the run.
+
+    It is that of the first process that failed; 128 and the signal's number if one ended it.
+    """
+    asked, workers, port = [], [], free_port()
+    former = {number: signal.signal(number, lambda *_: asked.append(True)) for number in SIGNALS}
+    try:
+        for rank in range(nproc):
+            workers.append(start(args, rank, nproc, port))
+        return wait(workers, asked)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        end(workers)
+        for number, action in former.items():
+            signal.signal(number, action)
+
+
+def start(args: list[str], rank: int, nproc: int, port: int) -> subprocess.Popen:
+    """Start the process of one rank. Until its trainer listens to signals it ignores them."""
+    environment = {
+        # As with torchrun.
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    command = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train", *args]
+    ignoring = ["/bin/sh", "-c", 'trap "" TERM USR1; exec "$0" "$@"']
+    return subprocess.Popen([*ignoring, *command], env=environment)
+
+
+def free_port() -> int:
+    """A port at which the processes can meet."""
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def wait(workers: list[subprocess.Popen], asked: list) -> int:
+    """Wait for all, or until GRACE_SECONDS after one has failed; returns the exit code of the run.
+
+    Args:
+        asked: not empty once a signal has come. The trainers are asked until they have ended.
+    """
+    code, deadline = 0, float("inf")
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        if asked:
+            signal_all(workers, signal.SIGTERM)
+        code = code or first_failure(workers)
+        if code not in (0, EXIT_CODE):
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        time.sleep(0.2)
+    return code or first_failure(workers)
+
+
+def first_failure(workers: list[subprocess.Popen]) -> int:
+    codes = [code for worker in workers if (code := worker.poll())]
+    return 0 if not codes else codes[0] if codes[0] > 0 else 128 - codes[0]
+
+
+def end(workers: list[subprocess.Popen]) -> None:
+    """Kill the processes that still run, and reap them all."""
+    signal_all(workers, signal.SIGKILL)
+    for worker in workers:
+        worker.wait()
+
+
+def signal_all(workers: list[subprocess.Popen], number: int) -> None:
+    for worker in workers:
+        # Does nothing to one that has ended.
+        worker.send_signal(number)
