@@ -22,21 +22,23 @@ from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.data import tokenized
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import is_held_out
-from torchtitan.experiments.lighthouse.data.packing import (
+from torchtitan.experiments.lighthouse.data.loaders import (
     build_dataloader,
     build_validation_dataloader,
     check_data,
 )
+from torchtitan.experiments.lighthouse.data.manifest import (
+    Manifest,
+    Shard,
+    read_manifest,
+    tokenizer_digest,
+)
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
 from torchtitan.experiments.lighthouse.data.tokenized import (
-    Manifest,
     PreparedDataloader,
     PreparedDataset,
-    Shard,
     check_prepared,
-    read_manifest,
     shuffled,
-    tokenizer_digest,
 )
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.preflight import check_config

@@ -36,7 +36,7 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.experiments.lighthouse.checkpoint.hf_llama import Llama3Adapter
-from torchtitan.experiments.lighthouse.data.packing import build_dataloader
+from torchtitan.experiments.lighthouse.data.loaders import build_dataloader
 from torchtitan.experiments.lighthouse.flavors import FLAVORS, MODEL_NAME
 from torchtitan.experiments.lighthouse.loss import build_loss
 from torchtitan.experiments.lighthouse.metrics import build_metrics_processor

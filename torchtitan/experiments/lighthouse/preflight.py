@@ -23,7 +23,7 @@ from torchtitan.experiments.lighthouse.config.rules import (
     check_numbers,
     check_values,
 )
-from torchtitan.experiments.lighthouse.data.packing import check_data
+from torchtitan.experiments.lighthouse.data.loaders import check_data
 from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.runtime.command_line import (

@@ -29,7 +29,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Validation
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset
-from torchtitan.experiments.lighthouse.data.packing import build_validation_dataloader
+from torchtitan.experiments.lighthouse.data.loaders import build_validation_dataloader
 from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import (
