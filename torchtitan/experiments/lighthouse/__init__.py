@@ -20,16 +20,8 @@ Rooms, each of which imports only from those below it:
     data        corpora, packed to seq_len, resumable; prepared corpora
     runtime     devices, signals, errors, files, command lines
 
-Importing this package registers the model `llama3_lighthouse`.
+Importing this package registers the model `llama3_lighthouse` and does nothing else.
 """
-
-import torch
-from torchtitan.experiments.lighthouse.runtime import cpu_device
-
-_accelerator = torch.accelerator.current_accelerator(check_available=True)
-if _accelerator is None or _accelerator.type == "mps":
-    # Before the imports below: torchtitan binds its device when it is imported.
-    cpu_device.use_cpu_device()
 
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers

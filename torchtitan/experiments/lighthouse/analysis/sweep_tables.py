@@ -9,10 +9,7 @@ import json
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 FIELDS = [
     *("scorer", "pooling_factor", "num_levels", "topk", "dilation", "pool_rotary"),
@@ -104,10 +101,8 @@ def plot(rows: list[dict], path: Path) -> None:
         loss_of(rows): "final loss (nats per token)",
         "stage_1_tokens_per_second": "stage 1 (tokens/s per device)",
     }
-    figure, panels = plt.subplots(
-        len(metrics), len(varied), squeeze=False, sharey="row", sharex="col",
-        figsize=(2 + 2.6 * len(varied), 3 * len(metrics)), layout="constrained",
-    )  # fmt: skip
+    figure = Figure(figsize=(2 + 2.6 * len(varied), 3 * len(metrics)), layout="constrained")
+    panels = figure.subplots(len(metrics), len(varied), squeeze=False, sharey="row", sharex="col")
     for panel_row, (metric, label) in zip(panels, metrics.items(), strict=True):
         panel_row[0].set_ylabel(label)
         for axes, name in zip(panel_row, varied, strict=True):
@@ -126,4 +121,3 @@ def plot(rows: list[dict], path: Path) -> None:
     for axes, name in zip(panels[-1], varied, strict=True):
         axes.set_xlabel(name)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
