@@ -32,6 +32,7 @@ from lighthouse.selection import select_spans
 from lighthouse_cli.parser import Parser
 
 BACKWARD = ("scatter back backward", "attend backward", "gather backward")
+WHOLE = ("dense forward", "dense backward", "forward", "backward")
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -141,79 +142,16 @@ def measure_layer(
     seq_len: int, backend: str, pool_rotary: str, options, device: torch.device
 ) -> dict:
     """Times of one length, in seconds."""
-    topk = options.topk or max(128, seq_len // 64 // 128 * 128)
-    fields = (options.num_levels, options.pooling_factor)
-    legal = LighthouseConfig(*fields, topk).nearest_topk(seq_len)
-    topk = topk if options.topk else legal or topk
-    config = LighthouseConfig(*fields, topk, options.scorer)
-    config.check_seq_len(seq_len)
-    dtype = getattr(torch, options.dtype)
-    shape = Shape(
-        options.batch,
-        options.n_heads,
-        options.n_kv_heads,
-        seq_len,
-        options.head_dim,
-        dtype.itemsize,
-    )
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(heads: int, length: int) -> torch.Tensor:
-        # As a model makes them: a view of [B, N, H, D].
-        size = (shape.batch, length, heads, shape.head_dim)
-        x = torch.randn(size, device=device, dtype=torch.float32, generator=generator)
-        return x.to(dtype).transpose(1, 2).requires_grad_()
-
-    def attend(q, k, v, enable_gqa):
-        if device.type == "cpu":
-            return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
-        with sdpa_kernel(BACKENDS[backend]):
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=enable_gqa
-            )
+    config, shape = config_of(seq_len, options), shape_of(seq_len, options)
+    rotary = None
+    if pool_rotary == "aligned":
+        rotary = rotary_phases(config, shape.head_dim, device)
 
     def timed(run) -> float:
         return measure(run, device, options.runs)
 
-    def backward(outputs, inputs) -> float:
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = tuple(torch.randn_like(x) for x in outputs)
-        return timed(lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True))
-
-    rotary = None
-    if pool_rotary == "aligned":
-        rotary = rotary_phases(config, shape.head_dim, device)
-    gqa = shape.n_heads != shape.n_kv_heads
-    q, k, v = (random(h, seq_len) for h in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads))
-    dense_runs = {}
-    out = attend(q, k, v, gqa)
-    dense_runs["dense forward"] = timed(lambda: attend(q, k, v, gqa))
-    dense_runs["dense backward"] = backward(out, (q, k, v))
-    del out
-    out = lighthouse_attention(q, k, v, config, rotary=rotary, attend=attend)
-    layer_forward = timed(
-        lambda: lighthouse_attention(q, k, v, config, rotary=rotary, attend=attend)
-    )
-    layer_backward = backward(out, (q, k, v))
-    del out
-
-    scores, coarsest = score(q, k, v, config, rotary)
-    selection = select_spans(scores, config, seq_len)
-    subs = gather(q, k, v, coarsest, selection, rotary)
-    leaves = tuple(x.detach().requires_grad_() for x in subs)
-    sub_out = attend(*leaves, gqa)
-    sub_leaf = sub_out.detach().requires_grad_()
-    result = scatter_back(sub_leaf, selection)
-    steps = {
-        "score": timed(lambda: score(q, k, v, config, rotary)),
-        "select": timed(lambda: select_spans(scores, config, seq_len)),
-        "gather": timed(lambda: gather(q, k, v, coarsest, selection, rotary)),
-        "attend": timed(lambda: attend(*leaves, gqa)),
-        "scatter back": timed(lambda: scatter_back(sub_leaf, selection)),
-        "scatter back backward": backward(result, (sub_leaf,)),
-        "attend backward": backward(sub_out, leaves),
-        "gather backward": backward(subs, (q, k, v)),
-    }
+    steps = time_steps(shape, config, rotary, backend, timed, getattr(torch, options.dtype), device)
+    whole = {name: steps.pop(name) for name in WHOLE}
     costs = layer_costs(shape, config, 0 if rotary is None else shape.head_dim)
     copies = {name: timed(copy_of(cost.bytes, device)) for name, cost in costs.items()}
     # Of the largest copy, which no cache holds.
@@ -221,8 +159,8 @@ def measure_layer(
     bandwidth = costs[largest].bytes / copies[largest]
     dense_flops = attention_flops(shape.batch, shape.n_heads, seq_len, shape.head_dim)
     rates = {
-        False: dense_flops / dense_runs["dense forward"],
-        True: dense_flops * 2.5 / dense_runs["dense backward"],
+        False: dense_flops / whole["dense forward"],
+        True: dense_flops * 2.5 / whole["dense backward"],
     }
     floors = {
         name: floor_seconds({name: cost}, bandwidth, rates[name in BACKWARD])[name]
@@ -237,21 +175,104 @@ def measure_layer(
         "shape": shape._asdict(),
         "dtype": options.dtype,
         "backend": backend,
-        **dense_runs,
-        "forward": layer_forward,
-        "backward": layer_backward,
+        **whole,
         "forward floor": sum(t for name, t in floors.items() if name not in BACKWARD),
         "backward floor": sum(t for name, t in floors.items() if name in BACKWARD),
         "steps": {
             name: {
-                "seconds": steps[name],
+                "seconds": seconds,
                 "floor": floors[name],
                 "copy": copies[name],
                 "bytes": costs[name].bytes,
             }
-            for name in steps
+            for name, seconds in steps.items()
         },
         "bandwidth": bandwidth,
+    }
+
+
+def config_of(seq_len: int, options) -> LighthouseConfig:
+    """The settings of one length, with the topk given or the legal one nearest N/64."""
+    topk = options.topk or max(128, seq_len // 64 // 128 * 128)
+    fields = (options.num_levels, options.pooling_factor)
+    legal = LighthouseConfig(*fields, topk).nearest_topk(seq_len)
+    topk = topk if options.topk else legal or topk
+    config = LighthouseConfig(*fields, topk, options.scorer)
+    config.check_seq_len(seq_len)
+    return config
+
+
+def shape_of(seq_len: int, options) -> Shape:
+    itemsize = getattr(torch, options.dtype).itemsize
+    heads = (options.n_heads, options.n_kv_heads)
+    return Shape(options.batch, *heads, seq_len, options.head_dim, itemsize)
+
+
+def time_steps(
+    shape: Shape,
+    config: LighthouseConfig,
+    rotary: RotaryPhases | None,
+    backend: str,
+    timed,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, float]:
+    """Seconds of dense attention, of the whole layer (`WHOLE`), and of each step of it.
+
+    Args:
+        timed: returns the seconds of a call.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(heads: int) -> torch.Tensor:
+        # As a model makes them: a view of [B, N, H, D].
+        size = (shape.batch, shape.seq_len, heads, shape.head_dim)
+        x = torch.randn(size, device=device, dtype=torch.float32, generator=generator)
+        return x.to(dtype).transpose(1, 2).requires_grad_()
+
+    def attend(q, k, v, enable_gqa):
+        if device.type == "cpu":
+            return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
+        with sdpa_kernel(BACKENDS[backend]):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=enable_gqa
+            )
+
+    def backward(outputs, inputs) -> float:
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = tuple(torch.randn_like(x) for x in outputs)
+        return timed(lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True))
+
+    def dense():
+        return attend(q, k, v, gqa)
+
+    def layer():
+        return lighthouse_attention(q, k, v, config, rotary=rotary, attend=attend)
+
+    gqa = shape.n_heads != shape.n_kv_heads
+    q, k, v = (random(heads) for heads in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads))
+    seconds = {}
+    for name, run in (("dense ", dense), ("", layer)):
+        out = run()
+        seconds[f"{name}forward"] = timed(run)
+        seconds[f"{name}backward"] = backward(out, (q, k, v))
+        del out
+    scores, coarsest = score(q, k, v, config, rotary)
+    selection = select_spans(scores, config, shape.seq_len)
+    subs = gather(q, k, v, coarsest, selection, rotary)
+    leaves = tuple(x.detach().requires_grad_() for x in subs)
+    sub_out = attend(*leaves, gqa)
+    sub_leaf = sub_out.detach().requires_grad_()
+    result = scatter_back(sub_leaf, selection)
+    return seconds | {
+        "score": timed(lambda: score(q, k, v, config, rotary)),
+        "select": timed(lambda: select_spans(scores, config, shape.seq_len)),
+        "gather": timed(lambda: gather(q, k, v, coarsest, selection, rotary)),
+        "attend": timed(lambda: attend(*leaves, gqa)),
+        "scatter back": timed(lambda: scatter_back(sub_leaf, selection)),
+        "scatter back backward": backward(result, (sub_leaf,)),
+        "attend backward": backward(sub_out, leaves),
+        "gather backward": backward(subs, (q, k, v)),
     }
 
 

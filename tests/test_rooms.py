@@ -1,6 +1,7 @@
 """Which module imports which: one way only, and the attention on its own."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +59,48 @@ def test_imports_run_one_way():
             if inside == target or other not in FLOOR or other == room:
                 continue
             assert FLOOR[other] < FLOOR[room], f"{name} imports {inside}, which is not below it"
+
+
+@pytest.mark.parametrize("folder", ["lighthouse", "torchtitan", "scripts"])
+def test_modules_and_functions_are_short(folder):
+    """A module has at most 450 lines, a function at most 80."""
+    for path in (ROOT / folder).rglob("*.py"):
+        source = path.read_text()
+        assert source.count("\n") <= 450, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
+
+
+IMPORT_ALL = """
+import copy, importlib, sys, warnings
+import torchtitan.protocols.train_spec, torchtitan.train
+import torchtitan.models.llama3.infra.parallelize
+
+def snapshot():
+    return {
+        (name, key): copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        for name, module in sys.modules.items()
+        if name.startswith("torchtitan.") and "experiments" not in name
+        for key, value in vars(module).items()
+        if not key.startswith("__")
+    }
+
+before, filters = snapshot(), list(warnings.filters)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+after = snapshot()
+changed = [key for key, value in before.items() if after[key] is not value and after[key] != value]
+print(sorted(".".join(key) for key in changed), [f for f in warnings.filters if f not in filters])
+"""
+
+
+def test_an_import_registers_the_model_and_does_nothing_else():
+    names = [PACKAGE, f"{PACKAGE}.train", f"{PACKAGE}.analysis.report"]
+    command = [sys.executable, "-c", IMPORT_ALL, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    registry = "torchtitan.protocols.train_spec._extra_train_specs"
+    assert done.stdout.splitlines()[-1] == f"{[registry]} []"
 
 
 def test_the_attention_imports_no_trainer():

@@ -129,53 +129,34 @@ def _score_pool_head(
             for t in tl.static_range(IN_FLIGHT):
                 offset = (group + t) * row_stride
                 if PAIRS == HALVES:
-                    rows += (
-                        load_pairs(
-                            row_ptrs + offset, stride_d, mask_r[:, None],
-                            PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P,
-                        ),
+                    pairs = load_pairs(
+                        row_ptrs + offset, stride_d, mask_r[:, None],
+                        PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P,
                     )  # fmt: skip
+                    rows += (pairs,)
                 else:
                     rows += (tl.load(x_ptrs + offset, mask=mask, other=0.0),)
             for t in tl.static_range(IN_FLIGHT):
                 if PAIRS == NO_PAIRS:
                     x = rows[t].to(tl.float32)  # [BLOCK_R, BLOCK_D]
                     tile_sums += x
-                    norm = x * x
+                    squares = x * x
                 else:
-                    if PAIRS == HALVES:
-                        a = rows[t][0].to(tl.float32)
-                        b = rows[t][1].to(tl.float32)
-                        norm = a * a + b * b
-                    else:
-                        x = rows[t].to(tl.float32)
-                        norm = x * x
-                        a, b = split_pairs(x)
-                    to_last = tl.zeros((BLOCK_R, 1), tl.int32) + (SPAN - 1 - start - group - t)
-                    cos, sin = load_phases(
-                        cos_ptr, sin_ptr, to_last, mask_r[:, None], NUM_PAIRS, BLOCK_P
-                    )
-                    a, b = rotate(a, b, cos, sin)
+                    a, b, squares = _rotate_row(
+                        rows[t], SPAN - 1 - start - group - t, cos_ptr, sin_ptr, mask_r[:, None],
+                        PAIRS, NUM_PAIRS, BLOCK_R, BLOCK_P,
+                    )  # fmt: skip
                     tile_sums += a
                     second_tile_sums += b
                 if HAS_NORMS:
-                    maxima += (tl.sum(norm, 1),)
+                    maxima += (tl.sum(squares, 1),)
         sums += tile_sums
         second_sums += second_tile_sums
         if HAS_NORMS:
-            level_ptr = scores_ptr
-            level_len = seq_len
-            for level in tl.static_range(1, NUM_LEVELS):
-                level_len = level_len // POOLING_FACTOR
-                if POOLING_FACTOR**level <= BLOCK_T:
-                    finer = maxima
-                    maxima = ()
-                    for i in tl.static_range(BLOCK_T // POOLING_FACTOR**level):
-                        strongest = _strongest(finer, i * POOLING_FACTOR, POOLING_FACTOR)
-                        maxima += (strongest,)
-                        index = first // POOLING_FACTOR**level + i
-                        _store_maxima(level_ptr + index, strongest, mask_r, has_scores, IS_GROUP)
-                level_ptr += level_len
+            maxima = _store_tile_maxima(
+                scores_ptr, maxima, first, mask_r, has_scores, seq_len, IS_GROUP,
+                NUM_LEVELS, POOLING_FACTOR, BLOCK_T,
+            )  # fmt: skip
             if SPAN > BLOCK_T:
                 best = tl.maximum(best, _strongest(maxima, 0, len(maxima))[None, :])
                 best = _store_running_maxima(
@@ -185,15 +166,70 @@ def _score_pool_head(
     if HAS_NORMS and IS_GROUP:
         # The next head of the group reads what other threads have written.
         tl.debug_barrier()
-    mean_ptrs = coarsest_ptr + offs_r.to(tl.int64)[:, None] * HEAD_DIM
+    _store_means(
+        coarsest_ptr, sums * (1.0 / SPAN), second_sums * (1.0 / SPAN), offs_r, mask_r[:, None],
+        HEAD_DIM, PAIRS, NUM_PAIRS, BLOCK_D, BLOCK_P,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_means(
+    coarsest_ptr, means, second_means, offs_r, mask_r,
+    HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Rows of the coarsest level; of rows with pairs, their first and second elements."""
+    row_ptrs = coarsest_ptr + offs_r.to(tl.int64)[:, None] * HEAD_DIM
     if PAIRS == NO_PAIRS:
-        mean = (sums * (1.0 / SPAN)).to(coarsest_ptr.dtype.element_ty)
-        tl.store(mean_ptrs + offs_d[None, :], mean, mask=mask)
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        means = means.to(coarsest_ptr.dtype.element_ty)
+        tl.store(row_ptrs + offs_d, means, mask=mask_r & (offs_d < HEAD_DIM))
     else:
-        store_pairs(
-            mean_ptrs, sums * (1.0 / SPAN), second_sums * (1.0 / SPAN), mask_r[:, None],
-            PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P,
-        )  # fmt: skip
+        store_pairs(row_ptrs, means, second_means, mask_r, PAIRS, HEAD_DIM, NUM_PAIRS, BLOCK_P)
+
+
+@triton.jit
+def _rotate_row(
+    row, to_last, cos_ptr, sin_ptr, mask,
+    PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A token of each span, rotated by `to_last` positions: first and second elements of its pairs,
+    each [BLOCK_R, BLOCK_P], and what sums up to its squared norm."""
+    if PAIRS == HALVES:
+        a = row[0].to(tl.float32)
+        b = row[1].to(tl.float32)
+        squares = a * a + b * b
+    else:
+        x = row.to(tl.float32)
+        squares = x * x
+        a, b = split_pairs(x)
+    positions = tl.zeros((BLOCK_R, 1), tl.int32) + to_last
+    cos, sin = load_phases(cos_ptr, sin_ptr, positions, mask, NUM_PAIRS, BLOCK_P)
+    a, b = rotate(a, b, cos, sin)
+    return a, b, squares
+
+
+@triton.jit
+def _store_tile_maxima(
+    scores_ptr, maxima, first, mask_r, has_scores, seq_len, IS_GROUP: tl.constexpr,
+    NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Scores of the entries of a tile, from its squared norms; returns those of the coarsest level
+    in it."""
+    level_ptr = scores_ptr
+    level_len = seq_len
+    for level in tl.static_range(1, NUM_LEVELS):
+        level_len = level_len // POOLING_FACTOR
+        if POOLING_FACTOR**level <= BLOCK_T:
+            finer = maxima
+            maxima = ()
+            for i in tl.static_range(BLOCK_T // POOLING_FACTOR**level):
+                strongest = _strongest(finer, i * POOLING_FACTOR, POOLING_FACTOR)
+                maxima += (strongest,)
+                index = first // POOLING_FACTOR**level + i
+                _store_maxima(level_ptr + index, strongest, mask_r, has_scores, IS_GROUP)
+        level_ptr += level_len
+    return maxima
 
 
 @triton.jit

@@ -40,10 +40,8 @@ def _select_kernel(
     IS_START: tl.constexpr,
 ):  # fmt: skip
     TOP: tl.constexpr = NUM_LEVELS - 1
-    # Candidates of a stratum below the coarsest level.
-    NUM_CHILDREN: tl.constexpr = 128 * POOLING_FACTOR
     # Ranks of a level, behind which stand 128 indices, sizes and starts of the selected.
-    WIDTH: tl.constexpr = max(BLOCK_C, NUM_CHILDREN)
+    WIDTH: tl.constexpr = max(BLOCK_C, 128 * POOLING_FACTOR)
     LEVEL_SPACE: tl.constexpr = WIDTH + 3 * 128
 
     stratum = tl.program_id(0)
@@ -64,7 +62,28 @@ def _select_kernel(
         level_count = num_top * POOLING_FACTOR ** (TOP - level)
         _fill_absent(slot_ptr + level_start + stratum * level_count, level_count, 1024)
 
-    # Down: select.
+    _select_levels(
+        q_scores_ptr, k_scores_ptr, workspace_ptr, q_stride_e, k_stride_e,
+        stratum, num_top, seq_len, NUM_LEVELS, POOLING_FACTOR, BLOCK_C, WIDTH, IS_START,
+    )  # fmt: skip
+    _store_sizes(workspace_ptr, NUM_LEVELS, POOLING_FACTOR, WIDTH)
+    _store_slots(
+        entry_ptr, slot_ptr, workspace_ptr, stratum, num_top, seq_len,
+        NUM_LEVELS, POOLING_FACTOR, BLOCK_C, WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def _select_levels(
+    q_scores_ptr, k_scores_ptr, workspace_ptr, q_stride_e, k_stride_e,
+    stratum, num_top, seq_len,
+    NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr, IS_START: tl.constexpr,
+):  # fmt: skip
+    """Down: select; store the rank of each candidate and the index of each selected entry."""
+    TOP: tl.constexpr = NUM_LEVELS - 1
+    NUM_CHILDREN: tl.constexpr = 128 * POOLING_FACTOR
+    LEVEL_SPACE: tl.constexpr = WIDTH + 3 * 128
     for level in tl.static_range(TOP, 0, -1):
         ranks_ptr = workspace_ptr + (level - 1) * LEVEL_SPACE
         if level == TOP:
@@ -89,7 +108,14 @@ def _select_kernel(
         tl.store(ranks_ptr + WIDTH + rank, index, mask=is_selected)
         tl.debug_barrier()
 
-    # Up: sizes of the subtrees.
+
+@triton.jit
+def _store_sizes(
+    workspace_ptr, NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Up: store the sizes of the subtrees of the selected."""
+    NUM_CHILDREN: tl.constexpr = 128 * POOLING_FACTOR
+    LEVEL_SPACE: tl.constexpr = WIDTH + 3 * 128
     for level in tl.static_range(2, NUM_LEVELS):
         ranks_ptr = workspace_ptr + (level - 1) * LEVEL_SPACE
         offs_c = tl.arange(0, NUM_CHILDREN)
@@ -100,7 +126,17 @@ def _select_kernel(
         tl.store(ranks_ptr + WIDTH + 128 + tl.arange(0, 128), size)
         tl.debug_barrier()
 
-    # Down: slots.
+
+@triton.jit
+def _store_slots(
+    entry_ptr, slot_ptr, workspace_ptr, stratum, num_top, seq_len,
+    NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Down: store the slot of each entry and the entry of each slot."""
+    TOP: tl.constexpr = NUM_LEVELS - 1
+    NUM_CHILDREN: tl.constexpr = 128 * POOLING_FACTOR
+    LEVEL_SPACE: tl.constexpr = WIDTH + 3 * 128
     for level in tl.static_range(TOP, -1, -1):
         ranks_ptr = workspace_ptr + (level - 1) * LEVEL_SPACE
         if level == TOP:

@@ -16,8 +16,8 @@ from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.metrics import LOSS
 from torchtitan.experiments.lighthouse.preflight import check_config
+from torchtitan.experiments.lighthouse.runtime import cpu_device
 from torchtitan.models.llama3 import Transformer
-from torchtitan.tools import utils
 
 # A legal shape for two ranks of context parallelism.
 CP2 = (
@@ -457,7 +457,7 @@ def test_a_ring_in_float32_is_refused_on_a_gpu(place, monkeypatch):
     ring = CP2 + " --lighthouse.context_parallel ring --lighthouse.topk 512"
     args = ring + " --training.mixed_precision_param "
     check(place, args + "float32", world_size=2)
-    monkeypatch.setattr(utils, "device_type", "cuda")
+    monkeypatch.setattr(cpu_device, "device_type", lambda: "cuda")
     check(place, args + "bfloat16", world_size=2)
     parts = ("mixed_precision_param must be bfloat16 with", "'ring'", "got 'float32'", "'ulysses'")
     assert_refused(place, parts, args + "float32", world_size=2)
@@ -551,9 +551,9 @@ def test_a_tokenizer_as_large_as_the_vocabulary_passes(place, monkeypatch):
 def test_float32_beyond_what_attention_on_a_gpu_can_is_refused(place, monkeypatch):
     args = "--training.seq_len 65552 --lighthouse.stage1_steps 0"
     float32 = args + " --training.mixed_precision_param float32"
-    monkeypatch.setattr(utils, "device_type", "cpu")
+    monkeypatch.setattr(cpu_device, "device_type", lambda: "cpu")
     check(place, float32)
-    monkeypatch.setattr(utils, "device_type", "cuda")
+    monkeypatch.setattr(cpu_device, "device_type", lambda: "cuda")
     check(place, args)
     check(place, float32.replace("65552", "65520"))
     parts = ("training.mixed_precision_param must be bfloat16", "65535", "'float32'", "set it to")

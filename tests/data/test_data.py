@@ -17,16 +17,19 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.data.datasets import find_files, permutation
-from torchtitan.experiments.lighthouse.data.packing import (
+from torchtitan.experiments.lighthouse.data.datasets import (
     DATASETS,
-    PackedTextDataset,
+    check_dataset,
+    find_files,
+    is_held_out,
+)
+from torchtitan.experiments.lighthouse.data.documents import permutation
+from torchtitan.experiments.lighthouse.data.loaders import (
     build_dataloader,
     build_validation_dataloader,
     check_data,
-    check_dataset,
-    is_held_out,
 )
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 
 SEQ_LEN = 16
 EOS_ID = 256

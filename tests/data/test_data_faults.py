@@ -35,9 +35,11 @@ from test_data import (
 )
 from test_tokenized import write_prepared
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse.data import datasets, readers, retry, tokenized
+from torchtitan.experiments.lighthouse.data import readers, retry, tokenized
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.data.packing import build_dataloader, check_dataset
+from torchtitan.experiments.lighthouse.data.datasets import check_dataset, find_files
+from torchtitan.experiments.lighthouse.data.documents import fingerprint
+from torchtitan.experiments.lighthouse.data.loaders import build_dataloader
 from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
 from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
@@ -492,7 +494,7 @@ def test_a_file_that_changes_ends_the_run(tmp_path, waits, kind, change):
         windows = map(PreparedDataset(str(tmp_path), SEQ_LEN).__getitem__, itertools.count())
     else:
         name, path = make_corpus(tmp_path, kind, make_texts(40))
-        files = datasets.find_files(name, path)
+        files = find_files(name, path)
         dataset = open_dataset(name, path)
         windows = iter(dataset)
     expected = take(windows, 100)
@@ -532,7 +534,7 @@ def test_a_file_that_vanishes_is_waited_for(tmp_path, monkeypatch, kind, comes_b
         expected = [dataset[place] for place in range(50)]
     else:
         name, path = make_corpus(tmp_path, kind, make_texts(40))
-        files = datasets.find_files(name, path)
+        files = find_files(name, path)
         expected = take(open_dataset(name, path), 50)
         windows = iter(open_dataset(name, path))
     waits = []
@@ -585,11 +587,11 @@ def test_the_fingerprint_is_that_of_the_position(tmp_path):
         name, path = make_corpus(tmp_path / kind, kind, make_texts(12))
         for split in ("train", "validation"):
             dataset = open_dataset(name, path, split=split)
-            assert datasets.fingerprint(name, path, split) == dataset.state_dict()["corpus"]
-    former = datasets.fingerprint("text", str(tmp_path / "text"))
-    assert former != datasets.fingerprint("text", str(tmp_path / "text"), "validation")
+            assert fingerprint(name, path, split) == dataset.state_dict()["corpus"]
+    former = fingerprint("text", str(tmp_path / "text"))
+    assert former != fingerprint("text", str(tmp_path / "text"), "validation")
     (tmp_path / "text" / "zzz.txt").write_text(make_texts(13)[12], encoding="utf-8")
-    assert datasets.fingerprint("text", str(tmp_path / "text")) != former
+    assert fingerprint("text", str(tmp_path / "text")) != former
 
 
 # ---- workers

@@ -20,9 +20,9 @@ from torchtitan.experiments.lighthouse.data import readers
 from torchtitan.experiments.lighthouse.data import tokenize as prepare_module
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import find_files, is_held_out
+from torchtitan.experiments.lighthouse.data.manifest import Manifest, verify
 from torchtitan.experiments.lighthouse.data.prepare import main
-from torchtitan.experiments.lighthouse.data.tokenize import prepare, source_files, verify
-from torchtitan.experiments.lighthouse.data.tokenized import Manifest
+from torchtitan.experiments.lighthouse.data.tokenize import prepare, source_files
 
 EOS_ID = 256
 KINDS = ["text", "jsonl", "parquet", "c4_local"]

@@ -22,21 +22,23 @@ from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.data import tokenized
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import is_held_out
-from torchtitan.experiments.lighthouse.data.packing import (
+from torchtitan.experiments.lighthouse.data.loaders import (
     build_dataloader,
     build_validation_dataloader,
     check_data,
 )
+from torchtitan.experiments.lighthouse.data.manifest import (
+    Manifest,
+    Shard,
+    read_manifest,
+    tokenizer_digest,
+)
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
 from torchtitan.experiments.lighthouse.data.tokenized import (
-    Manifest,
     PreparedDataloader,
     PreparedDataset,
-    Shard,
     check_prepared,
-    read_manifest,
     shuffled,
-    tokenizer_digest,
 )
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.preflight import check_config
@@ -520,7 +522,7 @@ def test_a_run_goes_on_under_another_data_parallel_degree(tmp_path, corpora):
         assert all(set(rank.batches) == set(ranks[0].batches) for rank in ranks)
     assert sum(len(ranks[0].batches) for ranks in legs) == len(whole.batches) == STEPS
     assert losses_of(tmp_path / "run") == pytest.approx(whole.losses, rel=1e-5)
-    tokens = read_manifest(out, "train", "--out").tokens
+    tokens = read_manifest(out, "train", "--output").tokens
     assert whole.epoch == legs[-1][0].epoch == 2 * STEPS * 768 // tokens > 1
     (position,) = json.loads((tmp_path / "whole" / "handover.json").read_text())["data"]
     assert position == {"epoch": 1, "windows": 2 * STAGE1_STEPS}

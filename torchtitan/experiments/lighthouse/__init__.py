@@ -20,23 +20,15 @@ Rooms, each of which imports only from those below it:
     data        corpora, packed to seq_len, resumable; prepared corpora
     runtime     devices, signals, errors, files, command lines
 
-Importing this package registers the model `llama3_lighthouse`.
+Importing this package registers the model `llama3_lighthouse` and does nothing else.
 """
-
-import torch
-from torchtitan.experiments.lighthouse.runtime import cpu_device
-
-_accelerator = torch.accelerator.current_accelerator(check_available=True)
-if _accelerator is None or _accelerator.type == "mps":
-    # Before the imports below: torchtitan binds its device when it is imported.
-    cpu_device.use_cpu_device()
 
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.tokenizer import build_hf_tokenizer
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.experiments.lighthouse.checkpoint.hf_llama import Llama3Adapter
-from torchtitan.experiments.lighthouse.data.packing import build_dataloader
+from torchtitan.experiments.lighthouse.data.loaders import build_dataloader
 from torchtitan.experiments.lighthouse.flavors import FLAVORS, MODEL_NAME
 from torchtitan.experiments.lighthouse.loss import build_loss
 from torchtitan.experiments.lighthouse.metrics import build_metrics_processor

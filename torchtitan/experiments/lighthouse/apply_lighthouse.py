@@ -8,24 +8,20 @@ renamed: the checkpoints are plain Llama 3 checkpoints in both stages.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torchtitan.experiments.lighthouse.config.job_config import Lighthouse
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
-from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 from lighthouse import OPS_TO_SAVE, LighthouseAttention, LighthouseConfig, RotaryPhases
 from lighthouse.context_parallel import ContextParallel, all_to_all_op
 from lighthouse.costs import scored_positions
 from lighthouse.sdpa import fused_backends
-
-# What torchtitan's activation checkpointing by op keeps; `save_selections` sees to the other modes.
-# The selections, scores that are expensive to compute, and what was sent between ranks.
-_op_sac_save_list.update({*OPS_TO_SAVE, all_to_all_op})
 
 
 def use_lighthouse(
@@ -105,17 +101,32 @@ def save_selections(model: nn.Module) -> None:
 
     A near-tie between scores can fall the other way in the recomputation, which then no longer
     belongs to the outputs that were kept: the gradients would be wrong, in silence. Scores that
-    are expensive to compute are kept with them.
+    are expensive to compute are kept with them. Checkpointing by op keeps what it kept, and what
+    was sent between ranks.
     """
     for module in model.modules():
         if isinstance(module, CheckpointWrapper):
             checkpoint = module.checkpoint_fn
-            if "context_fn" not in checkpoint.keywords:
-                module.checkpoint_fn = functools.partial(checkpoint, context_fn=_keep_selections)
+            context_fn = _keep_selections
+            if by_op := checkpoint.keywords.get("context_fn"):
+                context_fn = functools.partial(_keep_more, by_op)
+            module.checkpoint_fn = functools.partial(checkpoint, context_fn=context_fn)
 
 
 def _keep_selections():
     return create_selective_checkpoint_contexts(OPS_TO_SAVE)
+
+
+def _keep_more(context_fn: Callable):
+    """The contexts of `context_fn`, whose policy is asked about other ops alone."""
+    policy = context_fn()[0].policy_fn
+
+    def keep(ctx, op, *args, **kwargs):
+        if op in OPS_TO_SAVE or op == all_to_all_op:
+            return CheckpointPolicy.MUST_SAVE
+        return policy(ctx, op, *args, **kwargs)
+
+    return create_selective_checkpoint_contexts(keep)
 
 
 def flops_saved_per_token(

@@ -23,14 +23,14 @@ from torchtitan.experiments.lighthouse.config.rules import (
     check_numbers,
     check_values,
 )
-from torchtitan.experiments.lighthouse.data.packing import check_data
+from torchtitan.experiments.lighthouse.data.loaders import check_data
 from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.runtime import cpu_device
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     check_output_folder,
     open_tokenizer,
 )
-from torchtitan.tools import utils
 
 
 def check_config(
@@ -46,7 +46,7 @@ def check_config(
     Raises:
         ValueError: the first rule that is broken.
     """
-    device_type = device_type or utils.device_type
+    device_type = device_type or cpu_device.device_type()
     check_numbers(config)
     check_values([*TRAINING_RULES, *OPTIMIZER_RULES], config, device_type)
     check_parallelism(config, world_size)

@@ -46,6 +46,8 @@ class TwoStageTrainer(Trainer):
         self.interruption = signals.Interruption()
         self.exit_code = 0
         self.stage = None
+        if cpu_device.device_type() == "cpu":
+            cpu_device.use_cpu_device()
         super().__init__(job_config)
         training = job_config.training
         if training.loss_chunk_size:
@@ -89,7 +91,7 @@ class TwoStageTrainer(Trainer):
                 job_config, self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
             ),
         )
-        self.finite_steps = FiniteSteps(self)
+        self.optimizers = FiniteSteps(self)
 
     def batch_generator(self, data_iterable):
         try:
@@ -118,7 +120,7 @@ class TwoStageTrainer(Trainer):
 
     def forward_backward_step(self, **batch) -> torch.Tensor:
         loss = super().forward_backward_step(**batch)
-        self.finite_steps.record_loss(loss)
+        self.optimizers.record_loss(loss)
         return loss
 
     def should_continue_training(self) -> bool:

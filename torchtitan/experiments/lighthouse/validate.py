@@ -12,7 +12,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.experiments.lighthouse.context_parallel import context_of, shard_batch
-from torchtitan.experiments.lighthouse.data.packing import build_validation_dataloader
+from torchtitan.experiments.lighthouse.data.loaders import build_validation_dataloader
 from torchtitan.tools import utils
 
 

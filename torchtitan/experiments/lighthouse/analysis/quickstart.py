@@ -30,7 +30,7 @@ from torchtitan.experiments.lighthouse.analysis.run_metrics import (
     switch_of,
 )
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.data.datasets import open_documents
+from torchtitan.experiments.lighthouse.data.documents import open_documents
 from torchtitan.experiments.lighthouse.inference.generate import generate, load_dense_model
 from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
 

@@ -11,8 +11,8 @@ Reads `metrics.jsonl` in the dump folder of each run, finished or not, and write
 import os
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from torchtitan.experiments.lighthouse.analysis.run_metrics import (
     WINDOW,
     Run,
@@ -25,9 +25,6 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     check_output_folder,
     exit_on_value_error,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ROWS = {
     "steps": ("steps", ","),
@@ -146,7 +143,8 @@ def sentence(name: str, c: dict) -> str:
 
 def plot(runs: dict[str, Run], dense: str | None, path: Path) -> None:
     """Training loss above, held-out loss below, over the steps."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 8), sharex=True, layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
     for i, (name, run) in enumerate(runs.items()):
         color = "tab:gray" if name == dense else f"C{i}"
         top.plot(run.steps, run.losses, color=color, alpha=0.25, linewidth=0.8)
@@ -165,7 +163,6 @@ def plot(runs: dict[str, Run], dense: str | None, path: Path) -> None:
     bottom.set(xlabel="step")
     top.legend(loc="upper right")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def later_losses(run: Run) -> np.ndarray:

@@ -24,13 +24,11 @@ Further arguments override the configuration in every cell: `--training.steps 40
 """
 
 import copy
-import csv
 import itertools
 import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -38,10 +36,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import tomli
 import torch
 from torchtitan.experiments.lighthouse.analysis.run_metrics import read_run, summarize_run
+from torchtitan.experiments.lighthouse.analysis.sweep_tables import COLUMNS, FIELDS, write_tables
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
@@ -52,9 +50,6 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
 )
 from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 PAPER_GRID = {
     "scorer": ["norm", "dilated", "gla"],
     "pooling_factor": [2, 4, 8],
@@ -64,24 +59,6 @@ PAPER_GRID = {
     "stage1_share": [10 / 16, 11 / 16, 12 / 16],
 }
 """Scorers, sizes and stages of the paper (arXiv 2605.06554)."""
-
-FIELDS = [
-    *("scorer", "pooling_factor", "num_levels", "topk", "dilation", "pool_rotary"),
-    *("stage1_steps", "seed"),
-]
-"""What a cell is told apart by: fields of [lighthouse], and debug.seed."""
-
-COLUMNS = {
-    "final_held_out_loss": ("held-out loss", ".4f"),
-    "final_training_loss": ("training loss", ".4f"),
-    "spike_nats": ("spike, nats", "+.3f"),
-    "recovery_step": ("made up for at", ","),
-    "stage_1_tokens_per_second": ("stage 1, tokens/s", ",.0f"),
-    "stage_2_tokens_per_second": ("stage 2, tokens/s", ",.0f"),
-    "stage_1_speed_up": ("speed-up", ".2f"),
-    "device_hours": ("device-hours", ".3g"),
-}
-"""What table.md calls the figures of a cell, and how it writes them."""
 
 TRAINER = ["-m", "torchtitan.experiments.lighthouse.train"]
 
@@ -112,7 +89,7 @@ def main() -> None:
     add("config", type=Path, metavar="CONFIG", help="TOML file of a run in two stages")
     add("--grid", metavar="FILE|TABLE", help="TOML file or inline table; default: the paper's")
     add(
-        *("--output", "--out"),
+        *("--output", "--output"),
         type=Path,
         required=True,
         metavar="FOLDER",
@@ -383,9 +360,6 @@ def train(
         error.write_text("\n".join(lines) + "\n")
 
 
-# ---- what came of it
-
-
 def collect(out: Path) -> None:
     """Write tables and plots of all cells in `out`.
 
@@ -406,96 +380,5 @@ def collect(out: Path) -> None:
         raise ValueError(
             f"--output must hold cells to collect, got none in {str(out)!r}; use --run"
         )
-    loss = loss_of(rows)
-    rows.sort(key=lambda row: (row[loss] is None, row[loss]))
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (out / "table.md").write_text(table(rows) + table_over_seeds(rows))
-    for name in ("table.md", "table.csv", "table.json"):
-        print(out / name)
-    if finished := [row for row in rows if row["state"] == "finished"]:
-        plot(finished, out / "fields.png")
-        print(out / "fields.png")
-
-
-def loss_of(rows: list[dict]) -> str:
-    """The loss to compare cells by: the held-out one where there is any."""
-    is_validated = any(row["final_held_out_loss"] is not None for row in rows)
-    return "final_held_out_loss" if is_validated else "final_training_loss"
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as markdown, the best first."""
-    header = [*FIELDS, "state", *(label for label, _ in COLUMNS.values())]
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for row in rows:
-        written = [
-            "-" if row[name] is None else format(row[name], form)
-            for name, (_, form) in COLUMNS.items()
-        ]
-        settings = [str(row[name]) for name in (*FIELDS, "state")]
-        lines.append(f"| {' | '.join([*settings, *written])} |")
-    return "\n".join(lines) + "\n"
-
-
-def table_over_seeds(rows: list[dict]) -> str:
-    """Finished cells by all but their seeds: mean and range. Empty if only one seed was used."""
-    if len({row["seed"] for row in rows}) < 2:
-        return ""
-    settings = [name for name in FIELDS if name != "seed"]
-    groups = {}
-    for row in rows:
-        if row["state"] == "finished":
-            groups.setdefault(tuple(row[name] for name in settings), []).append(row)
-    header = [*settings, "seeds", *(label for label, _ in COLUMNS.values())]
-    lines = ["", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for values, group in groups.items():
-        written = []
-        for name, (_, form) in COLUMNS.items():
-            found = [row[name] for row in group if row[name] is not None]
-            if len(found) < len(group):
-                # A cell that did not reach it has no place in a mean.
-                written.append(f"in {len(found)} of {len(group)}" if found else "-")
-                continue
-            mean, low, high = (
-                format(value, form) for value in (statistics.mean(found), min(found), max(found))
-            )
-            written.append(f"{mean} ({low} to {high})")
-        lines.append(f"| {' | '.join([*map(str, values), str(len(group)), *written])} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Final loss and speed of cells by each field that they differ in; a bar at the median."""
-    varied = [name for name in FIELDS if len({row[name] for row in rows}) > 1] or ["topk"]
-    metrics = {
-        loss_of(rows): "final loss (nats per token)",
-        "stage_1_tokens_per_second": "stage 1 (tokens/s per device)",
-    }
-    figure, panels = plt.subplots(
-        len(metrics), len(varied), squeeze=False, sharey="row", sharex="col",
-        figsize=(2 + 2.6 * len(varied), 3 * len(metrics)), layout="constrained",
-    )  # fmt: skip
-    for panel_row, (metric, label) in zip(panels, metrics.items(), strict=True):
-        panel_row[0].set_ylabel(label)
-        for axes, name in zip(panel_row, varied, strict=True):
-            values = sorted({row[name] for row in rows})
-            groups = [
-                [row[metric] for row in rows if row[name] == value and row[metric] is not None]
-                for value in values
-            ]
-            for i, group in enumerate(groups):
-                axes.plot([i] * len(group), group, "o", color="tab:blue", alpha=0.4)
-                if group:
-                    median = statistics.median(group)
-                    axes.plot([i], [median], "_", color="tab:orange", markersize=30)
-            axes.set_xticks(range(len(values)), [str(value) for value in values])
-            axes.set_xlim(-0.5, len(values) - 0.5)
-    for axes, name in zip(panels[-1], varied, strict=True):
-        axes.set_xlabel(name)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    for path in write_tables(rows, out):
+        print(path)

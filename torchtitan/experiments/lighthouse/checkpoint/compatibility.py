@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torchtitan.experiments.lighthouse.checkpoint.files import METADATA, read_metadata
 from torchtitan.experiments.lighthouse.config.job_config import POOL_ROTARY_BEFORE, JobConfig
-from torchtitan.experiments.lighthouse.data.tokenized import tokenizer_digest
+from torchtitan.experiments.lighthouse.data.manifest import tokenizer_digest
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs

@@ -20,7 +20,8 @@ from torchtitan.experiments.lighthouse.checkpoint.files import (
 )
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.rule_helpers import check_at_least, check_choice
-from torchtitan.experiments.lighthouse.data.datasets import DATASETS, fingerprint
+from torchtitan.experiments.lighthouse.data.datasets import DATASETS
+from torchtitan.experiments.lighthouse.data.documents import fingerprint
 from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.metrics import FILE_NAME as METRICS

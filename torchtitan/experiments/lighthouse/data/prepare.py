@@ -12,14 +12,13 @@ import sys
 from collections.abc import Iterator
 
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.manifest import Manifest, verify
 from torchtitan.experiments.lighthouse.data.tokenize import (
     SHARD_SIZE,
     SOURCES,
     prepare,
     source_files,
-    verify,
 )
-from torchtitan.experiments.lighthouse.data.tokenized import Manifest
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser, exit_on_value_error
 
 

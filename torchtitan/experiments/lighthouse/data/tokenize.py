@@ -27,16 +27,25 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data.datasets import (
     DATASETS,
-    SECTIONS,
     corpus_root,
     find_files,
     is_held_out,
+)
+from torchtitan.experiments.lighthouse.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    TOKENIZER_FILES,
+    Manifest,
+    Shard,
+    progress_bar,
+    resume_manifest,
+    tokenizer_digest,
 )
 from torchtitan.experiments.lighthouse.data.readers import (
     READ_ERRORS,
@@ -45,19 +54,7 @@ from torchtitan.experiments.lighthouse.data.readers import (
     document_text,
     row_location,
 )
-from torchtitan.experiments.lighthouse.data.tokenized import (
-    FORMAT,
-    MANIFEST,
-    PARTIAL_MANIFEST,
-    TOKENIZER_FILES,
-    Manifest,
-    Shard,
-    has_size,
-    read_manifest,
-    tokenizer_digest,
-)
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
-from tqdm import tqdm
 
 SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("hub", "prepared")]
 """Datasets that can be prepared: those whose files are here."""
@@ -138,7 +135,7 @@ def prepare(
         sources={_name(file, root): _size(file) for file in files},
         shards=[],
     )
-    manifest, is_whole = _resume_manifest(out, manifest)
+    manifest, is_whole = resume_manifest(out, manifest)
     with _writing(out):
         if is_whole:
             (folder / PARTIAL_MANIFEST).unlink(missing_ok=True)
@@ -201,32 +198,6 @@ def source_files(dataset: str, dataset_path: str | None, split: str) -> list[Pat
     return files
 
 
-def verify(out: str | Path) -> list[Manifest]:
-    """Compares every shard of the prepared splits in `out` with its checksum.
-
-    Raises:
-        ValueError: in one line, for the first shard that differs, and where there is no split.
-    """
-    folders = [Path(out).expanduser() / split for split in SECTIONS]
-    manifests = [
-        read_manifest(out, folder.name, "--output") for folder in folders if folder.is_dir()
-    ]
-    if not manifests:
-        raise ValueError(f"--output must hold prepared data, got {str(out)!r}: correct the path")
-    for manifest in manifests:
-        total = manifest.tokens * manifest.itemsize
-        with _progress(f"verify {manifest.split}", total) as bar:
-            for shard in manifest.shards:
-                file = Path(out).expanduser() / manifest.split / shard.file
-                if _file_sha256(file, bar) != shard.sha256:
-                    raise ValueError(
-                        f"--output must hold the shards as they were written, got {str(file)!r} "
-                        "with another checksum or none: remove the file and start the same "
-                        "preparation again, which makes it anew"
-                    )
-    return manifests
-
-
 # ---- what is there
 
 
@@ -282,47 +253,6 @@ def _vocabulary(tokenizer_path: str) -> tuple[int, int]:
 @functools.cache
 def _tokenizer(path: str) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(path)
-
-
-def _resume_manifest(out: str | Path, manifest: Manifest) -> tuple[Manifest, bool]:
-    """Returns the manifest with the shards that are there and stay, and whether those are all."""
-    folder = Path(out).expanduser() / manifest.split
-    names = [name for name in (MANIFEST, PARTIAL_MANIFEST) if (folder / name).exists()]
-    if not names:
-        return manifest, False
-    found = read_manifest(out, manifest.split, "--output", names[0])
-    flags = {
-        "dataset": "--dataset",
-        "tokenizer_sha256": "--tokenizer",
-        "shard_size": "--shard-size",
-    }
-    for name, flag in flags.items():
-        if getattr(found, name) != getattr(manifest, name):
-            raise ValueError(
-                f"--output must be a new folder or one begun with this {flag}, got "
-                f"{str(folder)!r}, begun with {getattr(found, name)!r} and not "
-                f"{getattr(manifest, name)!r}: "
-                "name another folder, or the former value"
-            )
-
-    sources = [list(m.sources.items()) for m in (found, manifest)]
-
-    def is_unchanged(shard: Shard) -> bool:
-        file, row = shard.next
-        count = file + (row > 0)
-        return sources[0][:count] == sources[1][:count]
-
-    is_ended = names[0] == MANIFEST
-    kept = list(itertools.takewhile(is_unchanged, found.shards))
-    if (sources[0] != sources[1]) if is_ended else (found.shards and not kept):
-        raise ValueError(
-            f"--output must be a new folder or one of the same files, got {str(folder)!r}, made of "
-            f"{len(found.sources)} files whose names and sizes are not those of the "
-            f"{len(manifest.sources)} here: name another folder, or the former --dataset-path"
-        )
-    kept = list(itertools.takewhile(lambda shard: has_size(folder, shard, found.itemsize), kept))
-    is_whole = is_ended and len(kept) == len(found.shards)
-    return dataclasses.replace(manifest, shards=kept), is_whole
 
 
 # ---- from files to tokens
@@ -426,7 +356,7 @@ def _write_shards(
             )
         return whole
 
-    with _progress(manifest.split, before[-1], read) as bar:
+    with progress_bar(manifest.split, before[-1], read) as bar:
         try:
             chunks = _read_rows(files, encoding.reader, start)
             for rows, tokens, counts in _encoded(chunks, encoding, workers):
@@ -497,22 +427,3 @@ def _writing(out: str | Path) -> Iterator[None]:
             f"{error}: make room and start the same command again, which goes on from the last "
             "whole shard"
         ) from error
-
-
-def _file_sha256(path: Path, bar: tqdm) -> str | None:
-    """Returns the SHA-256 of a file, or None where it cannot be read."""
-    sha = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(2**20):
-                sha.update(chunk)
-                bar.update(len(chunk))
-    except OSError:
-        return None
-    return sha.hexdigest()
-
-
-def _progress(name: str, total: int, done: int = 0) -> tqdm:
-    """Returns a bar of bytes, shown on a terminal alone."""
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
-    return tqdm(desc=name, total=total, initial=done, disable=None, **options)

@@ -20,7 +20,6 @@ of a place takes the same time everywhere in the stream.
 import bisect
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,135 +31,16 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.utils.data import Dataset
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.experiments.lighthouse.data.datasets import SECTIONS
+from torchtitan.experiments.lighthouse.data.manifest import (
+    has_size,
+    read_manifest,
+    tokenizer_digest,
+)
 from torchtitan.experiments.lighthouse.data.readers import read_error, stat_files
 from torchtitan.experiments.lighthouse.data.retry import in_one_line, retrying
 
-FORMAT = 1
-"""Version of the files; another one is refused."""
-
-MANIFEST = "manifest.json"
-PARTIAL_MANIFEST = "manifest.partial.json"
-"""The manifest of a split that is being prepared, with the shards that are finished."""
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-"""What torchtitan's tokenizer is made from."""
-
 # More than the four that make a random permutation of a large domain: small ones need them.
 _FEISTEL_ROUNDS = 8
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of tokens."""
-
-    file: str
-    documents: int
-    tokens: int
-    max_id: int
-    """The largest token id in it."""
-
-    sha256: str
-    next: list[int]
-    """The source file, by its place in the list, and the row in it that the next shard begins at;
-    both from 0."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a split is made from and what of. It holds no time and no place: the same sources give
-    the same bytes."""
-
-    format: int
-    dataset: str
-    """A key of `corpora.DATASETS`."""
-
-    split: str
-    tokenizer_sha256: str
-    """See `tokenizer_digest`."""
-
-    vocab_size: int
-    dtype: str
-    """Of the token ids, as numpy spells it: `<u2` or `<u4`."""
-
-    shard_size: int
-    """Tokens after which a shard ends with the document it is in."""
-
-    sources: dict[str, int]
-    """Bytes of each file, by its name in the folder of the corpus, in the order of reading."""
-
-    shards: list[Shard]
-
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a token id."""
-        return np.dtype(self.dtype).itemsize
-
-    @property
-    def digest(self) -> str:
-        """Changes whenever a token or a shard does."""
-        content = [self.tokenizer_sha256, self.dtype, [shard.sha256 for shard in self.shards]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST) -> Manifest:
-    """Reads the manifest of a split.
-
-    Args:
-        path: `dataset_path`.
-        split: "train" or "validation".
-        field: what names the path in an error.
-        name: of the manifest.
-
-    Raises:
-        ValueError: in one line, where there is none, it cannot be read, or has another format.
-    """
-    folder = Path(path).expanduser() / split
-    if not (folder / name).is_file():
-        is_begun = (folder / PARTIAL_MANIFEST).is_file()
-        raise ValueError(
-            f"{field} must be a folder with a prepared {split} split, got {str(path)!r} "
-            + (
-                "whose preparation has not ended: start the same lighthouse prepare again"
-                if is_begun
-                else f"without {split}/{name}: make it with lighthouse prepare --output {path}"
-            )
-        )
-    try:
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
-        version = values["format"]
-        if version == FORMAT:
-            shards = [Shard(**shard) for shard in values.pop("shards")]
-            if name == MANIFEST and not shards:
-                raise ValueError("it names no shard")
-            return Manifest(**values, shards=shards)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{field} must hold a readable manifest, got {str(folder / name)!r}: {error!r}: "
-            f"restore it, or remove {folder} and prepare the corpus anew"
-        ) from error
-    raise ValueError(
-        f"{field} must hold data of format {FORMAT}, got {version!r} in {str(folder / name)!r}: "
-        "prepare the corpus anew, in another folder"
-    )
-
-
-def has_size(folder: Path, shard: Shard, itemsize: int) -> bool:
-    """Returns whether a shard is there with the bytes of its tokens."""
-    path = folder / shard.file
-    return path.is_file() and path.stat().st_size == shard.tokens * itemsize
-
-
-def tokenizer_digest(path: str | Path) -> str:
-    """SHA-256 of the files of a tokenizer, in hexadecimal."""
-    sha = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        content = Path(path, name).read_bytes() if Path(path, name).is_file() else b""
-        sha.update(len(content).to_bytes(8, "little") + content)
-    return sha.hexdigest()
 
 
 def check_prepared(path: str, section: str, tokenizer_path: str, vocab_size: int) -> None:

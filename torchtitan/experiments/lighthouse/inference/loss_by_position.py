@@ -22,14 +22,14 @@ import json
 import warnings
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Validation
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset
-from torchtitan.experiments.lighthouse.data.packing import build_validation_dataloader
+from torchtitan.experiments.lighthouse.data.loaders import build_validation_dataloader
 from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import (
@@ -46,9 +46,6 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     exit_on_value_error,
 )
 from torchtitan.models.llama3 import Transformer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 FIRST_BUCKET = 64
 """Width of the first bucket, in tokens."""
@@ -216,7 +213,8 @@ def cell(value: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """Loss by position, a line for each model and attention."""
-    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
     for entry in result["results"]:
         # The middle of a bucket on a logarithmic axis; the first one from its first token on.
         middles = [(max(1, b["from"]) * b["to"]) ** 0.5 for b in entry["by_position"]]
@@ -231,4 +229,3 @@ def plot(result: dict, path: Path) -> None:
     axes.set(xlabel="tokens before", ylabel="held-out loss (nats per token)")
     figure.legend(loc="outside upper left", fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -38,8 +38,8 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
@@ -59,9 +59,6 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     open_tokenizer,
 )
 from torchtitan.models.llama3 import Transformer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 98304]
 """Evaluated by default, in tokens, as far as the model was trained."""
@@ -340,7 +337,8 @@ def table(result: dict) -> str:
 def plot(result: dict, path: Path) -> None:
     """Lengths to the right, depths downwards."""
     lengths, depths = result["lengths"], result["depths"]
-    figure, axes = plt.subplots(figsize=(2.5 + len(lengths), 4.5), layout="constrained")
+    figure = Figure(figsize=(2.5 + len(lengths), 4.5), layout="constrained")
+    axes = figure.subplots()
     columns = list(zip(*result["accuracy"], strict=True))
     image = axes.imshow(columns, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for y, row in enumerate(columns):
@@ -354,4 +352,3 @@ def plot(result: dict, path: Path) -> None:
     )
     figure.colorbar(image, label="right answers")
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,8 +1,15 @@
 """The CPU as a device for torchtitan, which knows accelerators only.
 
-torchtitan 0.2.2 takes "cuda" where it finds no accelerator. `install` puts the CPU in that
-place: a device type, a module with the few functions torchtitan calls, and a peak rate for MFU
-that is measured instead of looked up.
+torchtitan 0.2.2 takes "cuda" where it finds no accelerator, and has no setting for another device.
+`use_cpu_device` therefore replaces three names of `torchtitan.tools.utils` at run time, there and
+in the torchtitan modules that have imported them:
+
+    device_type      "cpu"
+    device_module    `CpuDevice`, the few functions that torchtitan calls
+    get_peak_flops   `measure_peak_flops`; torchtitan looks up the rates of GPUs
+
+The trainer calls it before torchtitan's own is built, on a machine without an accelerator. Nothing
+is replaced on a GPU, and nothing by an import.
 """
 
 import os
@@ -14,12 +21,19 @@ from types import SimpleNamespace
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torchtitan.tools import utils
+
+
+def device_type() -> str:
+    """The type of device that a run uses on this machine; "cpu" without an accelerator."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # torchtitan trains on no MPS device.
+    is_missing = accelerator is None or accelerator.type == "mps"
+    return "cpu" if is_missing else utils.device_type
 
 
 def use_cpu_device() -> None:
     """Make the CPU torchtitan's device, also in modules of it that are imported already."""
-    from torchtitan.tools import utils
-
     # Autocast to fp32 on the CPU is none, and warns that it is.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
     replacements = {

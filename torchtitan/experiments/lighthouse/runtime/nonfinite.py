@@ -19,26 +19,42 @@ SKIPPED = "lighthouse/skipped_steps"
 
 
 class FiniteSteps:
-    """Put in front of the optimizers of a trainer; the losses of a step are shown to `see`."""
+    """Takes the place of a trainer's optimizers, which it holds: `step` leaves bad steps out.
+
+    The trainer hands every loss to `record_loss`. Checkpoints and schedules go on with the
+    optimizers themselves.
+    """
 
     def __init__(self, trainer):
         self.num_skipped = 0
         self._trainer = trainer
+        self._container = trainer.optimizers
         self._losses = []
-        self._step_optimizers = trainer.optimizers.step
-        trainer.optimizers.step = self._step
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """One for each part of the model."""
+        return self._container.optimizers
+
+    def zero_grad(self) -> None:
+        self._container.zero_grad()
 
     def record_loss(self, loss: torch.Tensor) -> None:
         """Take note of the loss of a micro-batch, a scalar."""
         self._losses.append(loss.detach())
 
-    def _step(self, *args, **kwargs) -> None:
+    def step(self) -> None:
+        """Step, unless a loss or the gradient is not finite on some rank.
+
+        Raises:
+            TrainingAborted: it is not, and `training.max_skipped_steps` allows no more.
+        """
         loss = torch.stack([_local(loss).float() for loss in self._losses]).sum()
         self._losses.clear()
         norm = gradient_norm(self._trainer.model_parts).to(loss.device)
         found = torch.stack([loss, norm])
         if self._is_finite_everywhere(found):
-            self._step_optimizers(*args, **kwargs)
+            self._container.step()
             return
         self._leave_out(found)
 

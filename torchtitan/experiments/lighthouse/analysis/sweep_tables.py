@@ -1,0 +1,123 @@
+"""Tables and plots of the cells of a sweep.
+
+A row is a dict of one cell: `cell`, its name; `FIELDS`, its settings; `state`; and the figures of
+`summarize_run`, those of `COLUMNS` at least.
+"""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+FIELDS = [
+    *("scorer", "pooling_factor", "num_levels", "topk", "dilation", "pool_rotary"),
+    *("stage1_steps", "seed"),
+]
+"""What a cell is told apart by: fields of [lighthouse], and debug.seed."""
+
+COLUMNS = {
+    "final_held_out_loss": ("held-out loss", ".4f"),
+    "final_training_loss": ("training loss", ".4f"),
+    "spike_nats": ("spike, nats", "+.3f"),
+    "recovery_step": ("made up for at", ","),
+    "stage_1_tokens_per_second": ("stage 1, tokens/s", ",.0f"),
+    "stage_2_tokens_per_second": ("stage 2, tokens/s", ",.0f"),
+    "stage_1_speed_up": ("speed-up", ".2f"),
+    "device_hours": ("device-hours", ".3g"),
+}
+"""What table.md calls the figures of a cell, and how it writes them."""
+
+
+def write_tables(rows: list[dict], out: Path) -> list[Path]:
+    """Write table.md, table.csv, table.json and, of finished cells, fields.png; returns them."""
+    loss = loss_of(rows)
+    rows = sorted(rows, key=lambda row: (row[loss] is None, row[loss]))
+    paths = [out / name for name in ("table.md", "table.csv", "table.json")]
+    paths[0].write_text(table(rows) + table_over_seeds(rows))
+    with paths[1].open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    paths[2].write_text(json.dumps(rows, indent=2) + "\n")
+    if finished := [row for row in rows if row["state"] == "finished"]:
+        paths.append(out / "fields.png")
+        plot(finished, paths[-1])
+    return paths
+
+
+def loss_of(rows: list[dict]) -> str:
+    """The loss to compare cells by: the held-out one where there is any."""
+    is_validated = any(row["final_held_out_loss"] is not None for row in rows)
+    return "final_held_out_loss" if is_validated else "final_training_loss"
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as markdown, the best first."""
+    header = [*FIELDS, "state", *(label for label, _ in COLUMNS.values())]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for row in rows:
+        written = [
+            "-" if row[name] is None else format(row[name], form)
+            for name, (_, form) in COLUMNS.items()
+        ]
+        settings = [str(row[name]) for name in (*FIELDS, "state")]
+        lines.append(f"| {' | '.join([*settings, *written])} |")
+    return "\n".join(lines) + "\n"
+
+
+def table_over_seeds(rows: list[dict]) -> str:
+    """Finished cells by all but their seeds: mean and range. Empty if only one seed was used."""
+    if len({row["seed"] for row in rows}) < 2:
+        return ""
+    settings = [name for name in FIELDS if name != "seed"]
+    groups = {}
+    for row in rows:
+        if row["state"] == "finished":
+            groups.setdefault(tuple(row[name] for name in settings), []).append(row)
+    header = [*settings, "seeds", *(label for label, _ in COLUMNS.values())]
+    lines = ["", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for values, group in groups.items():
+        written = []
+        for name, (_, form) in COLUMNS.items():
+            found = [row[name] for row in group if row[name] is not None]
+            if len(found) < len(group):
+                # A cell that did not reach it has no place in a mean.
+                written.append(f"in {len(found)} of {len(group)}" if found else "-")
+                continue
+            mean, low, high = (
+                format(value, form) for value in (statistics.mean(found), min(found), max(found))
+            )
+            written.append(f"{mean} ({low} to {high})")
+        lines.append(f"| {' | '.join([*map(str, values), str(len(group)), *written])} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Final loss and speed of cells by each field that they differ in; a bar at the median."""
+    varied = [name for name in FIELDS if len({row[name] for row in rows}) > 1] or ["topk"]
+    metrics = {
+        loss_of(rows): "final loss (nats per token)",
+        "stage_1_tokens_per_second": "stage 1 (tokens/s per device)",
+    }
+    figure = Figure(figsize=(2 + 2.6 * len(varied), 3 * len(metrics)), layout="constrained")
+    panels = figure.subplots(len(metrics), len(varied), squeeze=False, sharey="row", sharex="col")
+    for panel_row, (metric, label) in zip(panels, metrics.items(), strict=True):
+        panel_row[0].set_ylabel(label)
+        for axes, name in zip(panel_row, varied, strict=True):
+            values = sorted({row[name] for row in rows})
+            groups = [
+                [row[metric] for row in rows if row[name] == value and row[metric] is not None]
+                for value in values
+            ]
+            for i, group in enumerate(groups):
+                axes.plot([i] * len(group), group, "o", color="tab:blue", alpha=0.4)
+                if group:
+                    median = statistics.median(group)
+                    axes.plot([i], [median], "_", color="tab:orange", markersize=30)
+            axes.set_xticks(range(len(values)), [str(value) for value in values])
+            axes.set_xlim(-0.5, len(values) - 0.5)
+    for axes, name in zip(panels[-1], varied, strict=True):
+        axes.set_xlabel(name)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,119 @@
+"""The data loaders of a run: batches for training and for held-out loss, and the checks before."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from torchtitan.components.dataloader import ParallelAwareDataloader
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.experiments.lighthouse.data.datasets import SECTIONS, check_dataset
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
+from torchtitan.experiments.lighthouse.data.retry import in_one_line
+from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataloader, PreparedDataset
+
+
+class TextDataloader(ParallelAwareDataloader):
+    """Batches of one rank's windows; the error of a data-loading worker keeps its one line."""
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        return in_one_line(super().__iter__())
+
+
+def check_data(job_config: JobConfig, must_exist: bool = True) -> None:
+    """Checks everything about the data that can be told without loading it.
+
+    Args:
+        must_exist: whether paths that do not exist are wrong.
+
+    Raises:
+        ValueError: what `check_dataset` raises, and for a number of data-loading workers that
+            cannot be; for validation only where it is enabled.
+    """
+    sections = ["training"] + ["validation"] * job_config.validation.enable
+    for section in sections:
+        options = getattr(job_config, section)
+        check_dataset(options.dataset, options.dataset_path, section, must_exist)
+        _check_num_workers(options.dataloader.num_workers, section, options.dataset)
+
+
+def build_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+) -> ParallelAwareDataloader:
+    """Builds the endless loader of `job_config.training`.
+
+    Its batches are `({"input": [B, S]}, labels [B, S])` of int64, with B the local batch size. The
+    documents, or the windows of prepared data, are ordered by `job_config.debug.seed`, or by 0
+    where that is None.
+
+    Raises:
+        ValueError: what the dataset raises, and for a number of workers that cannot be.
+    """
+    return _build("train", True, dp_world_size, dp_rank, tokenizer, job_config)
+
+
+def build_validation_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
+) -> ParallelAwareDataloader:
+    """Builds the loader of the held-out documents, from `job_config.validation`.
+
+    Each `iter()` gives the same batches, `({"input": [B, S]}, labels [B, S])` of int64. It is
+    endless, wrapping around a short text, unless `validation.steps` is -1, the whole split once.
+    The windows of prepared data are those of seed 0, whatever the run's.
+
+    Raises:
+        ValueError: what the dataset raises, and for a number of workers that cannot be.
+    """
+    infinite = job_config.validation.steps != -1
+    return _build("validation", infinite, dp_world_size, dp_rank, tokenizer, job_config)
+
+
+def _build(
+    split: str,
+    infinite: bool,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: BaseTokenizer,
+    job_config: JobConfig,
+) -> ParallelAwareDataloader:
+    options = getattr(job_config, SECTIONS[split])
+    _check_num_workers(options.dataloader.num_workers, SECTIONS[split], options.dataset)
+    seed = job_config.debug.seed or 0
+    loading = {
+        "dp_rank": dp_rank,
+        "dp_world_size": dp_world_size,
+        "batch_size": options.local_batch_size,
+        **asdict(options.dataloader),
+    }
+    if options.dataset == "prepared":
+        # Held-out windows are the same for runs of different seeds, whose losses are compared.
+        seed = 0 if split == "validation" else seed
+        prepared = PreparedDataset(
+            options.dataset_path, options.seq_len, split=split, seed=seed, infinite=infinite
+        )
+        return PreparedDataloader(prepared, **loading)
+    dataset = PackedTextDataset(
+        options.dataset,
+        options.dataset_path,
+        tokenizer,
+        options.seq_len,
+        split=split,
+        seed=seed,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        infinite=infinite,
+    )
+    return TextDataloader(dataset, **loading)
+
+
+def _check_num_workers(num_workers: int, section: str, dataset: str) -> None:
+    if dataset == "prepared":
+        if num_workers < 0:
+            raise ValueError(
+                f"{section}.dataloader.num_workers must be at least 0, got {num_workers}; use 0"
+            )
+    elif num_workers not in (0, 1):
+        raise ValueError(
+            f"{section}.dataloader.num_workers must be 0 or 1, got {num_workers}: the order of the "
+            "documents and a resumed position would depend on the number of workers; set it to 1"
+        )

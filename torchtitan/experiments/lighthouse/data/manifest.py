@@ -1,0 +1,228 @@
+"""The manifest of tokenized data: what each split was made of, and its shards.
+
+    <dataset_path>/<split>/manifest.json           a finished split (`Manifest`)
+    <dataset_path>/<split>/manifest.partial.json   a split in preparation, with its finished shards
+
+`tokenize.py` writes both, `tokenized.py` reads the first.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchtitan.experiments.lighthouse.data.datasets import SECTIONS
+from tqdm import tqdm
+
+FORMAT = 1
+"""Version of the files; another one is refused."""
+
+MANIFEST = "manifest.json"
+PARTIAL_MANIFEST = "manifest.partial.json"
+"""The manifest of a split that is being prepared, with the shards that are finished."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""What torchtitan's tokenizer is made from."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of tokens."""
+
+    file: str
+    documents: int
+    tokens: int
+    max_id: int
+    """The largest token id in it."""
+
+    sha256: str
+    next: list[int]
+    """The source file, by its place in the list, and the row in it that the next shard begins at;
+    both from 0."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a split is made from and what of. It holds no time and no place: the same sources give
+    the same bytes."""
+
+    format: int
+    dataset: str
+    """A key of `datasets.DATASETS`."""
+
+    split: str
+    tokenizer_sha256: str
+    """See `tokenizer_digest`."""
+
+    vocab_size: int
+    dtype: str
+    """Of the token ids, as numpy spells it: `<u2` or `<u4`."""
+
+    shard_size: int
+    """Tokens after which a shard ends with the document it is in."""
+
+    sources: dict[str, int]
+    """Bytes of each file, by its name in the folder of the corpus, in the order of reading."""
+
+    shards: list[Shard]
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a token id."""
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever a token or a shard does."""
+        content = [self.tokenizer_sha256, self.dtype, [shard.sha256 for shard in self.shards]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST) -> Manifest:
+    """Reads the manifest of a split.
+
+    Args:
+        path: `dataset_path`.
+        split: "train" or "validation".
+        field: what names the path in an error.
+        name: of the manifest.
+
+    Raises:
+        ValueError: in one line, where there is none, it cannot be read, or has another format.
+    """
+    folder = Path(path).expanduser() / split
+    if not (folder / name).is_file():
+        is_begun = (folder / PARTIAL_MANIFEST).is_file()
+        raise ValueError(
+            f"{field} must be a folder with a prepared {split} split, got {str(path)!r} "
+            + (
+                "whose preparation has not ended: start the same lighthouse prepare again"
+                if is_begun
+                else f"without {split}/{name}: make it with lighthouse prepare --output {path}"
+            )
+        )
+    try:
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
+        version = values["format"]
+        if version == FORMAT:
+            shards = [Shard(**shard) for shard in values.pop("shards")]
+            if name == MANIFEST and not shards:
+                raise ValueError("it names no shard")
+            return Manifest(**values, shards=shards)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{field} must hold a readable manifest, got {str(folder / name)!r}: {error!r}: "
+            f"restore it, or remove {folder} and prepare the corpus anew"
+        ) from error
+    raise ValueError(
+        f"{field} must hold data of format {FORMAT}, got {version!r} in {str(folder / name)!r}: "
+        "prepare the corpus anew, in another folder"
+    )
+
+
+def has_size(folder: Path, shard: Shard, itemsize: int) -> bool:
+    """Returns whether a shard is there with the bytes of its tokens."""
+    path = folder / shard.file
+    return path.is_file() and path.stat().st_size == shard.tokens * itemsize
+
+
+def tokenizer_digest(path: str | Path) -> str:
+    """SHA-256 of the files of a tokenizer, in hexadecimal."""
+    sha = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        content = Path(path, name).read_bytes() if Path(path, name).is_file() else b""
+        sha.update(len(content).to_bytes(8, "little") + content)
+    return sha.hexdigest()
+
+
+def resume_manifest(out: str | Path, manifest: Manifest) -> tuple[Manifest, bool]:
+    """Returns the manifest with the shards that are there and stay, and whether those are all."""
+    folder = Path(out).expanduser() / manifest.split
+    names = [name for name in (MANIFEST, PARTIAL_MANIFEST) if (folder / name).exists()]
+    if not names:
+        return manifest, False
+    found = read_manifest(out, manifest.split, "--output", names[0])
+    flags = {
+        "dataset": "--dataset",
+        "tokenizer_sha256": "--tokenizer",
+        "shard_size": "--shard-size",
+    }
+    for name, flag in flags.items():
+        if getattr(found, name) != getattr(manifest, name):
+            raise ValueError(
+                f"--output must be a new folder or one begun with this {flag}, got "
+                f"{str(folder)!r}, begun with {getattr(found, name)!r} and not "
+                f"{getattr(manifest, name)!r}: name another folder, or the former value"
+            )
+
+    sources = [list(m.sources.items()) for m in (found, manifest)]
+
+    def is_unchanged(shard: Shard) -> bool:
+        file, row = shard.next
+        count = file + (row > 0)
+        return sources[0][:count] == sources[1][:count]
+
+    is_ended = names[0] == MANIFEST
+    kept = list(itertools.takewhile(is_unchanged, found.shards))
+    if (sources[0] != sources[1]) if is_ended else (found.shards and not kept):
+        raise ValueError(
+            f"--output must be a new folder or one of the same files, got {str(folder)!r}, made of "
+            f"{len(found.sources)} files whose names and sizes are not those of the "
+            f"{len(manifest.sources)} here: name another folder, or the former --dataset-path"
+        )
+    kept = list(itertools.takewhile(lambda shard: has_size(folder, shard, found.itemsize), kept))
+    is_whole = is_ended and len(kept) == len(found.shards)
+    return dataclasses.replace(manifest, shards=kept), is_whole
+
+
+def verify(out: str | Path) -> list[Manifest]:
+    """Compares every shard of the prepared splits in `out` with its checksum.
+
+    Raises:
+        ValueError: in one line, for the first shard that differs, and where there is no split.
+    """
+    folders = [Path(out).expanduser() / split for split in SECTIONS]
+    manifests = [
+        read_manifest(out, folder.name, "--output") for folder in folders if folder.is_dir()
+    ]
+    if not manifests:
+        raise ValueError(f"--output must hold prepared data, got {str(out)!r}: correct the path")
+    for manifest in manifests:
+        total = manifest.tokens * manifest.itemsize
+        with progress_bar(f"verify {manifest.split}", total) as bar:
+            for shard in manifest.shards:
+                file = Path(out).expanduser() / manifest.split / shard.file
+                if _file_sha256(file, bar) != shard.sha256:
+                    raise ValueError(
+                        f"--output must hold the shards as they were written, got {str(file)!r} "
+                        "with another checksum or none: remove the file and start the same "
+                        "preparation again, which makes it anew"
+                    )
+    return manifests
+
+
+def _file_sha256(path: Path, bar: tqdm) -> str | None:
+    """Returns the SHA-256 of a file, or None where it cannot be read."""
+    sha = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                sha.update(chunk)
+                bar.update(len(chunk))
+    except OSError:
+        return None
+    return sha.hexdigest()
+
+
+def progress_bar(name: str, total: int, done: int = 0) -> tqdm:
+    """Returns a bar of bytes, shown on a terminal alone."""
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
+    return tqdm(desc=name, total=total, initial=done, disable=None, **options)
