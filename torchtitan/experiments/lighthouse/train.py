@@ -10,6 +10,7 @@ step it is in, with a checkpoint and exit code 75 (`signals.py`).
 """
 
 import atexit
+import dataclasses
 import os
 import sys
 import warnings
@@ -22,6 +23,7 @@ from torchtitan.experiments.lighthouse.checkpoint.compatibility import record_of
 from torchtitan.experiments.lighthouse.checkpoint.manager import TwoStageCheckpointManager
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.config.model_args import model_args
 from torchtitan.experiments.lighthouse.context_parallel import (
     context_of,
     shard_batch,
@@ -32,6 +34,7 @@ from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime import cpu_device, signals
 from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
 from torchtitan.experiments.lighthouse.runtime.nonfinite import FiniteSteps
+from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
@@ -90,6 +93,16 @@ class TwoStageTrainer(Trainer):
             ),
         )
         self.finite_steps = FiniteSteps(self)
+
+    @property
+    def train_spec(self) -> TrainSpec:
+        return self._train_spec
+
+    @train_spec.setter
+    def train_spec(self, spec: TrainSpec) -> None:
+        # torchtitan looks the model up by the name of its flavor.
+        args = {self.job_config.model.flavor: model_args(self.job_config)}
+        self._train_spec = dataclasses.replace(spec, model_args=args)
 
     def batch_generator(self, data_iterable):
         try:
