@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_trained_on(change, words, tmp_path):
 def test_the_check_stands_before_the_start(tmp_path, corpus):
     _, folder = exported("gqa", tmp_path)
     config = load_config(imported(tmp_path / "dump", corpus, folder, "debugmodel"))
-    with pytest.raises(ValueError, match=r"^checkpoint.initial_load_path must hold a model of fla"):
+    with pytest.raises(ValueError, match=r"^checkpoint.initial_load_path must hold the model "):
         check_config(config, world_size=1)
     config = load_config(imported(tmp_path / "dump", corpus, folder / "none", "gqa"))
     with pytest.raises(ValueError, match=r"^checkpoint.initial_load_path must be the folder"):

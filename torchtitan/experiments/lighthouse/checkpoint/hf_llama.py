@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, Replicate
+from torchtitan.experiments.lighthouse.checkpoint.files import INDEX
 from torchtitan.experiments.lighthouse.flavors import sizes_of, with_sizes
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
@@ -42,6 +43,13 @@ class Llama3Adapter(Llama3StateDictAdapter):
     raises an error or, with torch 2.13 and one key/value head on two ranks, leaves them in the
     wrong order. Here each weight is gathered for as long as it is permuted.
     """
+
+    def __init__(self, model_args: TransformerModelArgs, hf_assets_path: str | None):
+        # torchtitan warns of a folder without an index of weights, and means one whose model is
+        # saved again under the same split. The folder of a tokenizer alone has none.
+        has_index = hf_assets_path is not None and (Path(hf_assets_path) / INDEX).is_file()
+        super().__init__(model_args, hf_assets_path if has_index else None)
+        self.hf_assets_path = hf_assets_path
 
     def _permute(self, w, *args):
         return _permute_whole(super()._permute, w, *args)
