@@ -144,8 +144,8 @@ def test_no_scaling_of_rope_is_a_factor_of_one(tmp_path):
         ({"head_dim": 32}, ("head_dim", "hidden_size/num_attention_heads", "32")),
         ({"rope_scaling": {"rope_type": "yarn"}}, ("rope_type", "llama3", "'yarn'")),
         ({"hidden_size": None}, ("hidden_size", "must be there")),
-        ({"rope_theta": 1e6}, ("flavor gqa", "rope_theta 20000.0", "1000000.0")),
-        ({"vocab_size": 128256}, ("flavor gqa", "vocab_size 320", "128256")),
+        ({"rope_theta": 1e6}, ("model gqa", "rope_theta 20000.0", "1000000.0")),
+        ({"vocab_size": 128256}, ("model gqa", "vocab_size 320", "128256")),
         ({}, ("*.safetensors",)),
     ],
     ids=lambda value: next(iter(value), "no_weights") if isinstance(value, dict) else "",
@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_trained_on(change, words, tmp_path):
 def test_the_check_stands_before_the_start(tmp_path, corpus):
     _, folder = exported("gqa", tmp_path)
     config = load_config(imported(tmp_path / "dump", corpus, folder, "debugmodel"))
-    with pytest.raises(ValueError, match=r"^checkpoint.initial_load_path must hold a model of fla"):
+    with pytest.raises(ValueError, match=r"^checkpoint.initial_load_path must hold the model "):
         check_config(config, world_size=1)
     config = load_config(imported(tmp_path / "dump", corpus, folder / "none", "gqa"))
     with pytest.raises(ValueError, match=r"^checkpoint.initial_load_path must be the folder"):

@@ -169,7 +169,7 @@ def test_a_spike_is_told_and_noise_is_not(monkeypatch, caplog):
     monkeypatch.setattr(MetricsProcessor, "log", lambda self, *args: None)
     processor = StagedMetricsProcessor.__new__(StagedMetricsProcessor)
     processor.parallel_dims = SimpleNamespace(cp=1)
-    processor.logger = StagedLogger(BaseLogger(), None)
+    processor.logger, processor.console = StagedLogger(BaseLogger(), None), None
     lines = []
 
     def keep(metrics, step):

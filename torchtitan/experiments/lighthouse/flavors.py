@@ -1,4 +1,13 @@
-"""Sizes of models: what `model.flavor` may name, and the name of the model itself."""
+"""Sizes of models: what `model.flavor` may name, and the sizes that a run sets over a flavor.
+
+`sizes_of` and `with_sizes` translate between torchtitan's arguments and one number for each size:
+
+    sizes_of(FLAVORS["debugmodel"])["ffn_dim"] == 512
+    with_sizes(FLAVORS["debugmodel"], {"ffn_dim": 384})
+"""
+
+from dataclasses import replace
+from typing import Any
 
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
@@ -46,3 +55,50 @@ FLAVORS = {
     "268M": TransformerModelArgs(vocab_size=BYTE_VOCAB_SIZE, **_PAPER_BODY),
     "8B": llama3_args["8B"],
 }
+
+_PLAIN = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
+_ROPE_SCALING = {
+    "rope_scaling_factor": "scaling_factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_seq_len": "original_max_position_embeddings",
+}
+
+
+def sizes_of(args: TransformerModelArgs) -> dict[str, int | float]:
+    """What determines the shapes and the function of a model, under the names of `with_sizes`."""
+    sizes = {name: getattr(args, name) for name in _PLAIN}
+    sizes["n_kv_heads"] = args.n_kv_heads or args.n_heads
+    sizes["ffn_dim"] = _ffn_dim(args)
+    scaling = args.rope_scaling_args
+    return sizes | {name: getattr(scaling, theirs) for name, theirs in _ROPE_SCALING.items()}
+
+
+def with_sizes(args: TransformerModelArgs, sizes: dict[str, Any]) -> TransformerModelArgs:
+    """`args` with other sizes.
+
+    Args:
+        sizes: any of those of `sizes_of`; None keeps that of `args`. `ffn_dim` is the exact width
+            of the feed-forward layers. Without it, torchtitan's rule applies to the new `dim`.
+    """
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    scaling = {theirs: sizes[name] for name, theirs in _ROPE_SCALING.items() if name in sizes}
+    args = replace(
+        args,
+        **{name: sizes[name] for name in _PLAIN if name in sizes},
+        rope_scaling_args=replace(args.rope_scaling_args, **scaling),
+    )
+    if "ffn_dim" in sizes:
+        # The product is ffn_dim, or less by one if it is rounded. torchtitan then rounds it up to
+        # a multiple of ffn_dim, which is ffn_dim itself.
+        multiplier = sizes["ffn_dim"] / int(2 * 4 * args.dim / 3)
+        args = replace(args, multiple_of=sizes["ffn_dim"], ffn_dim_multiplier=multiplier)
+    return args
+
+
+def _ffn_dim(args: TransformerModelArgs) -> int:
+    """The width that torchtitan's FeedForward has."""
+    width = int(2 * 4 * args.dim / 3)
+    if args.ffn_dim_multiplier is not None:
+        width = int(args.ffn_dim_multiplier * width)
+    return -(-width // args.multiple_of) * args.multiple_of

@@ -19,6 +19,11 @@ import torch
 from torchtitan.components.metrics import BaseLogger, MetricsProcessor, _get_metrics_rank
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.experiments.lighthouse.runtime.console import (
+    Console,
+    is_terminal,
+    without_info,
+)
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
@@ -41,9 +46,12 @@ class StagedMetricsProcessor(MetricsProcessor):
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
-        path = None
+        path, self.console = None, None
         if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
             path = Path(job_config.job.dump_folder) / FILE_NAME
+            self.console = Console(torch.distributed.get_world_size())
+        if not is_terminal():
+            self.color = utils.NoColor()
         self.logger = StagedLogger(self.logger, path)
         self._losses = collections.deque(maxlen=SPIKE_WINDOW)
 
@@ -54,8 +62,22 @@ class StagedMetricsProcessor(MetricsProcessor):
         if extra_metrics and TOKENS_SEEN in extra_metrics:
             num_tokens = extra_metrics[TOKENS_SEEN] // degree
             extra_metrics = {**extra_metrics, TOKENS_SEEN: num_tokens}
-        super().log(step, global_avg_loss, global_max_loss * degree, grad_norm, extra_metrics)
+        with without_info():
+            super().log(step, global_avg_loss, global_max_loss * degree, grad_norm, extra_metrics)
+        if self.console is not None:
+            logger.info(self.console.step_line(step, self.logger.last))
         self._tell_spike(step, global_avg_loss)
+
+    def log_validation(self, loss, step, extra_metrics=None) -> None:
+        with without_info():
+            super().log_validation(loss, step, extra_metrics)
+        if self.console is not None:
+            logger.info(f"step {step} | stage {self.logger.stage} | validation loss {loss:.4f}")
+
+    def close(self) -> None:
+        if self.console is not None:
+            self.console.close()
+        super().close()
 
     def _tell_spike(self, step: int, loss: float) -> None:
         losses = self._losses
@@ -101,6 +123,8 @@ class StagedLogger(BaseLogger):
     def __init__(self, inner: BaseLogger, path: Path | None):
         self.inner = inner
         self.stage = 0
+        self.last: dict[str, Any] = {}
+        """The metrics of the newest line."""
         self._last_step = None
         self._file = None
         if path is not None:
@@ -111,6 +135,7 @@ class StagedLogger(BaseLogger):
                 self._file.write("\n")
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.last = metrics
         if self._file is not None:
             line = {"step": step, "stage": self.stage, **metrics}
             self._file.write(json.dumps(line) + "\n")

@@ -7,8 +7,10 @@ import importlib.util
 import os
 from pathlib import Path
 
+from torchtitan.experiments.lighthouse.checkpoint import hf_llama
 from torchtitan.experiments.lighthouse.checkpoint.resume import check_checkpointing
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.model_args import check_sizes, model_args, model_name
 from torchtitan.experiments.lighthouse.config.parallel_rules import (
     check_context_parallel,
     check_lighthouse,
@@ -25,7 +27,7 @@ from torchtitan.experiments.lighthouse.config.rules import (
 )
 from torchtitan.experiments.lighthouse.data.loaders import check_data
 from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
-from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.flavors import sizes_of
 from torchtitan.experiments.lighthouse.runtime import cpu_device
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     check_output_folder,
@@ -38,6 +40,9 @@ def check_config(
 ) -> None:
     """Check the values of a configuration for a run of `world_size` processes.
 
+    The sizes that `model.hf_config` names are written into `config.model.override`, so that the
+    saved configuration describes the model without that folder.
+
     Args:
         device_type: what the run is for, `cuda` or `cpu`; what is here by default.
         is_start: whether it is to start now, with the outputs, checkpoints, tokenizer and data that
@@ -49,6 +54,8 @@ def check_config(
     device_type = device_type or cpu_device.device_type()
     check_numbers(config)
     check_values([*TRAINING_RULES, *OPTIMIZER_RULES], config, device_type)
+    _take_sizes(config)
+    check_sizes(config)
     check_parallelism(config, world_size)
     check_values([*COMPUTING_RULES, *OUTPUT_RULES], config, device_type)
     if is_start:
@@ -60,6 +67,19 @@ def check_config(
     check_data(config, must_exist=is_start)
     _check_prepared(config, must_exist=is_start)
     check_checkpointing(config, world_size, is_start)
+
+
+def _take_sizes(config: JobConfig) -> None:
+    """Fill the sizes that are not set from the folder `model.hf_config`."""
+    if config.model.hf_config is None:
+        return
+    try:
+        found = sizes_of(hf_llama.from_config(config.model.hf_config))
+    except ValueError as error:
+        raise ValueError(f"model.hf_config: {error}") from None
+    for name, value in found.items():
+        if getattr(config.model.override, name) is None:
+            setattr(config.model.override, name, value)
 
 
 def _check_surroundings(config: JobConfig) -> None:
@@ -96,24 +116,25 @@ def _check_tokenizer(config: JobConfig) -> None:
         )
     found = open_tokenizer("model.hf_assets_path", path)
     size = found.get_vocab_size()
-    vocab_size = FLAVORS[config.model.flavor].vocab_size
+    vocab_size = model_args(config).vocab_size
     if size > vocab_size:
         raise ValueError(
-            f"model.hf_assets_path must hold a tokenizer of at most {vocab_size} tokens for flavor "
-            f"{config.model.flavor}, got {size} tokens; choose another flavor or tokenizer"
+            f"model.hf_assets_path must hold a tokenizer of at most {vocab_size} tokens for "
+            f"{model_name(config)}, got {size} tokens; set model.override.vocab_size, or choose "
+            "another flavor or tokenizer"
         )
     largest = max(found.get_vocab().values(), default=0)
     require(
         largest < vocab_size,
         "model.hf_assets_path",
-        f"a tokenizer with ids less than the {vocab_size} of flavor {config.model.flavor}",
+        f"a tokenizer with ids less than the {vocab_size} of {model_name(config)}",
         largest,
-        "choose another flavor or tokenizer",
+        "set model.override.vocab_size, or choose another flavor or tokenizer",
     )
 
 
 def _check_prepared(config: JobConfig, must_exist: bool) -> None:
-    vocab_size = FLAVORS[config.model.flavor].vocab_size
+    vocab_size = model_args(config).vocab_size
     for section in ["training"] + ["validation"] * config.validation.enable:
         options = getattr(config, section)
         if options.dataset != "prepared":

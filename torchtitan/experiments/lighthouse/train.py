@@ -10,9 +10,9 @@ step it is in, with a checkpoint and exit code 75 (`signals.py`).
 """
 
 import atexit
+import dataclasses
 import os
 import sys
-import warnings
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -22,6 +22,7 @@ from torchtitan.experiments.lighthouse.checkpoint.compatibility import record_of
 from torchtitan.experiments.lighthouse.checkpoint.manager import TwoStageCheckpointManager
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.config.model_args import model_args
 from torchtitan.experiments.lighthouse.context_parallel import (
     context_of,
     shard_batch,
@@ -30,8 +31,10 @@ from torchtitan.experiments.lighthouse.context_parallel import (
 from torchtitan.experiments.lighthouse.metrics import SWITCH
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime import cpu_device, signals
+from torchtitan.experiments.lighthouse.runtime.console import Phase, quiet_start
 from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
 from torchtitan.experiments.lighthouse.runtime.nonfinite import FiniteSteps
+from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
@@ -84,6 +87,7 @@ class TwoStageTrainer(Trainer):
                 training.seq_len,
             )
         has_switch = 0 < lighthouse.stage1_steps < training.steps
+        self._show_progress()
         TwoStageCheckpointManager.adopt(
             self.checkpointer,
             switch_step=lighthouse.stage1_steps if has_switch else None,
@@ -92,6 +96,31 @@ class TwoStageTrainer(Trainer):
             ),
         )
         self.optimizers = FiniteSteps(self)
+
+    @property
+    def train_spec(self) -> TrainSpec:
+        return self._train_spec
+
+    @train_spec.setter
+    def train_spec(self, spec: TrainSpec) -> None:
+        # torchtitan looks the model up by the name of its flavor.
+        args = {self.job_config.model.flavor: model_args(self.job_config)}
+        self._train_spec = dataclasses.replace(spec, model_args=args)
+
+    def _show_progress(self) -> None:
+        """Tell the console which steps belong to which stage, and what one of them costs."""
+        console, steps = self.metrics_processor.console, self.job_config.training.steps
+        if console is None:
+            return
+        stage1_steps = self.job_config.lighthouse.stage1_steps
+        ends = {1: steps if stage1_steps == -1 else stage1_steps, 2: steps}
+        if ends[1] == steps:
+            del ends[2]
+        console.clock.phases = [
+            Phase(f"stage {stage}", end, self._flops_per_token[stage])
+            for stage, end in ends.items()
+            if end
+        ]
 
     def batch_generator(self, data_iterable):
         try:
@@ -110,6 +139,8 @@ class TwoStageTrainer(Trainer):
 
     def train_step(self, data_iterator) -> None:
         super().train_step(data_iterator)
+        if self.metrics_processor.console is not None:
+            self.metrics_processor.console.advance(self.step)
         freq = self.job_config.lighthouse.telemetry_freq
         if freq and self.stage == 1 and self.step % freq == 0:
             (model,) = self.model_parts
@@ -198,8 +229,7 @@ def world_size_of(name: str) -> int:
 def main(args: list[str] | None = None) -> None:
     """Entry point. A wrong configuration ends it with one line on stderr and exit code 2."""
     init_logger()
-    # A call inside torchdata that users cannot do anything about.
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    quiet_start()
     # Without torchrun: one process.
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
         os.environ.setdefault(name, str(value))

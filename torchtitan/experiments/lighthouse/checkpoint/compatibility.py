@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torchtitan.experiments.lighthouse.checkpoint.files import METADATA, read_metadata
 from torchtitan.experiments.lighthouse.config.job_config import POOL_ROTARY_BEFORE, JobConfig
+from torchtitan.experiments.lighthouse.config.model_args import model_args, model_name
 from torchtitan.experiments.lighthouse.data.manifest import tokenizer_digest
-from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.flavors import sizes_of
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
@@ -59,12 +60,7 @@ def record_of(config: JobConfig, data_parallel_degree: int) -> dict[str, Any]:
     for name in FIELDS:
         section, _, field = name.partition(".")
         record[name] = getattr(getattr(config, section), field)
-    args = dataclasses.asdict(FLAVORS[config.model.flavor])
-    # A length that torchtitan sets from the configuration.
-    args.pop("max_seq_len")
-    record["model.flavor"] = {
-        name: value for name, value in args.items() if isinstance(value, int | float | str | None)
-    }
+    record["model.flavor"] = sizes_of(model_args(config))
     record["model.hf_assets_path"] = tokenizer_digest(config.model.hf_assets_path)
     if record["training.global_batch_size"] == -1:
         batch_size = config.training.local_batch_size * data_parallel_degree
@@ -98,23 +94,17 @@ def check_checkpoint(
         ValueError: a field that differs.
     """
     path = Path(path)
-    flavor = config.model.flavor
     if (path / METADATA).is_file():
-        difference = shape_difference(path, FLAVORS[flavor])
+        difference = shape_difference(path, model_args(config))
         if difference:
             raise ValueError(
-                f"model.flavor must be the model of {path}, got {flavor!r}, whose {difference}; "
-                "name the flavor it was trained with"
+                f"model.flavor must be the model of {path}, got {model_name(config)!r}, whose "
+                f"{_size_difference(path, config) or difference}; name the flavor it was trained "
+                "with, or set its sizes in [model.override]"
             )
-    file = path / FILE_NAME
-    if not file.is_file():
+    was = read_record(path)
+    if was is None:
         return
-    try:
-        was = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{file} must be JSON, got {error}; remove it to go on without comparing"
-        ) from None
     was.setdefault("lighthouse.pool_rotary", POOL_ROTARY_BEFORE)
     names = [*OF_MODEL]
     if not model_only:
@@ -132,6 +122,35 @@ def check_checkpoint(
             f"{name} must be that of {path}, {_said(name, was, now)}; {_set_back(name, was)}, or "
             f'accept the change with checkpoint.accept_changes = ["{name}"]'
         )
+
+
+def read_record(path: str | Path) -> dict[str, Any] | None:
+    """The record in the checkpoint `path`, with the sizes of `sizes_of`; None without one."""
+    file = Path(path) / FILE_NAME
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} must be JSON, got {error}; remove it to go on without comparing"
+        ) from None
+    model = record.get("model.flavor", {})
+    if "multiple_of" in model:
+        # An older record holds torchtitan's arguments.
+        known = {field.name for field in dataclasses.fields(TransformerModelArgs)}
+        args = {name: value for name, value in model.items() if name in known}
+        record["model.flavor"] = sizes_of(TransformerModelArgs(**args))
+    return record
+
+
+def _size_difference(path: Path, config: JobConfig) -> str | None:
+    """The first size that differs from the record in the checkpoint `path`, in words."""
+    was, now = (read_record(path) or {}).get("model.flavor", {}), sizes_of(model_args(config))
+    for name in now:
+        if name in was and was[name] != now[name]:
+            return f"{name} is {now[name]} and in the checkpoint {was[name]}"
+    return None
 
 
 def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None:
@@ -182,6 +201,8 @@ def _said(name: str, was: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _set_back(name: str, was: dict[str, Any]) -> str:
+    if name == "model.flavor":
+        return "name the one it was trained with, or set its sizes in [model.override]"
     if name in OF_MODEL:
         return "name the one it was trained with"
     if was[name] is None:

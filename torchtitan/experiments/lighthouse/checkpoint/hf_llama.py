@@ -19,9 +19,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, Replicate
+from torchtitan.experiments.lighthouse.checkpoint.files import INDEX
+from torchtitan.experiments.lighthouse.flavors import sizes_of, with_sizes
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
-from torchtitan.models.llama3.model.args import RoPEScalingArgs
-from torchtitan.models.llama3.model.model import FeedForward
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
 CONFIG = "config.json"
@@ -43,6 +43,13 @@ class Llama3Adapter(Llama3StateDictAdapter):
     raises an error or, with torch 2.13 and one key/value head on two ranks, leaves them in the
     wrong order. Here each weight is gathered for as long as it is permuted.
     """
+
+    def __init__(self, model_args: TransformerModelArgs, hf_assets_path: str | None):
+        # torchtitan warns of a folder without an index of weights, and means one whose model is
+        # saved again under the same split. The folder of a tokenizer alone has none.
+        has_index = hf_assets_path is not None and (Path(hf_assets_path) / INDEX).is_file()
+        super().__init__(model_args, hf_assets_path if has_index else None)
+        self.hf_assets_path = hf_assets_path
 
     def _permute(self, w, *args):
         return _permute_whole(super()._permute, w, *args)
@@ -66,15 +73,11 @@ def to_config(args: TransformerModelArgs) -> dict[str, Any]:
 
     `max_position_embeddings` is `args.max_seq_len`.
     """
-    with torch.device("meta"):
-        feed_forward = FeedForward(
-            args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier
-        )
     scaling = args.rope_scaling_args
     return {
         **_FIXED,
         "hidden_size": args.dim,
-        "intermediate_size": feed_forward.w1.out_features,
+        "intermediate_size": sizes_of(args)["ffn_dim"],
         "num_hidden_layers": args.n_layers,
         "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.n_kv_heads or args.n_heads,
@@ -101,27 +104,21 @@ def from_config(folder: str | Path) -> TransformerModelArgs:
     """
     config = read_config(folder)
     rope = config["rope_scaling"]
-    scaling = RoPEScalingArgs(
-        scaling_factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_position_embeddings=rope["original_max_position_embeddings"],
-    )
-    dim, hidden_dim = config["hidden_size"], config["intermediate_size"]
-    return TransformerModelArgs(
-        dim=dim,
-        n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"],
-        n_kv_heads=config["num_key_value_heads"],
-        vocab_size=config["vocab_size"],
-        # Rounded up to a multiple of itself, the width is what it is.
-        multiple_of=hidden_dim,
-        ffn_dim_multiplier=hidden_dim / int(2 * 4 * dim / 3),
-        norm_eps=config["rms_norm_eps"],
-        rope_theta=config["rope_theta"],
-        rope_scaling_args=scaling,
-        max_seq_len=config["max_position_embeddings"],
-    )
+    sizes = {
+        "dim": config["hidden_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config["num_key_value_heads"],
+        "ffn_dim": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+        "norm_eps": config["rms_norm_eps"],
+        "rope_theta": config["rope_theta"],
+        "rope_scaling_factor": rope["factor"],
+        "rope_low_freq_factor": rope["low_freq_factor"],
+        "rope_high_freq_factor": rope["high_freq_factor"],
+        "rope_original_seq_len": rope["original_max_position_embeddings"],
+    }
+    return with_sizes(TransformerModelArgs(max_seq_len=config["max_position_embeddings"]), sizes)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -198,9 +195,9 @@ def check_flavor(folder: str | Path, args: TransformerModelArgs, flavor: str) ->
     for name in expected:
         if got[name] != expected[name]:
             raise ValueError(
-                f"checkpoint.initial_load_path must hold a model of flavor {flavor}, with "
-                f"{name} {expected[name]}, got {str(folder)!r} with {got[name]}; choose the "
-                "flavor of that model, or add one to FLAVORS"
+                f"checkpoint.initial_load_path must hold the model {flavor}, with "
+                f"{name} {expected[name]}, got {str(folder)!r} with {got[name]}; set "
+                "model.hf_config to that folder, and its sizes are used"
             )
     if not any(Path(folder).glob("*.safetensors")):
         raise ValueError(

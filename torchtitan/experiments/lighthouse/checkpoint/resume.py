@@ -19,11 +19,11 @@ from torchtitan.experiments.lighthouse.checkpoint.files import (
     whole_steps,
 )
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.model_args import model_args, model_name
 from torchtitan.experiments.lighthouse.config.rule_helpers import check_at_least, check_choice
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS
 from torchtitan.experiments.lighthouse.data.documents import fingerprint
 from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
-from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.metrics import FILE_NAME as METRICS
 from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
 from torchtitan.models.llama3 import Transformer
@@ -124,8 +124,7 @@ def _check_start(config: JobConfig, world_size: int) -> None:
             f"included, got {initial!r}, which is none; correct the path"
         )
     if checkpoint.initial_load_in_hf:
-        flavor = config.model.flavor
-        hf_llama.check_flavor(initial, FLAVORS[flavor], flavor)
+        hf_llama.check_flavor(initial, model_args(config), model_name(config))
         return
     if torn := damage_reason(initial):
         raise ValueError(
@@ -160,7 +159,7 @@ def _check_space(config: JobConfig, folder: Path, num_whole: int) -> None:
     """
     checkpoint, training = config.checkpoint, config.training
     with torch.device("meta"):
-        model = Transformer(FLAVORS[config.model.flavor])
+        model = Transformer(model_args(config))
     # Two moments for each parameter.
     elements = 3 * sum(parameter.numel() for parameter in model.parameters())
     size = elements * TORCH_DTYPE_MAP[training.dtype].itemsize

@@ -89,9 +89,50 @@ class Job(titan.Job):
 
 
 @dataclass
+class Sizes:
+    """Sizes of the model over those of `model.flavor`. What is left out is as in the flavor."""
+
+    dim: int | None = None
+    """Width of the model."""
+
+    n_layers: int | None = None
+
+    n_heads: int | None = None
+    """Query heads; dim is a multiple of them."""
+
+    n_kv_heads: int | None = None
+    """Key/value heads; n_heads is a multiple of them."""
+
+    ffn_dim: int | None = None
+    """Width of the feed-forward layers, exactly. Left out, torchtitan's rule applies to dim."""
+
+    vocab_size: int | None = None
+    """At least the tokens of the tokenizer."""
+
+    norm_eps: float | None = None
+
+    rope_theta: float | None = None
+    """Base of the frequencies of rotary embeddings."""
+
+    rope_scaling_factor: float | None = None
+    """By which Llama 3.1 stretches long wavelengths of rotary embeddings; 1: no scaling."""
+
+    rope_low_freq_factor: float | None = None
+    rope_high_freq_factor: float | None = None
+    rope_original_seq_len: int | None = None
+    """Tokens that the scaling starts from."""
+
+
+@dataclass
 class Model(titan.Model):
     name: str = "llama3_lighthouse"
     hf_assets_path: str = BYTE_TOKENIZER_PATH
+
+    hf_config: str | None = None
+    """Folder with the config.json of a Llama in Hugging Face's format. The run takes the sizes
+    that [model.override] leaves out from there, and none from the flavor."""
+
+    override: Sizes = field(default_factory=Sizes)
 
 
 @dataclass

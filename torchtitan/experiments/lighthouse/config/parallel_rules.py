@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.model_args import model_args, model_name
 from torchtitan.experiments.lighthouse.config.rule_helpers import (
     check_at_least,
     check_choice,
     require,
 )
-from torchtitan.experiments.lighthouse.flavors import FLAVORS
 
 from lighthouse import LighthouseConfig
 from lighthouse.config import SELECTED_PER_STRATUM, nearest_multiple
@@ -40,7 +40,7 @@ def check_parallelism(config: JobConfig, world_size: int) -> None:
     if n_kv_heads % tensor_parallel:
         raise ValueError(
             f"parallelism.tensor_parallel_degree must divide the {n_kv_heads} key/value heads of "
-            f"{config.model.flavor}, got {tensor_parallel}; use {_divisors(n_kv_heads)}"
+            f"{model_name(config)}, got {tensor_parallel}; use {_divisors(n_kv_heads)}"
         )
     loss_chunk_size = config.training.loss_chunk_size
     if loss_chunk_size and tensor_parallel > 1:
@@ -98,12 +98,12 @@ def check_lighthouse(config: JobConfig) -> None:
             f"lighthouse.stage1_steps must be from 0 to training.steps ({steps}), or -1 for no "
             f"switch, got {lighthouse.stage1_steps}; lower it or raise training.steps"
         )
-    n_layers = FLAVORS[config.model.flavor].n_layers
+    n_layers = model_args(config).n_layers
     for layer in lighthouse.full_attn_layers:
         if not -n_layers <= layer < n_layers:
             raise ValueError(
                 f"lighthouse.full_attn_layers must be from {-n_layers} to {n_layers - 1} for the "
-                f"{n_layers} layers of {config.model.flavor}, got {layer}; remove it"
+                f"{n_layers} layers of {model_name(config)}, got {layer}; remove it"
             )
     degree = config.parallelism.context_parallel_degree
     num_chunks = degree * CHUNKS_PER_RANK[lighthouse.context_parallel] if degree > 1 else 1
@@ -198,7 +198,7 @@ def check_context_parallel(config: JobConfig, device_type: str) -> None:
 
 
 def num_kv_heads(config: JobConfig) -> int:
-    model = FLAVORS[config.model.flavor]
+    model = model_args(config)
     return model.n_kv_heads or model.n_heads
 
 

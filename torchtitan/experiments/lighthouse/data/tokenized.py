@@ -68,8 +68,8 @@ def check_prepared(path: str, section: str, tokenizer_path: str, vocab_size: int
     max_id = max(shard.max_id for shard in manifest.shards)
     if max_id >= vocab_size:
         raise ValueError(
-            f"{field} must hold token ids less than the {vocab_size} of model.flavor, got {max_id} "
-            f"in {path!r}: choose a flavor with a larger vocabulary"
+            f"{field} must hold token ids less than the {vocab_size} of the model, got {max_id} "
+            f"in {path!r}: raise model.override.vocab_size, or choose another flavor"
         )
     folder = Path(path).expanduser() / split
     for shard in manifest.shards:

@@ -3,9 +3,10 @@
     trained = open_trained("outputs/debug/checkpoint/step-40")
     model = trained.load(device="cuda", dtype=torch.bfloat16)      # dense, ready for inference
 
-A run keeps its configuration in its dump folder, and what must be known of a checkpoint stands
-there: flavor, sequence length, tokenizer. Where it is gone, the flavor follows from the shapes of
-the parameters, and the others are to be named.
+A checkpoint holds the sizes of its model, in `trained_with.json`. The configuration that the run
+keeps in its dump folder names the sequence length and the tokenizer. Without the first file the
+flavor follows from that configuration or from the shapes of the parameters. Without the second,
+the sequence length and the tokenizer must be named.
 """
 
 import argparse
@@ -21,7 +22,10 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_fused_attention
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
-from torchtitan.experiments.lighthouse.checkpoint.compatibility import shape_difference
+from torchtitan.experiments.lighthouse.checkpoint.compatibility import (
+    read_record,
+    shape_difference,
+)
 from torchtitan.experiments.lighthouse.checkpoint.files import METADATA, check_safe, whole_steps
 from torchtitan.experiments.lighthouse.config.job_config import (
     POOL_ROTARY,
@@ -29,7 +33,7 @@ from torchtitan.experiments.lighthouse.config.job_config import (
     SAVED_CONFIG,
     Lighthouse,
 )
-from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.flavors import FLAVORS, with_sizes
 from torchtitan.experiments.lighthouse.runtime.command_line import open_tokenizer
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
@@ -55,7 +59,7 @@ class ModelSource:
     """The fields of stage 1, or their defaults where they are not known."""
 
     flavor: str | None = None
-    """None for a folder in Hugging Face's format."""
+    """`model.flavor` of the run; None for a folder in Hugging Face's format."""
 
     def tokenizer(self) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer(self.tokenizer_path)
@@ -129,8 +133,7 @@ def open_trained(
         check_safe(folder)
         settings = _saved_config(folder)
         model = settings.get("model", {})
-        flavor = _flavor_of(folder, flavor or model.get("flavor"))
-        args = FLAVORS[flavor]
+        flavor, args = _model_of(folder, flavor, model)
         if max_seq_len is None:
             max_seq_len = settings.get("training", {}).get("seq_len")
         tokenizer_path = tokenizer_path or model.get("hf_assets_path")
@@ -194,6 +197,26 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} must be the configuration of the run ({error}); repair it or move it away"
         ) from None
+
+
+def _model_of(
+    checkpoint: Path, flavor: str | None, saved: dict[str, Any]
+) -> tuple[str, TransformerModelArgs]:
+    """The flavor and the model of a checkpoint.
+
+    Args:
+        flavor: of the command line.
+        saved: section `model` of the configuration that the run kept; empty if it kept none.
+    """
+    if flavor is None:
+        name, sizes = saved.get("flavor"), (read_record(checkpoint) or {}).get("model.flavor")
+        if sizes:
+            return name or "model", with_sizes(TransformerModelArgs(), sizes)
+        if name in FLAVORS and any((saved.get("override") or {}).values()):
+            return name, with_sizes(FLAVORS[name], saved["override"])
+        flavor = name
+    flavor = _flavor_of(checkpoint, flavor)
+    return flavor, FLAVORS[flavor]
 
 
 def _flavor_of(checkpoint: Path, flavor: str | None) -> str:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.model_args import model_name
 from torchtitan.experiments.lighthouse.planner.flops import (
     flops_per_token,
     layers_of,
@@ -136,7 +137,7 @@ def run_facts(sizes: Sizes) -> dict[str, object]:
     """Model, tokens and ranks."""
     model, config = sizes.model_args, sizes.config
     return {
-        "flavor": config.model.flavor,
+        "flavor": model_name(config),
         "parameters": sizes.parameters,
         "n_layers": model.n_layers,
         "dim": model.dim,

@@ -4,14 +4,14 @@ Everything `estimate.py` and `memory.py` count follows from these. Nothing is me
 process group is made: the model is torchtitan's own, on the meta device.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.apply_lighthouse import dense_layers
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
-from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.config.model_args import model_args
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 from lighthouse import LighthouseConfig
@@ -61,9 +61,7 @@ class Sizes:
 
     @cached_property
     def model_args(self) -> TransformerModelArgs:
-        """Those of the flavor, at this sequence length."""
-        flavor = FLAVORS[self.config.model.flavor]
-        return replace(flavor, max_seq_len=self.seq_len)
+        return model_args(self.config)
 
     @cached_property
     def model(self) -> Transformer:

@@ -1,0 +1,95 @@
+"""The model of a run: its flavor, with the sizes of [model.override].
+
+`preflight.check_config` fills [model.override] from `model.hf_config`.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Sizes
+from torchtitan.experiments.lighthouse.config.rule_helpers import Rule, at_least, require, value_of
+from torchtitan.experiments.lighthouse.flavors import FLAVORS, sizes_of, with_sizes
+from torchtitan.models.llama3 import TransformerModelArgs
+
+
+def model_args(config: JobConfig) -> TransformerModelArgs:
+    """The model that the run trains, for sequences of `training.seq_len`."""
+    args = with_sizes(FLAVORS[config.model.flavor], asdict(config.model.override))
+    return replace(args, max_seq_len=config.training.seq_len)
+
+
+def model_name(config: JobConfig) -> str:
+    """The model in a few words, for messages."""
+    if config.model.hf_config is not None:
+        return str(Path(config.model.hf_config))
+    is_changed = config.model.override != Sizes()
+    return f"{config.model.flavor}{' with [model.override]' if is_changed else ''}"
+
+
+def check_sizes(config: JobConfig) -> None:
+    """Check the sizes that the run sets, each alone and all together.
+
+    Raises:
+        ValueError: one that is too small, or sizes that do not fit each other.
+    """
+    for rule in _rules():
+        rule.check(config, "")
+    sizes = sizes_of(model_args(config))
+    dim, n_heads, n_kv_heads = (sizes[name] for name in ("dim", "n_heads", "n_kv_heads"))
+    require(
+        dim % n_heads == 0,
+        "model.override.n_heads",
+        f"a divisor of dim, {dim}",
+        n_heads,
+        "change one of them",
+    )
+    require(
+        dim // n_heads % 2 == 0,
+        "model.override.dim",
+        f"an even multiple of n_heads, {n_heads}, since rotary embeddings take pairs of elements",
+        dim,
+        f"use {2 * n_heads * max(1, dim // (2 * n_heads))}",
+    )
+    require(
+        n_heads % n_kv_heads == 0,
+        "model.override.n_kv_heads",
+        f"a divisor of n_heads, {n_heads}",
+        n_kv_heads,
+        f"use {' or '.join(str(n) for n in range(1, n_heads + 1) if n_heads % n == 0)}",
+    )
+    low, high = sizes["rope_low_freq_factor"], sizes["rope_high_freq_factor"]
+    require(
+        low < high,
+        "model.override.rope_low_freq_factor",
+        f"less than rope_high_freq_factor, {high}",
+        low,
+        "Llama 3.1 has 1 and 4",
+    )
+
+
+def _rules() -> list[Rule]:
+    def is_set(field: str):
+        return {"applies": lambda config, _: value_of(config, field) is not None}
+
+    rules = []
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+        field = f"model.override.{name}"
+        rules.append(at_least(field, 1, **is_set(field)))
+    for name, least in (("rope_scaling_factor", 1), ("rope_original_seq_len", 1)):
+        field = f"model.override.{name}"
+        rules.append(at_least(field, least, **is_set(field)))
+    for name, common in (
+        *(("norm_eps", "1e-5"), ("rope_theta", "10000 to 500000")),
+        *(("rope_low_freq_factor", "1"), ("rope_high_freq_factor", "4")),
+    ):
+        field = f"model.override.{name}"
+        rules.append(
+            Rule(
+                field,
+                lambda x, _: 0 < x < float("inf"),
+                "a finite number above 0",
+                f"{common} is common",
+                **is_set(field),
+            )
+        )
+    return rules
