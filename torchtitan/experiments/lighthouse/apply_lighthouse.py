@@ -151,6 +151,13 @@ def flops_saved_per_token(
     return per_position * (seq_len - attended)
 
 
+def flops_saved_by_pieces(model_args: TransformerModelArgs, seq_len: int, piece_len: int) -> float:
+    """FLOPs per token, forward and backward, that dense attention over pieces of `piece_len` tokens
+    saves against whole sequences, counted as in `flops_saved_per_token`."""
+    head_dim = model_args.dim // model_args.n_heads
+    return 6 * model_args.n_layers * model_args.n_heads * 2 * head_dim * (seq_len - piece_len)
+
+
 def dense_layers(full_attn_layers: list[int], n_layers: int) -> set[int]:
     """The layers that stay dense, each by its one index from 0 on."""
     return {layer % n_layers for layer in full_attn_layers}

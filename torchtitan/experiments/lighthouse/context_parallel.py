@@ -3,12 +3,16 @@
 torchtitan gives every rank of the context-parallel mesh the same batch. `shard_batch` cuts it as
 the scheme wants it. torchtitan has made each layer's attention a ring by then, on a GPU; under
 `ulysses`, and on the CPU, `use_context_parallel` puts ours in its place, in both stages alike.
+
+Where stage 2 trains on pieces, a rank holds whole ones (`cut_batch`) and attends to them alone
+(`use_local_attention`). Sequences of the validation are shared all the same.
 """
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.experimental._attention import set_rotate_method
+from torch.nn.attention import SDPBackend
 from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 
 from lighthouse.context_parallel import ContextParallel, UlyssesAttention
@@ -39,6 +43,64 @@ def use_context_parallel(
             attention.inner_attention = UlyssesAttention(stock, context)
         elif device_type == "cpu":
             attention.inner_attention = RingAttention(context)
+
+
+class LocalAttention(nn.Module):
+    """Attention of a layer that trains on whole sequences here and validates on shared ones.
+
+    Args:
+        stock: causal attention over whole sequences, used in training.
+        shared: the layer's attention over sequences that ranks share, used in evaluation.
+    """
+
+    def __init__(self, stock: nn.Module, shared: nn.Module):
+        super().__init__()
+        self.stock = stock
+        self.shared = shared
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs) -> torch.Tensor:
+        """q: [B, H, n, D]; k, v: [B, Hkv, n, D]. Returns [B, H, n, D]."""
+        attend = self.stock if self.training else self.shared
+        return attend(q, k, v, **kwargs)
+
+
+def use_local_attention(model: nn.Module, backends: list[SDPBackend]) -> None:
+    """Make every layer attend in training to whole sequences on this rank, and exchange nothing.
+
+    Args:
+        model: prepared by `use_context_parallel`; its layers are dense.
+        backends: kernels of attention, in order of preference.
+    """
+    for block in model.layers.values():
+        stock = ScaledDotProductAttentionWrapper()
+        stock.sdpa_backends = backends
+        shared = block.attention.inner_attention
+        block.attention.inner_attention = LocalAttention(stock, shared)
+
+
+def use_shared_attention(model: nn.Module) -> None:
+    """Undo `use_local_attention`; other models stay as they are."""
+    for block in model.layers.values():
+        if isinstance(block.attention.inner_attention, LocalAttention):
+            block.attention.inner_attention = block.attention.inner_attention.shared
+
+
+def cut_batch(
+    inputs: torch.Tensor, labels: torch.Tensor, seq_len: int, context: ContextParallel | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's pieces of a batch: consecutive ones, whole.
+
+    Args:
+        inputs, labels: [B, N].
+        seq_len: tokens of a piece, n.
+
+    Returns:
+        Both [B * N / n / W, n]; W is 1 without context parallelism.
+    """
+    inputs, labels = (x.reshape(-1, seq_len) for x in (inputs, labels))
+    if context is None:
+        return inputs, labels
+    return inputs.chunk(context.degree)[context.rank], labels.chunk(context.degree)[context.rank]
 
 
 def shard_batch(

@@ -1,8 +1,9 @@
 """Metrics with the stage: every line to `metrics.jsonl`, and to TensorBoard and W&B if enabled.
 
-`metrics.jsonl` in the dump folder holds one JSON object a line: `step`, `stage` and the
-metrics under torchtitan's names. A resumed run appends; where a step stands twice, the later line
-counts (`read_metrics`).
+`metrics.jsonl` in the dump folder holds one JSON object a line: `step`, `stage`, `phase` and the
+metrics under torchtitan's names. `phase` is `lighthouse`, `pieces` (stage 2 on pieces of a
+sequence) or `full` (stage 2 on whole sequences). A resumed run appends; where a step stands twice,
+the later line counts (`read_metrics`).
 """
 
 import collections
@@ -33,6 +34,8 @@ VALIDATION_LOSS = "validation_metrics/loss"
 TOKENS_PER_SECOND = "throughput(tps)"
 TOKENS_SEEN = "n_tokens_seen"
 SWITCH = "lighthouse/switch"
+FULL_LENGTH = "lighthouse/full_length"
+"""Marks the step after which stage 2 goes from pieces to whole sequences."""
 SPIKE = "lighthouse/spike"
 
 SPIKE_WINDOW = 20
@@ -92,9 +95,10 @@ class StagedMetricsProcessor(MetricsProcessor):
         if math.isfinite(loss):
             losses.append(loss)
 
-    def enter_stage(self, stage: int, num_flops_per_token: float) -> None:
-        """Measure from here on in `stage`: nothing of the stage before is averaged in."""
+    def enter_phase(self, stage: int, phase: str, num_flops_per_token: float) -> None:
+        """Measure from here on in `phase`: nothing of the phase before is averaged in."""
         self.logger.stage = stage
+        self.logger.phase = phase
         self.num_flops_per_token = num_flops_per_token
         self.restart_clock()
 
@@ -123,6 +127,7 @@ class StagedLogger(BaseLogger):
     def __init__(self, inner: BaseLogger, path: Path | None):
         self.inner = inner
         self.stage = 0
+        self.phase = None
         self.last: dict[str, Any] = {}
         """The metrics of the newest line."""
         self._last_step = None
@@ -137,7 +142,7 @@ class StagedLogger(BaseLogger):
     def log(self, metrics: dict[str, Any], step: int) -> None:
         self.last = metrics
         if self._file is not None:
-            line = {"step": step, "stage": self.stage, **metrics}
+            line = {"step": step, "stage": self.stage, "phase": self.phase, **metrics}
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         marked = self._marked(metrics, step)

@@ -21,6 +21,7 @@ from torchtitan.experiments.lighthouse.config.rules import (
     COMPUTING_RULES,
     OPTIMIZER_RULES,
     OUTPUT_RULES,
+    STAGE2_RULES,
     TRAINING_RULES,
     check_numbers,
     check_values,
@@ -62,6 +63,7 @@ def check_config(
         _check_surroundings(config)
     check_lighthouse(config)
     check_context_parallel(config, device_type)
+    check_values(STAGE2_RULES, config, device_type)
     if is_start or Path(config.model.hf_assets_path).exists():
         _check_tokenizer(config)
     check_data(config, must_exist=is_start)

@@ -4,8 +4,10 @@
 
 Stage 1 trains with Lighthouse Attention, stage 2 the same parameters, optimizer state, learning
 rate schedule and data position with dense attention. One process does both: between the last step
-of stage 1 and the first of stage 2 the wrapper is taken off, and training goes on. A restart loads
-the newest checkpoint and finds its stage by the step. SIGTERM and SIGUSR1 end the run after the
+of stage 1 and the first of stage 2 the wrapper is taken off, and training goes on. With
+`lighthouse.stage2_seq_len` stage 2 trains on pieces of the same batches, in its last
+`lighthouse.stage2_full_steps` steps on whole sequences again. A restart loads the newest checkpoint
+and finds its phase by the step. SIGTERM and SIGUSR1 end the run after the
 step it is in, with a checkpoint and exit code 75 (`signals.py`).
 """
 
@@ -20,15 +22,23 @@ from torchtitan.experiments.lighthouse import apply_lighthouse, selection_metric
 from torchtitan.experiments.lighthouse.checkpoint import stage_switch
 from torchtitan.experiments.lighthouse.checkpoint.compatibility import record_of
 from torchtitan.experiments.lighthouse.checkpoint.manager import TwoStageCheckpointManager
-from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+from torchtitan.experiments.lighthouse.config.job_config import (
+    FULL,
+    LIGHTHOUSE,
+    PIECES,
+    JobConfig,
+)
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.config.model_args import model_args
 from torchtitan.experiments.lighthouse.context_parallel import (
     context_of,
+    cut_batch,
     shard_batch,
     use_context_parallel,
+    use_local_attention,
+    use_shared_attention,
 )
-from torchtitan.experiments.lighthouse.metrics import SWITCH
+from torchtitan.experiments.lighthouse.metrics import FULL_LENGTH, SWITCH
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime import cpu_device, signals
 from torchtitan.experiments.lighthouse.runtime.console import Phase, quiet_start
@@ -39,7 +49,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
-STAGE_NAMES = {1: "Lighthouse", 2: "dense"}
+from lighthouse.sdpa import fused_backends
 
 
 class TwoStageTrainer(Trainer):
@@ -48,7 +58,7 @@ class TwoStageTrainer(Trainer):
     def __init__(self, job_config: JobConfig):
         self.interruption = signals.Interruption()
         self.exit_code = 0
-        self.stage = None
+        self.phase = None
         if cpu_device.device_type() == "cpu":
             cpu_device.use_cpu_device()
         super().__init__(job_config)
@@ -77,14 +87,25 @@ class TwoStageTrainer(Trainer):
             apply_lighthouse.save_selections(part)
             if utils.device_type == "cpu":
                 cpu_device.sum_gradients_on_gloo(part)
+        if job_config.has_pieces:
+            # Each phase has one shape and gets kernels of its own, not one set for any shape.
+            torch._dynamo.config.automatic_dynamic_shapes = False
+        self._local_backends = fused_backends(dtype, training.seq_len, lighthouse.sdpa_backend)
         dense_flops = self.metrics_processor.num_flops_per_token
-        self._flops_per_token = {2: dense_flops}
+        self._flops_per_token = {FULL: dense_flops}
         if lighthouse.stage1_steps != 0:
-            self._flops_per_token[1] = dense_flops - apply_lighthouse.flops_saved_per_token(
-                self.model_args,
-                lighthouse.attention_config(),
-                lighthouse.full_attn_layers,
-                training.seq_len,
+            self._flops_per_token[LIGHTHOUSE] = (
+                dense_flops
+                - apply_lighthouse.flops_saved_per_token(
+                    self.model_args,
+                    lighthouse.attention_config(),
+                    lighthouse.full_attn_layers,
+                    training.seq_len,
+                )
+            )
+        if job_config.has_pieces:
+            self._flops_per_token[PIECES] = dense_flops - apply_lighthouse.flops_saved_by_pieces(
+                self.model_args, training.seq_len, lighthouse.stage2_seq_len
             )
         has_switch = 0 < lighthouse.stage1_steps < training.steps
         self._show_progress()
@@ -112,14 +133,11 @@ class TwoStageTrainer(Trainer):
         console, steps = self.metrics_processor.console, self.job_config.training.steps
         if console is None:
             return
-        stage1_steps = self.job_config.lighthouse.stage1_steps
-        ends = {1: steps if stage1_steps == -1 else stage1_steps, 2: steps}
-        if ends[1] == steps:
-            del ends[2]
+        names = {LIGHTHOUSE: "stage 1", PIECES: "stage 2 in pieces", FULL: "stage 2"}
+        last_steps = {self.job_config.phase_of(step): step for step in range(1, steps + 1)}
         console.clock.phases = [
-            Phase(f"stage {stage}", end, self._flops_per_token[stage])
-            for stage, end in ends.items()
-            if end
+            Phase(names[phase], last, self._flops_per_token[phase])
+            for phase, last in last_steps.items()
         ]
 
     def batch_generator(self, data_iterable):
@@ -133,7 +151,11 @@ class TwoStageTrainer(Trainer):
 
     def post_dataloading_process(self, input_dict, labels):
         # A dictionary of tokens alone comes from our data loader.
-        inputs, labels, extra_kwargs = shard_batch(input_dict["input"], labels, self.context)
+        inputs = input_dict["input"]
+        if self.phase == PIECES:
+            seq_len = self.job_config.lighthouse.stage2_seq_len
+            return *cut_batch(inputs, labels, seq_len, self.context), {}, {}
+        inputs, labels, extra_kwargs = shard_batch(inputs, labels, self.context)
         self._last_inputs = inputs
         return inputs, labels, {}, extra_kwargs
 
@@ -142,7 +164,7 @@ class TwoStageTrainer(Trainer):
         if self.metrics_processor.console is not None:
             self.metrics_processor.console.advance(self.step)
         freq = self.job_config.lighthouse.telemetry_freq
-        if freq and self.stage == 1 and self.step % freq == 0:
+        if freq and self.phase == LIGHTHOUSE and self.step % freq == 0:
             (model,) = self.model_parts
             with self.metrics_processor.stopped_clock():
                 with self.train_context(), self.maybe_enable_amp:
@@ -161,14 +183,14 @@ class TwoStageTrainer(Trainer):
         if self.interruption.is_on_any_rank(self.device):
             self._stop()
             return False
-        stage = self.job_config.lighthouse.stage_of(self.step + 1)
-        if stage != self.stage:
-            self._enter_stage(stage)
+        phase = self.job_config.phase_of(self.step + 1)
+        if phase != self.phase:
+            self._enter_phase(phase)
         return True
 
     def _stop(self) -> None:
-        # No stage yet: no step of this process that could be lost.
-        is_saved = self.stage is None or self.checkpointer.save_now(self.step)
+        # No phase yet: no step of this process that could be lost.
+        is_saved = self.phase is None or self.checkpointer.save_now(self.step)
         self.exit_code = signals.EXIT_CODE if is_saved else 1
         kept = "nothing is lost" if is_saved else "without checkpoints its steps are lost"
         logger.warning(f"Asked to stop: the run ends after step {self.step}; {kept}")
@@ -177,27 +199,46 @@ class TwoStageTrainer(Trainer):
         self.interruption.close()
         super().close()
 
-    def _enter_stage(self, stage: int) -> None:
-        is_handover = stage == 2 and 0 < self.step == self.job_config.lighthouse.stage1_steps
-        before = stage_switch.state_digests(self) if is_handover else None
-        for part in self.model_parts:
-            if stage == 1:
-                apply_lighthouse.use_stage_1(
-                    part, self.job_config.lighthouse, self.model_args.n_layers, self.context
-                )
-            else:
-                apply_lighthouse.use_dense(part)
-        self.stage = stage
-        self.metrics_processor.enter_stage(stage, self._flops_per_token[stage])
-        logger.info(f"Stage {stage} ({STAGE_NAMES[stage]} attention) from step {self.step + 1} on")
-        if is_handover:
-            self._hand_over(before)
+    @property
+    def stage(self) -> int:
+        """The stage of the current phase."""
+        return 1 if self.phase == LIGHTHOUSE else 2
 
-    def _hand_over(self, before: dict[str, str]) -> None:
+    def _enter_phase(self, phase: str) -> None:
+        config = self.job_config
+        former = config.phase_of(self.step) if self.step else phase
+        before = stage_switch.state_digests(self) if former != phase else None
+        for part in self.model_parts:
+            self._use_attention_of(phase, part)
+        self.phase = phase
+        self.metrics_processor.enter_phase(self.stage, phase, self._flops_per_token[phase])
+        kind = "Lighthouse" if phase == LIGHTHOUSE else "dense"
+        seq_len = config.training.seq_len
+        length = ""
+        if config.has_pieces and phase != LIGHTHOUSE:
+            seq_len = config.lighthouse.stage2_seq_len if phase == PIECES else seq_len
+            length = f", sequences of {seq_len:,} tokens,"
+        logger.info(f"Stage {self.stage} ({kind} attention){length} from step {self.step + 1} on")
+        if before is not None:
+            self._hand_over({"from": former, "to": phase, "seq_len": seq_len}, before)
+
+    def _use_attention_of(self, phase: str, model: torch.nn.Module) -> None:
+        if phase == LIGHTHOUSE:
+            apply_lighthouse.use_stage_1(
+                model, self.job_config.lighthouse, self.model_args.n_layers, self.context
+            )
+            return
+        apply_lighthouse.use_dense(model)
+        use_shared_attention(model)
+        if phase == PIECES and self.context is not None:
+            use_local_attention(model, self._local_backends)
+
+    def _hand_over(self, change: dict[str, object], before: dict[str, str]) -> None:
         after = stage_switch.state_digests(self)
         if before != after:
             raise RuntimeError(f"the stage switch changed the state: {before} became {after}")
         record = {
+            **change,
             "step": self.step,
             "learning_rate": self.lr_schedulers.schedulers[0].get_last_lr()[0],
             "tokens_seen_per_rank": self.ntokens_seen,
@@ -206,14 +247,17 @@ class TwoStageTrainer(Trainer):
             "after": after,
         }
         path = stage_switch.write_handover(self.job_config.job.dump_folder, record)
+        is_switch = change["from"] == LIGHTHOUSE
+        what = "Stage switch" if is_switch else "Full length"
+        change_of = "Lighthouse to dense" if is_switch else "pieces to whole sequences"
         logger.info(
-            f"Stage switch after step {self.step}: Lighthouse to dense, learning rate "
+            f"{what} after step {self.step}: {change_of}, learning rate "
             f"{record['learning_rate']:.3e}, {self.ntokens_seen:,} tokens per rank, parameters and "
             f"optimizer state unchanged (SHA-256 {after['parameters'][:12]}, "
             f"{after['optimizer'][:12]}), recorded in {path}"
         )
-        self.metrics_processor.logger.log({SWITCH: 1}, self.step)
-        if self.job_config.validation.enable:
+        self.metrics_processor.logger.log({SWITCH if is_switch else FULL_LENGTH: 1}, self.step)
+        if is_switch and self.job_config.validation.enable:
             self.validator.validate(self.model_parts, self.step)
         self.metrics_processor.restart_clock()
 

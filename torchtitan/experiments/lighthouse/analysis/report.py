@@ -39,6 +39,7 @@ ROWS = {
     "crossing_step": ("held-out loss at most that of the dense run from step", ","),
     "stage_1_tokens_per_second": ("stage 1, Lighthouse, tokens/s per device", ",.0f"),
     "stage_2_tokens_per_second": ("stage 2, dense, tokens/s per device", ",.0f"),
+    "pieces_tokens_per_second": ("stage 2 in pieces, dense, tokens/s per device", ",.0f"),
     "stage_1_speed_up": ("speed-up of stage 1", ".2f"),
     "whole_run_speed_up": ("speed-up of the whole run", ".2f"),
     "device_hours": ("device-hours in training steps", ".3g"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torchtitan.experiments.lighthouse.config.job_config import FULL, LIGHTHOUSE, PIECES
 from torchtitan.experiments.lighthouse.metrics import (
     FILE_NAME,
     LOSS,
@@ -31,6 +32,9 @@ class Run:
 
     steps: np.ndarray
     stages: np.ndarray
+    phases: np.ndarray
+    """`lighthouse`, `pieces` or `full`; see `metrics.py`."""
+
     losses: np.ndarray
     rates: np.ndarray
     """Tokens per second and device."""
@@ -44,9 +48,9 @@ class Run:
     switch_step: int | None
     """Last step of stage 1; None for a run that has not switched."""
 
-    def rate(self, stage: int) -> float | None:
-        """Median tokens per second and device in a stage."""
-        rates = self.rates[self.stages == stage]
+    def rate(self, phase: str) -> float | None:
+        """Median tokens per second and device in a phase."""
+        rates = self.rates[self.phases == phase]
         return statistics.median(rates.tolist()) if len(rates) else None
 
     def tokens_trained(self) -> np.ndarray:
@@ -107,6 +111,8 @@ def read_run(folder: str | Path) -> Run:
     if not lines:
         raise ValueError(f"a run must have trained a step, got {str(folder)!r}; leave it out")
     for line in lines:
+        # Lines from before there were phases.
+        line["phase"] = line.get("phase") or (LIGHTHOUSE if line["stage"] == 1 else FULL)
         for metric in (TOKENS_PER_SECOND, TOKENS_SEEN):
             if metric not in line:
                 raise ValueError(
@@ -118,6 +124,7 @@ def read_run(folder: str | Path) -> Run:
         for name, metric in {
             "steps": "step",
             "stages": "stage",
+            "phases": "phase",
             "losses": LOSS,
             "rates": TOKENS_PER_SECOND,
             "tokens": TOKENS_SEEN,
@@ -168,12 +175,12 @@ def crossing_step(run: Run, dense: Run) -> int | None:
 def summarize_run(run: Run, dense: Run | None = None) -> dict[str, Any]:
     """The figures of a run, and against a dense one; None for what is not there.
 
-    The speed-up of stage 1 is that over the dense run if there is one, else over stage 2; the
-    whole run has one over a dense run alone.
+    The rate of stage 2 is that of its steps at full length. Stage 1 is compared with the
+    dense run if there is one, else with stage 2; the whole run with a dense run alone.
     """
     switch = switch_of(run)
-    rates = {stage: run.rate(stage) for stage in (1, 2)}
-    dense_rate = rates[2] if dense is None else dense.rate(2)
+    rates = {phase: run.rate(phase) for phase in (LIGHTHOUSE, PIECES, FULL)}
+    dense_rate = rates[FULL] if dense is None else dense.rate(FULL)
     mean_rates = (run.mean_rate(), dense and dense.mean_rate())
     return {
         "steps": int(run.steps[-1]),
@@ -186,9 +193,12 @@ def summarize_run(run: Run, dense: Run | None = None) -> dict[str, Any]:
         "spike_nats": switch and switch.spike,
         "recovery_step": switch and switch.recovery_step,
         "crossing_step": crossing_step(run, dense) if dense else None,
-        "stage_1_tokens_per_second": rates[1],
-        "stage_2_tokens_per_second": rates[2],
-        "stage_1_speed_up": rates[1] / dense_rate if rates[1] and dense_rate else None,
+        "stage_1_tokens_per_second": rates[LIGHTHOUSE],
+        "stage_2_tokens_per_second": rates[FULL],
+        "pieces_tokens_per_second": rates[PIECES],
+        "stage_1_speed_up": (
+            rates[LIGHTHOUSE] / dense_rate if rates[LIGHTHOUSE] and dense_rate else None
+        ),
         "whole_run_speed_up": mean_rates[0] / mean_rates[1] if all(mean_rates) else None,
         "device_hours": run.device_seconds() / 3600,
     }

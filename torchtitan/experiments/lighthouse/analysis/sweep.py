@@ -3,7 +3,8 @@
     lighthouse sweep c4_530m_98k.toml --output outputs/grid --list
     lighthouse sweep c4_530m_98k.toml --output outputs/grid --run --collect --world-size 8
 
-A grid gives values to fields of [lighthouse], to `stage1_share`, stage 1 as a part of
+A grid gives values to fields of [lighthouse] (`stage2_seq_len` and `stage2_full_steps` cut stage 2
+into pieces), to `stage1_share`, stage 1 as a part of
 `training.steps` (0: dense throughout), and to `seed`, debug.seed; without one it is the paper's. It
 is a TOML file or an inline table:
 
@@ -224,7 +225,9 @@ def name_of(fields: dict[str, Any], steps: int, grid: dict[str, list]) -> str:
     dilation = f"-d{fields['dilation']}" if "dilation" in grid else ""
     seed = f"-s{fields['seed']}" if "seed" in grid else ""
     rotary = f"-{fields['pool_rotary']}" if "pool_rotary" in grid else ""
-    return f"{name}{dilation}{rotary}-{stage1_steps}+{steps - stage1_steps}{seed}"
+    pieces = f"-n{fields['stage2_seq_len']}" if "stage2_seq_len" in grid else ""
+    full = f"-full{fields['stage2_full_steps']}" if "stage2_full_steps" in grid else ""
+    return f"{name}{dilation}{rotary}-{stage1_steps}+{steps - stage1_steps}{pieces}{full}{seed}"
 
 
 def list_cells(cells: list[Cell]) -> None:
@@ -323,6 +326,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     """What `take_folder` wrote. Raises ValueError for what it did not."""
     try:
         settings = json.loads(path.read_text())
+        # Before there were pieces, stage 2 was at full length.
+        before = {"stage2_seq_len": 0, "stage2_full_steps": 0}
+        settings["fields"] = before | settings["fields"]
         return {name: settings[name] for name in ("fields", "overrides", "config")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

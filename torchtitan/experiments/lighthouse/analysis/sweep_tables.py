@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 FIELDS = [
     *("scorer", "pooling_factor", "num_levels", "topk", "dilation", "pool_rotary"),
-    *("stage1_steps", "seed"),
+    *("stage1_steps", "stage2_seq_len", "stage2_full_steps", "seed"),
 ]
 """What a cell is told apart by: fields of [lighthouse], and debug.seed."""
 
@@ -24,6 +24,7 @@ COLUMNS = {
     "recovery_step": ("made up for at", ","),
     "stage_1_tokens_per_second": ("stage 1, tokens/s", ",.0f"),
     "stage_2_tokens_per_second": ("stage 2, tokens/s", ",.0f"),
+    "pieces_tokens_per_second": ("stage 2 in pieces, tokens/s", ",.0f"),
     "stage_1_speed_up": ("speed-up", ".2f"),
     "device_hours": ("device-hours", ".3g"),
 }

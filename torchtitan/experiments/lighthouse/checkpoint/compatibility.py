@@ -38,7 +38,8 @@ OF_STAGE_1 = tuple(
         *("pool_rotary", "full_attn_layers"),
     )
 )
-OF_STAGES = ("lighthouse.stage1_steps", *OF_STAGE_1)
+STAGE2_SEQ_LEN, STAGE2_FULL_STEPS = "lighthouse.stage2_seq_len", "lighthouse.stage2_full_steps"
+OF_STAGES = ("lighthouse.stage1_steps", *OF_STAGE_1, STAGE2_SEQ_LEN, STAGE2_FULL_STEPS)
 OF_RUN = (
     *("training.seq_len", "training.global_batch_size"),
     *(f"optimizer.{name}" for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
@@ -67,6 +68,10 @@ def record_of(config: JobConfig, data_parallel_degree: int) -> dict[str, Any]:
         record["training.global_batch_size"] = batch_size
     if record["lr_scheduler.total_steps"] is None:
         record["lr_scheduler.total_steps"] = config.training.steps
+    if not config.has_pieces:
+        record[STAGE2_SEQ_LEN] = 0
+    # Not compared: with it `stage2_full_steps` says where the pieces end.
+    record["training.steps"] = config.training.steps
     return json.loads(json.dumps(record))
 
 
@@ -106,6 +111,9 @@ def check_checkpoint(
     if was is None:
         return
     was.setdefault("lighthouse.pool_rotary", POOL_ROTARY_BEFORE)
+    # Before there were pieces, stage 2 was at full length.
+    was.setdefault(STAGE2_SEQ_LEN, 0)
+    was.setdefault(STAGE2_FULL_STEPS, 0)
     names = [*OF_MODEL]
     if not model_only:
         left_out = config.checkpoint.exclude_from_loading
@@ -114,12 +122,14 @@ def check_checkpoint(
     now = record_of(config, data_parallel_degree)
     accepted = config.checkpoint.accept_changes
     for name in names:
-        if name not in was or was[name] == now[name] or name in accepted:
+        is_same = name in was and was[name] == now[name] and name != STAGE2_FULL_STEPS
+        if name not in was or is_same or name in accepted:
             continue
         if name in OF_STAGES and not _affects_remaining_steps(name, was, now, step):
             continue
         raise ValueError(
-            f"{name} must be that of {path}, {_said(name, was, now)}; {_set_back(name, was)}, or "
+            f"{name} must be that of {path}, {_said(name, was, now)}; "
+            f"{_set_back(name, was, now)}, or "
             f'accept the change with checkpoint.accept_changes = ["{name}"]'
         )
 
@@ -174,12 +184,18 @@ def _affects_remaining_steps(
 ) -> bool:
     """Whether the change would make `step` steps, or those after them, of two kinds.
 
-    The switch may move as long as no step was trained beyond either place. What stage 1 is, no
-    later step feels once it is over.
+    The switch may move as long as no step was trained beyond either place, and so may the end of
+    the pieces in stage 2. What stage 1 is, no later step feels once it is over; how long the pieces
+    are, no step before them or after them.
     """
     stage1_steps = _stage1_steps(now)
     if name == "lighthouse.stage1_steps":
         return min(step, stage1_steps) != min(step, _stage1_steps(was))
+    ends = [_last_piece_step(record) for record in (was, now) if record[STAGE2_SEQ_LEN]]
+    if name == STAGE2_SEQ_LEN:
+        return stage1_steps < step < max(ends)
+    if name == STAGE2_FULL_STEPS:
+        return len({min(step, end) for end in ends}) > 1
     if name == "lighthouse.dilation" and now["lighthouse.scorer"] != "dilated":
         return False
     return step < stage1_steps
@@ -190,6 +206,11 @@ def _stage1_steps(record: dict[str, Any]) -> float:
     return math.inf if stage1_steps == -1 else stage1_steps
 
 
+def _last_piece_step(record: dict[str, Any]) -> int:
+    """Of a record with pieces in stage 2."""
+    return record["training.steps"] - record[STAGE2_FULL_STEPS]
+
+
 def _said(name: str, was: dict[str, Any], now: dict[str, Any]) -> str:
     if name == "model.flavor":
         differing = [key for key in now[name] if was[name].get(key) != now[name][key]]
@@ -197,14 +218,18 @@ def _said(name: str, was: dict[str, Any], now: dict[str, Any]) -> str:
         return f"whose {key} is {was[name].get(key)!r}, got {now[name].get(key)!r}"
     if name == "model.hf_assets_path":
         return "got a folder with another tokenizer"
+    if name == STAGE2_FULL_STEPS:
+        return f"whose last step on pieces is {_last_piece_step(was)}, got {_last_piece_step(now)}"
     return f"{was[name]!r}, got {now[name]!r}"
 
 
-def _set_back(name: str, was: dict[str, Any]) -> str:
+def _set_back(name: str, was: dict[str, Any], now: dict[str, Any]) -> str:
     if name == "model.flavor":
         return "name the one it was trained with, or set its sizes in [model.override]"
     if name in OF_MODEL:
         return "name the one it was trained with"
+    if name == STAGE2_FULL_STEPS:
+        return f"set it to {max(0, now['training.steps'] - _last_piece_step(was))}"
     if was[name] is None:
         return "leave it out"
     return f"set it to {was[name]!r}"

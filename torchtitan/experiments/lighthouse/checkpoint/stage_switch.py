@@ -1,11 +1,14 @@
 """The hand-over: what one stage leaves to the other, written down and shown to be unchanged.
 
-`handover.json` in the dump folder holds the step, the learning rate, the tokens seen, the data
-position of every data-parallel rank, and SHA-256 digests of all parameters and of all optimizer
-state before and after the switch.
+`handover.json` in the dump folder holds both phases, the sequence length of the new one, the step,
+the learning rate, the tokens seen, the data position of every data-parallel rank, and SHA-256
+digests of all parameters and of all optimizer state before and after the switch. Where stage 2 goes
+on from pieces to whole sequences, the same facts of that change stand under `full_length`.
 """
 
+import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torchtitan.experiments.lighthouse.config.job_config import FULL, PIECES
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 
 FILE_NAME = "handover.json"
@@ -65,5 +69,15 @@ def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
     path = Path(dump_folder) / FILE_NAME
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if (record["from"], record["to"]) == (PIECES, FULL):
+            record = {**_read_record(path), "full_length": record}
         write_json(path, record)
     return path
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """The record of the stage switch; empty for a run without one, or a file of something else."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}

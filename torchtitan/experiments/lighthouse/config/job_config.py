@@ -23,6 +23,10 @@ POOL_ROTARY_BEFORE = "averaged"
 """`lighthouse.pool_rotary` of checkpoints and configurations that were saved without the field."""
 
 
+LIGHTHOUSE, PIECES, FULL = "lighthouse", "pieces", "full"
+"""Phases of training, in order: stage 1, stage 2 on pieces of a sequence, stage 2 on whole ones."""
+
+
 @dataclass
 class Lighthouse:
     """Lighthouse Attention and the two stages."""
@@ -53,6 +57,15 @@ class Lighthouse:
     stage1_steps: int = -1
     """Steps trained with Lighthouse before the switch to dense attention.
     0: dense from the start; -1: never switch."""
+
+    stage2_seq_len: int = 0
+    """Sequence length of stage 2 in tokens, a divisor of training.seq_len. Each batch [B, N] is cut
+    into [B * N / n, n], and positions start at 0 in each piece. Under context parallelism each rank
+    holds whole pieces. 0: training.seq_len."""
+
+    stage2_full_steps: int = 0
+    """Last steps of stage 2 that train at training.seq_len again; 0: none. Only with
+    stage2_seq_len."""
 
     sdpa_backend: Literal["cudnn", "flash"] = "cudnn"
     """Kernel of attention on a GPU, in both stages; where it does not apply, the other one."""
@@ -181,3 +194,19 @@ class JobConfig(titan.JobConfig):
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     lighthouse: Lighthouse = field(default_factory=Lighthouse)
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether stage 2 trains on pieces of a sequence."""
+        return self.lighthouse.stage2_seq_len not in (0, self.training.seq_len)
+
+    @property
+    def last_piece_step(self) -> int:
+        """The last step that trains on pieces, if any step of stage 2 does."""
+        return self.training.steps - self.lighthouse.stage2_full_steps
+
+    def phase_of(self, step: int) -> str:
+        """The phase, `LIGHTHOUSE`, `PIECES` or `FULL`, that trains `step`; steps count from 1."""
+        if self.lighthouse.stage_of(step) == 1:
+            return LIGHTHOUSE
+        return PIECES if self.has_pieces and step <= self.last_piece_step else FULL

@@ -21,7 +21,7 @@ from torchtitan.experiments.lighthouse.planner.flops import (
     recomputed_flops_per_token,
 )
 from torchtitan.experiments.lighthouse.planner.gpus import Gpu
-from torchtitan.experiments.lighthouse.planner.memory import Memory, stage_memory
+from torchtitan.experiments.lighthouse.planner.memory import Memory, always, stage_memory
 from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
 from torchtitan.experiments.lighthouse.planner.step_time import step_seconds
 from torchtitan.experiments.lighthouse.planner.traffic import KINDS, layer_traffic, step_traffic
@@ -79,7 +79,8 @@ class Plan:
     run: dict[str, object]
     attention: dict[str, object]
     stages: dict[str, StagePlan]
-    """By number, those with at least one step."""
+    """By number, those with at least one step. With `lighthouse.stage2_seq_len` stage 2 is that on
+    pieces, and "2 full" the steps at full length."""
 
     dense: StagePlan
     """All steps with dense attention: the alternative."""
@@ -123,10 +124,18 @@ def plan(config: JobConfig, world_size: int, gpu: Gpu | None) -> Plan:
         ValueError: what a plan does not cover (`Sizes`).
     """
     sizes = Sizes(config, world_size, "cpu" if gpu is None else "cuda")
+    stages = {str(stage): stage_plan(sizes, stage, gpu) for stage in sizes.stages}
+    if config.has_pieces and 2 in sizes.stages:
+        full_steps = config.lighthouse.stage2_full_steps
+        steps = stages.pop("2").steps - full_steps
+        if steps:
+            stages["2"] = pieces_plan(sizes, gpu, steps)
+        if full_steps:
+            stages["2 full"] = stage_plan(sizes, 2, gpu, full_steps)
     return Plan(
         run=run_facts(sizes),
         attention=attention_facts(sizes),
-        stages={str(stage): stage_plan(sizes, stage, gpu) for stage in sizes.stages},
+        stages=stages,
         dense=stage_plan(sizes, 2, gpu, config.training.steps),
         checkpoints=checkpoint_facts(sizes),
         gpu=gpu,
@@ -156,6 +165,8 @@ def run_facts(sizes: Sizes) -> dict[str, object]:
         "tokens_per_rank": sizes.rank_tokens,
         "steps": config.training.steps,
         "stage_steps": {str(stage): sizes.stage_steps(stage) for stage in (1, 2)},
+        "stage2_seq_len": config.lighthouse.stage2_seq_len if config.has_pieces else sizes.seq_len,
+        "stage2_full_steps": config.lighthouse.stage2_full_steps,
         "tokens": sizes.tokens_per_step * config.training.steps,
         "activation_checkpoint": config.activation_checkpoint.mode
         + (
@@ -226,6 +237,16 @@ def stage_plan(sizes: Sizes, stage: int, gpu: Gpu | None, steps: int | None = No
         mfu=rate * result.logged_flops_per_token / gpu.peak_flops,
         gpu_hours=result.steps * step * sizes.world_size / 3600,
     )
+
+
+def pieces_plan(sizes: Sizes, gpu: Gpu | None, steps: int) -> StagePlan:
+    """`steps` of stage 2 on pieces."""
+    pieces = sizes.in_pieces()
+    result = stage_plan(pieces, 2, gpu, steps)
+    # The table of rotations and the batch that the loader gives are those of whole sequences.
+    memory = replace(result.memory, always=always(sizes))
+    traffic = {"pieces": result.traffic_per_layer[KINDS[False]]}
+    return replace(result, memory=memory, traffic_per_layer=traffic)
 
 
 def checkpoint_facts(sizes: Sizes) -> dict[str, object]:

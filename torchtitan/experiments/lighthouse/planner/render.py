@@ -22,7 +22,7 @@ from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser, exit_on_value_error
 
 NOTE = "expected from stated rates, not measured"
-WIDTH = 12
+WIDTH = 14
 """Of a column of numbers."""
 
 
@@ -93,6 +93,12 @@ def facts(result: Plan) -> str:
         f"steps       {steps['1']:,} with Lighthouse, {steps['2']:,} dense; "
         f"{run['tokens'] / 1e9:,.2f}B tokens",
     ]
+    if run["stage2_seq_len"] < run["seq_len"]:
+        full_steps = run["stage2_full_steps"]
+        lines.append(
+            f"stage 2     sequences in pieces of {run['stage2_seq_len']:,} tokens"
+            f"{f'; whole in its last {full_steps:,} steps' if full_steps else ''}"
+        )
     if attention:
         candidates = attention["candidates_per_stratum"]
         dense = attention["dense_layers"]
@@ -144,8 +150,7 @@ def traffic_table(result: Plan) -> str:
         name: [traffic.get(name, 0) / 1e6 for traffic in (layers | steps).values()]
         for name in purposes
     }
-    heads = [f"{kind} layer" for kind in layers] + [f"{name} step" for name in steps]
-    return table("MB sent by a rank", heads, rows, "{:,.2f}", width=18)
+    return table("MB sent: layers, steps", [*layers, *steps], rows, "{:,.2f}")
 
 
 def memory_table(result: Plan) -> str:

@@ -4,7 +4,8 @@ Everything `estimate.py` and `memory.py` count follows from these. Nothing is me
 process group is made: the model is torchtitan's own, on the meta device.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -138,6 +139,18 @@ class Sizes:
             # The kernel there wants as many heads of k and v as of q.
             kv_heads = self.n_heads
         return Shape(self.batch, self.n_heads, kv_heads, seq_len, self.head_dim, self.compute_bytes)
+
+    def in_pieces(self) -> "Sizes":
+        """The sizes of stage 2 on pieces: shorter sequences, as many tokens on each rank, and none
+        that ranks share."""
+        config = copy.deepcopy(self.config)
+        training, seq_len = config.training, config.lighthouse.stage2_seq_len
+        training.local_batch_size = self.rank_tokens // seq_len
+        if training.global_batch_size > 0:
+            training.global_batch_size *= self.seq_len // seq_len
+        training.seq_len = seq_len
+        config.parallelism.context_parallel_degree = 1
+        return replace(self, config=config)
 
     # Tokens and ranks.
 
