@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import tomli
 import torch
 from torchtitan.experiments.lighthouse.analysis.run_metrics import read_run, summarize_run
@@ -50,10 +49,8 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     check_output_folder,
     exit_on_value_error,
 )
+from torchtitan.experiments.lighthouse.runtime.plots import DENSE, LIGHTHOUSE, save, subplots
 from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PAPER_GRID = {
     "scorer": ["norm", "dilated", "gla"],
@@ -460,9 +457,9 @@ def plot(rows: list[dict], path: Path) -> None:
         loss_of(rows): "final loss (nats per token)",
         "stage_1_tokens_per_second": "stage 1 (tokens/s per device)",
     }
-    figure, panels = plt.subplots(
+    figure, panels = subplots(
         len(metrics), len(varied), squeeze=False, sharey="row", sharex="col",
-        figsize=(2 + 2.6 * len(varied), 3 * len(metrics)), layout="constrained",
+        figsize=(2 + 2.6 * len(varied), 3 * len(metrics)),
     )  # fmt: skip
     for panel_row, (metric, label) in zip(panels, metrics.items(), strict=True):
         panel_row[0].set_ylabel(label)
@@ -473,13 +470,13 @@ def plot(rows: list[dict], path: Path) -> None:
                 for value in values
             ]
             for i, group in enumerate(groups):
-                axes.plot([i] * len(group), group, "o", color="tab:blue", alpha=0.4)
+                axes.plot([i] * len(group), group, "o", color=DENSE, alpha=0.4)
                 if group:
                     median = statistics.median(group)
-                    axes.plot([i], [median], "_", color="tab:orange", markersize=30)
+                    axes.plot([i], [median], "_", color=LIGHTHOUSE, markersize=30)
             axes.set_xticks(range(len(values)), [str(value) for value in values])
             axes.set_xlim(-0.5, len(values) - 0.5)
     for axes, name in zip(panels[-1], varied, strict=True):
         axes.set_xlabel(name)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.suptitle("Final loss and speed by field (bar: median)")
+    save(figure, path)
