@@ -21,13 +21,10 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
 from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser, check_output_folder
+from torchtitan.experiments.lighthouse.runtime.plots import save, subplots
 from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 MEMORY_GROWTH = 0.01
 """Of resident memory, from the second to the last quarter, as a part of it."""
@@ -125,7 +122,7 @@ def compare(samples: list[dict], folder: Path) -> dict:
 
 def plot(samples: list[dict], result: dict, path: Path) -> None:
     """What was held over time."""
-    figure, panels = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
+    figure, panels = subplots(2, 1, sharex=True, figsize=(8, 5))
     minutes = [sample["seconds"] / 60 for sample in samples]
     panels[0].plot(minutes, [sample["memory_bytes"] / 2**30 for sample in samples])
     panels[0].set_ylabel("resident memory (GiB)")
@@ -137,8 +134,7 @@ def plot(samples: list[dict], result: dict, path: Path) -> None:
     panels[1].set_xlabel("minutes")
     steps = max(result["last_step"].values())
     figure.suptitle(f"{result['minutes']} minutes, {steps:,} steps")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,181 +1,247 @@
-"""Train in two stages and dense on the same text, compare, and write down what came of it.
+"""Train in two stages and dense for as long, on the same text, and show what came of it.
 
-    outputs/quickstart/report.md      settings, losses at the switch and at the end, speed
-    outputs/quickstart/loss.png       both loss curves, the switch marked
+    outputs/quickstart/report.md      settings, losses after equal time and equal tokens, speed
+    outputs/quickstart/loss.png       held-out loss of both runs over seconds, the switch marked
+    outputs/quickstart/layer.png      milliseconds of a layer against the sequence length
     outputs/quickstart/summary.json   the figures of the report
 
-Both runs see the same batches in the same order, so that their difference, step by step, shows
-the stage switch through the noise of the text. A finished run is reused, an unfinished one goes on
-from its last checkpoint, and one with other settings starts again.
+Both runs start from the same parameters and read the same batches in the same order. The dense run
+ends at its first validation after as many seconds of training as the two stages took. A finished
+run is reused, an unfinished one resumes, and one with other settings starts again.
 """
 
-import argparse
+import dataclasses
 import json
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import tomli
+import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse.analysis.run_metrics import (
-    WINDOW,
-    Run,
-    read_run,
-    smooth,
-    switch_of,
+from torchtitan.experiments.lighthouse.analysis.layer_times import (
+    LayerTimes,
+    measure_layer_times,
+    plot_layer_times,
 )
+from torchtitan.experiments.lighthouse.analysis.run_metrics import Run, read_run, switch_of
+from torchtitan.experiments.lighthouse.config.job_config import FULL, LIGHTHOUSE, PIECES
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.data.documents import open_documents
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.inference.generate import generate, load_dense_model
-from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
+from torchtitan.experiments.lighthouse.metrics import (
+    FILE_NAME,
+    LOSS,
+    TOKENS_PER_SECOND,
+    read_metrics,
+)
+from torchtitan.experiments.lighthouse.runtime.command_line import Parser
+from torchtitan.experiments.lighthouse.runtime.plots import (
+    DENSE_COLOR,
+    LIGHTHOUSE_COLOR,
+    SWITCH_LINE,
+    log_loss_axis,
+    save,
+    subplots,
+)
+from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
+from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from lighthouse import LighthouseConfig
 
 PROMPT = "def read_lines(path):\n"
+LAYER_LENGTHS = [2048, 4096, 8192, 16384]
+"""Tokens, for the figure of a layer."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", type=Path, default=Path("train_configs/quickstart.toml"))
-    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
-    options = parser.parse_args()
-    folders = {
-        "two stages": train("two stages", options.config, options.output / "two_stages"),
-        "dense": train(
-            "dense", options.config, options.output / "dense", "--lighthouse.stage1_steps", "0"
-        ),
-    }
+def main(args: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--config", default=Path("train_configs/quickstart.toml"), type=Path)
+    parser.add_argument("--output", default=Path("outputs/quickstart"), type=Path)
+    options = parser.parse_args(args)
     config = tomli.loads(options.config.read_text())
-    runs = {name: read_run(folder) for name, folder in folders.items()}
-    handover = json.loads((folders["two stages"] / "handover.json").read_text())
-    summary = summarize(runs, config, handover)
-    sample = sample_text(folders["two stages"], config)
+    folders = {name: options.output / name for name in ("two_stages", "dense")}
+    train(options.config, folders["two_stages"])
+    two = read_run(folders["two_stages"])
+    seconds = two.device_seconds()
+    train(
+        options.config,
+        folders["dense"],
+        *("--lighthouse.stage1_steps", "0"),
+        *("--validation.freq", str(config["validation"]["freq"] // 2)),
+        is_enough=lambda run: validated_seconds(run)[-1:] >= [seconds],
+    )
+    print("Measuring a layer at several lengths ...", flush=True)
+    times = layer_times(config)
+    summary = summarize(two, read_run(folders["dense"]), times, config)
     (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (options.output / "report.md").write_text(report(summary, config, sample))
-    plot(runs, summary, options.output / "loss.png")
+    sample = sample_text(folders["two_stages"], config)
+    (options.output / "report.md").write_text(report(summary, sample))
+    plot(two, read_run(folders["dense"]), summary, options.output / "loss.png")
+    plot_layer_times(times, options.output / "layer.png")
     print(headline(summary))
-    for name in ("report.md", "loss.png", "summary.json"):
+    for name in ("report.md", "loss.png", "layer.png", "summary.json"):
         print(f"  {options.output / name}")
 
 
-def train(name: str, config: Path, folder: Path, *overrides: str) -> Path:
-    """Train, or finish, or reuse the run in `folder`; shows its progress. Returns the folder."""
+def train(
+    config: Path,
+    folder: Path,
+    *overrides: str,
+    is_enough: Callable[[Run], bool] = lambda run: False,
+) -> None:
+    """Train, resume or reuse the run in `folder`, with a progress bar.
+
+    Args:
+        is_enough: asked while the run goes on; a run that is enough is asked to save and stop.
+
+    Raises:
+        SystemExit: training failed.
+    """
+    name = folder.name.replace("_", " ")
     settings = config.read_text() + " ".join(overrides)
-    steps = tomli.loads(config.read_text())["training"]["steps"]
-    settings_file = folder / "settings.txt"
+    settings_file, finished = folder / "settings.txt", folder / "finished"
     if folder.exists() and (not settings_file.exists() or settings_file.read_text() != settings):
         shutil.rmtree(folder)
-    finished = folder / "finished"
     if finished.exists():
         print(f"{name}: reusing {folder}")
-        return folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
     settings_file.write_text(settings)
     command = [
         sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
         "--job.config_file", str(config), "--job.dump_folder", str(folder), *overrides,
     ]  # fmt: skip
-    progress = Progress(name, folder, steps)
-    with (folder / "log.txt").open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            progress.show()
-            time.sleep(0.5)
-    progress.show()
-    if sys.stdout.isatty():
-        print()
-    if process.returncode:
+    steps = tomli.loads(config.read_text())["training"]["steps"]
+    with (
+        (folder / "log.txt").open("a") as log,
+        Progress(name, steps) as progress,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            is_stopped = False
+            while process.poll() is None:
+                time.sleep(0.5)
+                if (folder / FILE_NAME).exists() and (lines := read_metrics(folder, LOSS)):
+                    progress.show(lines[-1])
+                    if not is_stopped and is_enough(read_run(folder)):
+                        is_stopped = True
+                        process.send_signal(signal.SIGTERM)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode not in ((0, EXIT_CODE) if is_stopped else (0,)):
         tail = "\n".join((folder / "log.txt").read_text().splitlines()[-20:])
         raise SystemExit(f"{tail}\n{name}: training failed; the whole log is {folder / 'log.txt'}")
     finished.touch()
-    return folder
 
 
 class Progress:
-    """A line that shows how far a run is; on a terminal in place, else now and then."""
+    """A progress bar on a terminal, otherwise a line for each tenth of the run."""
 
-    def __init__(self, name: str, folder: Path, steps: int):
-        self.name, self.folder, self.steps = name, folder, steps
-        self.start = time.monotonic()
-        self.shown = None
+    def __init__(self, name: str, steps: int):
+        self.name, self.steps, self.tenth = name, steps, -1
+        self.bar = tqdm(
+            total=steps, desc=name, unit="step", disable=not sys.stdout.isatty(), file=sys.stdout
+        )
 
-    def show(self) -> None:
-        status, tenth = "starting ...", -1
-        if (self.folder / "metrics.jsonl").exists() and (lines := read_metrics(self.folder, LOSS)):
-            last = lines[-1]
-            done = round(20 * last["step"] / self.steps)
-            tenth = 10 * last["step"] // self.steps
-            attention = {1: "stage 1, Lighthouse", 2: "stage 2, dense"}[last["stage"]]
-            status = (
-                f"[{'#' * done}{'.' * (20 - done)}] step {last['step']}/{self.steps}  {attention}"
-                f"  loss {last[LOSS]:.2f}  {last[TOKENS_PER_SECOND]:,.0f} tokens/s"
-            )
-        line = f"{self.name}: {status}  {time.monotonic() - self.start:.0f} s"
-        if sys.stdout.isatty():
-            print(f"\r{line:<110}", end="", flush=True)
-        elif tenth != self.shown:
-            print(line, flush=True)
-        self.shown = tenth
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def show(self, line: dict) -> None:
+        """Show a line of the metrics that holds a training loss."""
+        attention = {1: "Lighthouse", 2: "dense"}[line["stage"]]
+        figures = f"{attention}, loss {line[LOSS]:.2f}, {line[TOKENS_PER_SECOND]:,.0f} tokens/s"
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.update(line["step"] - self.bar.n)
+        tenth = 10 * line["step"] // self.steps
+        if self.bar.disable and tenth != self.tenth:
+            print(f"{self.name}: step {line['step']} of {self.steps}, {figures}", flush=True)
+        self.tenth = tenth
 
 
-def summarize(runs: dict[str, Run], config: dict, handover: dict) -> dict:
-    """The figures of the report, from the metrics of the runs."""
-    two, dense = runs["two stages"], runs["dense"]
+def layer_times(config: dict) -> LayerTimes:
+    """Of a layer of the run's model, up to the run's length."""
+    model = FLAVORS[config["model"]["flavor"]]
+    fields = {field.name for field in dataclasses.fields(LighthouseConfig)}
+    attention = LighthouseConfig(**{k: v for k, v in config["lighthouse"].items() if k in fields})
+    lengths = [n for n in LAYER_LENGTHS if n <= config["training"]["seq_len"]]
+    return measure_layer_times(attention, model.n_heads, model.dim // model.n_heads, lengths)
+
+
+def validated_seconds(run: Run) -> list[float]:
+    """Seconds of training before each validation of a run on one device."""
+    seconds = np.cumsum(run.tokens_trained() / run.rates)
+    return [float(np.interp(step, run.steps, seconds)) for step, _ in run.held_out]
+
+
+def summarize(two: Run, dense: Run, times: LayerTimes, config: dict) -> dict:
+    """The figures of the report."""
     switch = switch_of(two)
-    difference = two.losses - dense.losses
-    before = float(difference[switch.step - WINDOW : switch.step].mean())
-    after = float(difference[switch.step : switch.step + WINDOW].max())
-    recovery_step = switch.recovery_step
-    rate = {
-        "stage 1, Lighthouse": two.rate(1),
-        "stage 2, dense": two.rate(2),
-        "dense run": dense.rate(2),
+    recovery = switch.recovery_step
+    seconds = min(validated_seconds(two)[-1], validated_seconds(dense)[-1])
+    tokens = min(two.tokens[-1], dense.tokens[-1])
+    rates = {
+        "stage 1, Lighthouse": two.rate(LIGHTHOUSE),
+        "stage 2, dense in pieces": two.rate(PIECES),
+        "stage 2, dense": two.rate(FULL),
+        "dense run": dense.rate(FULL),
     }
-    seconds = {name: run.device_seconds() for name, run in runs.items()}
+    rates = {name: rate for name, rate in rates.items() if rate is not None}
+
+    def after_seconds(run: Run) -> float:
+        return float(np.interp(seconds, validated_seconds(run), list(run.held_out.values())))
+
+    def after_tokens(run: Run) -> float:
+        seen = [np.interp(step, run.steps, run.tokens) for step, _ in run.held_out]
+        return float(np.interp(tokens, seen, list(run.held_out.values())))
+
+    machine = [platform.machine(), platform.system(), f"Python {platform.python_version()}"]
+    machine += [f"torch {torch.__version__}", f"{len(os.sched_getaffinity(0))} cores"]
     return {
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "machine": ", ".join(machine),
         "settings": config,
-        "corpus_unigram_entropy_nats": unigram_entropy(),
-        "switch_step": switch.step,
+        "equal_time": {
+            "seconds": seconds,
+            "two_stages": after_seconds(two),
+            "dense": after_seconds(dense),
+        },
+        "equal_tokens": {
+            "tokens": int(tokens),
+            "two_stages": after_tokens(two),
+            "dense": after_tokens(dense),
+        },
+        "tokens_seen": {"two_stages": int(two.tokens[-1]), "dense": int(dense.tokens[-1])},
+        "training_seconds": {
+            "two_stages": two.device_seconds(),
+            "dense": dense.device_seconds(),
+        },
+        "dense_seconds_for_all_tokens": float(two.tokens[-1] / rates["dense run"]),
         "held_out_at_switch": {
+            "step": switch.step,
             "lighthouse": switch.lighthouse,
             "dense": switch.dense,
             "spike_nats": switch.spike,
-            "steps_to_recover": None if recovery_step is None else recovery_step - switch.step,
-            "dense_run": dense.held_out[switch.step, 2],
+            "steps_to_recover": None if recovery is None else recovery - switch.step,
         },
-        "training_at_switch": {
-            "two_stages_minus_dense_before": before,
-            "two_stages_minus_dense_peak": after,
-            "spike_nats": after - before,
-        },
-        "final_training_loss": {"two_stages": two.final_loss(), "dense": dense.final_loss()},
         "final_held_out_loss": {
             "two_stages": two.final_held_out(),
             "dense": dense.final_held_out(),
         },
-        "tokens_per_second": rate,
-        "stage_1_speed_up": rate["stage 1, Lighthouse"] / rate["dense run"],
-        "training_seconds": seconds,
-        "whole_run_speed_up": seconds["dense"] / seconds["two stages"],
-        "handover": handover,
+        "tokens_per_second": rates,
+        "stage_1_speed_up": rates["stage 1, Lighthouse"] / rates["dense run"],
+        "layer_milliseconds": {**dataclasses.asdict(times), "crossing": times.crossing()},
     }
-
-
-def unigram_entropy() -> float:
-    """Entropy of a byte of the training text, in nats: what a model without context can reach."""
-    documents = open_documents("python_stdlib", None, "train", 0, 1)
-    counts = np.zeros(256)
-    for text, _ in documents.read(0, 0, 0, None):
-        counts += np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)
-    frequencies = counts[counts > 0] / counts.sum()
-    return float(-(frequencies * np.log(frequencies)).sum())
 
 
 def sample_text(folder: Path, config: dict) -> str:
@@ -188,90 +254,101 @@ def sample_text(folder: Path, config: dict) -> str:
 
 
 def headline(summary: dict) -> str:
-    final, switch = summary["final_held_out_loss"], summary["held_out_at_switch"]
-    steps = switch["steps_to_recover"]
-    recovery = "not made up for within the run"
-    if steps is not None:
-        recovery = f"made up for in {steps} steps"
+    """The result in three sentences."""
+    equal, seen = summary["equal_time"], summary["tokens_seen"]
+    difference = equal["dense"] - equal["two_stages"]
+    order = "below" if difference > 0 else "above"
     return (
-        f"Stage 1 trained {summary['stage_1_speed_up']:.1f} times as fast as dense attention, the "
-        f"whole run {summary['whole_run_speed_up']:.1f} times. The switch to dense attention after "
-        f"step {summary['switch_step']} cost {switch['spike_nats']:.2f} nats of held-out loss, "
-        f"{recovery}. Final held-out loss: {final['two_stages']:.3f} in two stages, "
-        f"{final['dense']:.3f} dense."
+        f"After {equal['seconds']:.0f} seconds of training, the held-out loss of two stages is "
+        f"{abs(difference):.2f} nats {order} that of dense attention: {equal['two_stages']:.3f} "
+        f"against {equal['dense']:.3f}. Two stages read {seen['two_stages']:,} tokens. At its "
+        f"measured speed, dense attention would need about "
+        f"{summary['dense_seconds_for_all_tokens']:.0f} seconds for as many (an estimate)."
     )
 
 
-def report(summary: dict, config: dict, sample: str) -> str:
+def report(summary: dict, sample: str) -> str:
+    """The text of report.md."""
+    config = summary["settings"]
     training, lighthouse = config["training"], config["lighthouse"]
-    at_switch, spike = summary["held_out_at_switch"], summary["training_at_switch"]
-    final, rate = summary["final_held_out_loss"], summary["tokens_per_second"]
-    final_training = summary["final_training_loss"]
-    seconds = summary["training_seconds"]
-    recovery = at_switch["steps_to_recover"]
-    if recovery is None:
-        recovery = "more than the run has"
-    rows = "\n".join(f"| {name} | {value:,.0f} |" for name, value in rate.items())
-    return f"""# Quick start: sparse first, dense at the end
+    time_, tokens = summary["equal_time"], summary["equal_tokens"]
+    switch, layer = summary["held_out_at_switch"], summary["layer_milliseconds"]
+    recovery = switch["steps_to_recover"]
+    recovered = "did not recover within the run" if recovery is None else f"{recovery} steps"
+    crossing = layer["crossing"]
+    crossed = "" if crossing is None else f" They take as long at {crossing:,.0f} tokens."
+    rates = "\n".join(f"| {name} | {v:,.0f} |" for name, v in summary["tokens_per_second"].items())
+    layers = "\n".join(
+        f"| {n:,} | {d:,.1f} | {s:,.1f} | {d / s:.2f} |"
+        for n, d, s in zip(layer["seq_lens"], layer["dense"], layer["lighthouse"], strict=True)
+    )
+    return f"""# Quick start: two stages against dense attention
 
 {headline(summary)}
 
-![Training loss of both runs](loss.png)
+![Held-out loss over seconds](loss.png)
 
 ## What was run
 
-A model of flavor `{config["model"]["flavor"]}` read {training["steps"]} batches of
-{training["seq_len"]:,} bytes of Python's standard library, once in two stages
-({lighthouse["stage1_steps"]} steps with Lighthouse Attention, then
-{training["steps"] - lighthouse["stage1_steps"]} dense) and once dense throughout, with the same
-start, data and optimizer. All settings: `train_configs/quickstart.toml`, and in `summary.json`.
-Machine: {summary["machine"]}.
+A Llama of flavor `{config["model"]["flavor"]}` was trained on Python's standard library, in
+windows of {training["seq_len"]:,} bytes, from the same start with the same data and optimizer.
 
-## What came of it
+- Two stages: {lighthouse["stage1_steps"]} steps with Lighthouse Attention, then
+  {training["steps"] - lighthouse["stage1_steps"]} steps with dense attention.
+- Dense: dense attention throughout, for as many seconds.
 
-Losses are in nats per byte. A model that knows only how frequent each byte is reaches
-{summary["corpus_unigram_entropy_nats"]:.2f}.
+Machine: {summary["machine"]}. All settings are in `summary.json`.
+Losses are in nats per byte, on the same held-out text, in windows of
+{config["validation"]["seq_len"]:,} tokens. Seconds are those of training
+steps, without validation and checkpoints.
+
+## Results
 
 | | two stages | dense |
 |---|---|---|
-| final loss, held-out text | {final["two_stages"]:.3f} | {final["dense"]:.3f} |
-| final loss, training text, mean of {WINDOW} steps | {final_training["two_stages"]:.3f} \
-| {final_training["dense"]:.3f} |
-| seconds in training steps | {seconds["two stages"]:.0f} | {seconds["dense"]:.0f} |
+| held-out loss after {time_["seconds"]:.0f} s | {time_["two_stages"]:.3f} | {time_["dense"]:.3f} |
+| held-out loss after {tokens["tokens"]:,} tokens | {tokens["two_stages"]:.3f} | \
+{tokens["dense"]:.3f} |
+| tokens read | {summary["tokens_seen"]["two_stages"]:,} | {summary["tokens_seen"]["dense"]:,} |
 
-| at the switch, after step {summary["switch_step"]} | |
+Losses between two validations lie on the straight line between them. After equal tokens, two stages
+may still be in stage 1, where validation attends with Lighthouse.
+
+| at the switch, after step {switch["step"]} | |
 |---|---|
-| held-out loss of the same weights, attended with Lighthouse | {at_switch["lighthouse"]:.3f} |
-| held-out loss of the same weights, attended densely | {at_switch["dense"]:.3f} |
-| spike | {at_switch["spike_nats"]:+.3f} nats |
-| dense steps until the held-out loss was back | {recovery} |
-| held-out loss of the dense run at that step | {at_switch["dense_run"]:.3f} |
-| training loss, two stages minus dense run, mean of {WINDOW} steps before | \
-{spike["two_stages_minus_dense_before"]:+.3f} |
-| the same, highest of the {WINDOW} steps after | {spike["two_stages_minus_dense_peak"]:+.3f} |
-
-The held-out loss is taken every {config["validation"]["freq"]} steps over the same
-{config["validation"]["steps"] * config["validation"]["seq_len"]:,} bytes.
+| held-out loss with Lighthouse Attention | {switch["lighthouse"]:.3f} |
+| held-out loss of the same parameters with dense attention | {switch["dense"]:.3f} |
+| dense steps until the loss was back | {recovered} |
 
 | tokens per second | |
 |---|---|
-{rows}
+{rates}
 
-## What to make of it
+## One layer
 
-It shows the mechanics, not the merit: a small model, a short context and minutes of training, in
-which dense attention is still affordable and every step counts. What Lighthouse is for are contexts
-at which it is not; there its lead grows with the length. For 98,304 tokens and 16,000 steps the
-paper (arXiv 2605.06554) reports a final loss of 0.698 in two stages and 0.724 dense, at three
-quarters of the cost.
+Attention of one layer, forward and backward, in milliseconds.{crossed}
 
-The hand-over between the stages is recorded in `two_stages/handover.json`: parameters and optimizer
-state before and after the switch have the same digests.
+| tokens | dense | Lighthouse | dense / Lighthouse |
+|---|---|---|---|
+{layers}
+
+![Milliseconds of a layer](layer.png)
+
+## What this shows
+
+It shows the speed of training at one context length, as in the paper. It does not show that the
+model uses its far context: so small a model hardly does. Dense training on short windows is then a
+strong alternative, which this comparison leaves out. For 98,304 tokens and 16,000 steps, the paper
+(arXiv 2605.06554) reports a final loss of 0.698 in two stages and 0.724 dense, at three quarters of
+the cost.
+
+`two_stages/handover.json` records the switch: parameters and optimizer state have the same digests
+before and after it.
 
 ## What the dense model writes
 
-Sampled at temperature 0.7 after the prompt `{PROMPT.strip()}`; {training["steps"]} small steps
-make no programmer.
+Sampled at temperature 0.7 after the prompt `{PROMPT.strip()}`. A model this small does not learn to
+program in {training["steps"]} steps.
 
 ```
 {sample}
@@ -279,40 +356,25 @@ make no programmer.
 """
 
 
-def plot(runs: dict[str, Run], summary: dict, path: Path) -> None:
-    """Held-out loss of both runs above, the difference of their training losses below."""
-    switch = summary["switch_step"]
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(9, 7), sharex=True, height_ratios=[3, 2], layout="constrained"
+def plot(two: Run, dense: Run, summary: dict, path: Path) -> None:
+    """Held-out loss of both runs over the seconds of training."""
+    figure, axes = subplots(figsize=(10, 6))
+    for name, run, color in (("dense", dense, DENSE_COLOR), ("two stages", two, LIGHTHOUSE_COLOR)):
+        losses = list(run.held_out.values())
+        axes.plot(validated_seconds(run), losses, color=color, marker="o", label=name)
+    steps = [step for step, _ in two.held_out]
+    switch = validated_seconds(two)[steps.index(two.switch_step)]
+    label = "switch: Lighthouse to dense"
+    axes.axvline(switch, color=LIGHTHOUSE_COLOR, label=label, **SWITCH_LINE)
+    equal = summary["equal_time"]
+    axes.set_title(
+        f"After {equal['seconds']:.0f} s at {summary['settings']['training']['seq_len']:,} tokens: "
+        f"{equal['two_stages']:.2f} in two stages, {equal['dense']:.2f} dense"
     )
-    for name, color in (("dense", "tab:gray"), ("two stages", "tab:orange")):
-        points = runs[name].held_out
-        steps = [step for step, _ in points]
-        top.plot(steps, list(points.values()), color=color, marker=".", label=name)
-    top.axhline(
-        summary["corpus_unigram_entropy_nats"],
-        color="tab:blue",
-        linestyle=":",
-        label="frequency of each byte alone",
-    )
-    lowest = min(min(run.held_out.values()) for run in runs.values())
-    top.set(ylabel="held-out loss (nats per byte)", ylim=(lowest - 0.1, lowest + 1.4))
-    top.set_title(
-        f"Same data, same start: stage 1 at {summary['stage_1_speed_up']:.1f} times "
-        "the speed of dense attention"
-    )
-    steps = runs["two stages"].steps
-    difference = runs["two stages"].losses - runs["dense"].losses
-    bottom.plot(steps, difference, color="tab:orange", alpha=0.35, linewidth=0.8)
-    bottom.plot(steps, smooth(difference), color="tab:orange")
-    bottom.axhline(0, color="black", linewidth=0.8)
-    bottom.set(xlabel="step", ylabel="training loss,\ntwo stages minus dense", ylim=(-0.3, 0.3))
-    for axes in (top, bottom):
-        axes.axvline(switch + 0.5, color="black", linestyle="--", linewidth=1)
-    top.text(switch + 4, lowest + 1.15, "switch:\nLighthouse to dense")
-    top.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axes.set(xlabel="seconds of training", ylabel="held-out loss (nats per byte)")
+    log_loss_axis(axes)
+    axes.legend()
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@
 Reads `metrics.jsonl` in the dump folder of each run, finished or not, and writes
 
     report.md   what the switch cost and when that was made up for, in words, and a table
-    loss.png    training and held-out loss, each switch marked
+    loss.png    training and held-out loss over steps, tokens and time, each switch marked
 """
 
 import os
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from torchtitan.experiments.lighthouse.analysis.run_metrics import (
     WINDOW,
     Run,
@@ -24,6 +23,15 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_output_folder,
     exit_on_value_error,
+)
+from torchtitan.experiments.lighthouse.runtime.plots import (
+    DENSE_COLOR,
+    LIGHTHOUSE_COLOR,
+    OTHER_COLORS,
+    SWITCH_LINE,
+    log_loss_axis,
+    save,
+    subplots,
 )
 
 ROWS = {
@@ -143,31 +151,28 @@ def sentence(name: str, c: dict) -> str:
 
 
 def plot(runs: dict[str, Run], dense: str | None, path: Path) -> None:
-    """Training loss above, held-out loss below, over the steps."""
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    for i, (name, run) in enumerate(runs.items()):
-        color = "tab:gray" if name == dense else f"C{i}"
-        top.plot(run.steps, run.losses, color=color, alpha=0.25, linewidth=0.8)
-        top.plot(run.steps, smooth(run.losses), color=color, label=name)
-        steps = [step for step, _ in run.held_out]
-        bottom.plot(steps, list(run.held_out.values()), color=color, marker=".", label=name)
-        for axes in (top, bottom):
+    """Held-out loss, and faintly the training loss, over steps, tokens and time."""
+    figure, panels = subplots(1, 3, figsize=(18, 6.5), sharey=True)
+    colors = iter((LIGHTHOUSE_COLOR, *OTHER_COLORS) * len(runs))
+    for name, run in runs.items():
+        color = DENSE_COLOR if name == dense else next(colors)
+        minutes = np.cumsum(run.tokens_trained() / run.rates) / 60
+        validated = [step for step, _ in run.held_out]
+        for axes, x in zip(panels, (run.steps, run.tokens, minutes), strict=True):
+            has_held_out = bool(validated)
+            faint = {"alpha": 0.35, "linewidth": 1} if has_held_out else {"label": name}
+            axes.plot(x, smooth(run.losses), color=color, **faint)
+            if has_held_out:
+                at = np.interp(validated, run.steps, x)
+                axes.plot(at, list(run.held_out.values()), color=color, marker="o", label=name)
             if run.switch_step is not None:
-                axes.axvline(run.switch_step, color=color, linestyle="--", linewidth=1)
-    top.plot([], [], color="black", linestyle="--", linewidth=1, label="switch to dense attention")
-    shown = np.concatenate([later_losses(run) for run in runs.values()])
-    margin = 0.05 * (shown.max() - shown.min()) + 0.01
-    for axes, what in ((top, "training loss"), (bottom, "held-out loss")):
-        axes.set(ylabel=f"{what} (nats per token)")
-        axes.set(ylim=(shown.min() - margin, shown.max() + margin))
-    bottom.set(xlabel="step")
-    top.legend(loc="upper right")
-    figure.savefig(path, dpi=120)
-
-
-def later_losses(run: Run) -> np.ndarray:
-    """Losses after the first tenth of a run, which falls from so high that it would hide them."""
-    start = run.steps[0] + (run.steps[-1] - run.steps[0]) / 10
-    held_out = [loss for (step, _), loss in run.held_out.items() if step >= start]
-    return np.concatenate([smooth(run.losses)[run.steps >= start], held_out])
+                axes.axvline(np.interp(run.switch_step, run.steps, x), color=color, **SWITCH_LINE)
+    if any(run.switch_step is not None for run in runs.values()):
+        panels[0].plot([], [], color="black", label="switch to dense attention", **SWITCH_LINE)
+    for axes, label in zip(panels, ("step", "tokens", "device-minutes of training"), strict=True):
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("loss (nats per token)")
+    log_loss_axis(panels[0])
+    panels[0].legend()
+    figure.suptitle(f"Held-out loss (faint: training loss, mean of {WINDOW} lines)")
+    save(figure, path)

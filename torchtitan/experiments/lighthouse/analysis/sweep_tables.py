@@ -9,7 +9,12 @@ import json
 import statistics
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from torchtitan.experiments.lighthouse.runtime.plots import (
+    DENSE_COLOR,
+    LIGHTHOUSE_COLOR,
+    save,
+    subplots,
+)
 
 FIELDS = [
     *("scorer", "pooling_factor", "num_levels", "topk", "dilation", "pool_rotary"),
@@ -102,8 +107,13 @@ def plot(rows: list[dict], path: Path) -> None:
         loss_of(rows): "final loss (nats per token)",
         "stage_1_tokens_per_second": "stage 1 (tokens/s per device)",
     }
-    figure = Figure(figsize=(2 + 2.6 * len(varied), 3 * len(metrics)), layout="constrained")
-    panels = figure.subplots(len(metrics), len(varied), squeeze=False, sharey="row", sharex="col")
+    figure, panels = subplots(
+        *(len(metrics), len(varied)),
+        figsize=(2 + 3 * len(varied), 3.5 * len(metrics)),
+        squeeze=False,
+        sharey="row",
+        sharex="col",
+    )
     for panel_row, (metric, label) in zip(panels, metrics.items(), strict=True):
         panel_row[0].set_ylabel(label)
         for axes, name in zip(panel_row, varied, strict=True):
@@ -113,12 +123,13 @@ def plot(rows: list[dict], path: Path) -> None:
                 for value in values
             ]
             for i, group in enumerate(groups):
-                axes.plot([i] * len(group), group, "o", color="tab:blue", alpha=0.4)
+                axes.plot([i] * len(group), group, "o", color=DENSE_COLOR, alpha=0.4)
                 if group:
                     median = statistics.median(group)
-                    axes.plot([i], [median], "_", color="tab:orange", markersize=30)
+                    axes.plot([i], [median], "_", color=LIGHTHOUSE_COLOR, markersize=30)
             axes.set_xticks(range(len(values)), [str(value) for value in values])
             axes.set_xlim(-0.5, len(values) - 0.5)
     for axes, name in zip(panels[-1], varied, strict=True):
         axes.set_xlabel(name)
-    figure.savefig(path, dpi=120)
+    figure.suptitle("Final loss and speed by field (bar: median)")
+    save(figure, path)

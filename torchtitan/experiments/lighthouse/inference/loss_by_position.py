@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Validation
@@ -45,6 +44,7 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     check_output_folder,
     exit_on_value_error,
 )
+from torchtitan.experiments.lighthouse.runtime.plots import save, subplots
 from torchtitan.models.llama3 import Transformer
 
 FIRST_BUCKET = 64
@@ -213,8 +213,7 @@ def cell(value: dict) -> str:
 
 def plot(result: dict, path: Path) -> None:
     """Loss by position, a line for each model and attention."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots(figsize=(10, 7))
     for entry in result["results"]:
         # The middle of a bucket on a logarithmic axis; the first one from its first token on.
         middles = [(max(1, b["from"]) * b["to"]) ** 0.5 for b in entry["by_position"]]
@@ -227,5 +226,6 @@ def plot(result: dict, path: Path) -> None:
     axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
     axes.minorticks_off()
     axes.set(xlabel="tokens before", ylabel="held-out loss (nats per token)")
-    figure.legend(loc="outside upper left", fontsize="small")
-    figure.savefig(path, dpi=120)
+    axes.set_title(f"Held-out loss by position, {result['dataset']}, {result['seq_len']:,} tokens")
+    figure.legend(loc="outside lower left")
+    save(figure, path)

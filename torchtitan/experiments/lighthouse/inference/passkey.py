@@ -39,7 +39,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
@@ -58,6 +57,7 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     exit_on_value_error,
     open_tokenizer,
 )
+from torchtitan.experiments.lighthouse.runtime.plots import save, subplots
 from torchtitan.models.llama3 import Transformer
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 98304]
@@ -337,8 +337,7 @@ def table(result: dict) -> str:
 def plot(result: dict, path: Path) -> None:
     """Lengths to the right, depths downwards."""
     lengths, depths = result["lengths"], result["depths"]
-    figure = Figure(figsize=(2.5 + len(lengths), 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = subplots(figsize=(5 + len(lengths), 5.5))
     columns = list(zip(*result["accuracy"], strict=True))
     image = axes.imshow(columns, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for y, row in enumerate(columns):
@@ -346,9 +345,10 @@ def plot(result: dict, path: Path) -> None:
             axes.text(x, y, f"{value:.1f}", ha="center", va="center")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
+    axes.grid(False)
     axes.set(xlabel="context (tokens)", ylabel="depth of the key")
     axes.set_title(
-        f"{result['attention']}: mean {result['mean']:.2f}, chance {result['chance']:.1f}"
+        f"Pass key, {result['attention']}: mean {result['mean']:.2f}, chance {result['chance']:.1f}"
     )
     figure.colorbar(image, label="right answers")
-    figure.savefig(path, dpi=120)
+    save(figure, path)
