@@ -271,17 +271,6 @@ def report(summary: dict, sample: str) -> str:
     """The text of report.md."""
     config = summary["settings"]
     training, lighthouse = config["training"], config["lighthouse"]
-    time_, tokens = summary["equal_time"], summary["equal_tokens"]
-    switch, layer = summary["held_out_at_switch"], summary["layer_milliseconds"]
-    recovery = switch["steps_to_recover"]
-    recovered = "did not recover within the run" if recovery is None else f"{recovery} steps"
-    crossing = layer["crossing"]
-    crossed = "" if crossing is None else f" They take as long at {crossing:,.0f} tokens."
-    rates = "\n".join(f"| {name} | {v:,.0f} |" for name, v in summary["tokens_per_second"].items())
-    layers = "\n".join(
-        f"| {n:,} | {d:,.1f} | {s:,.1f} | {d / s:.2f} |"
-        for n, d, s in zip(layer["seq_lens"], layer["dense"], layer["lighthouse"], strict=True)
-    )
     return f"""# Quick start: two stages against dense attention
 
 {headline(summary)}
@@ -302,14 +291,51 @@ Losses are in nats per byte, on the same held-out text, in windows of
 {config["validation"]["seq_len"]:,} tokens. Seconds are those of training
 steps, without validation and checkpoints.
 
-## Results
+{results(summary)}
+## What this shows
+
+It shows the speed of training at one context length, as in the paper. It does not show that the
+model uses its far context: so small a model hardly does. Dense training on short windows is then a
+strong alternative, which this comparison leaves out. For 98,304 tokens and 16,000 steps, the paper
+(arXiv 2605.06554) reports a final loss of 0.698 in two stages and 0.724 dense, at three quarters of
+the cost.
+
+`two_stages/handover.json` records the switch: parameters and optimizer state have the same digests
+before and after it.
+
+## What the dense model writes
+
+Sampled at temperature 0.7 after the prompt `{PROMPT.strip()}`. A model this small does not learn to
+program in {training["steps"]} steps.
+
+```
+{sample}
+```
+"""
+
+
+def results(summary: dict) -> str:
+    """The sections of report.md that hold tables."""
+    time_, tokens = summary["equal_time"], summary["equal_tokens"]
+    seen, switch = summary["tokens_seen"], summary["held_out_at_switch"]
+    layer = summary["layer_milliseconds"]
+    recovery = switch["steps_to_recover"]
+    recovered = "did not recover within the run" if recovery is None else f"{recovery} steps"
+    crossing = layer["crossing"]
+    crossed = "" if crossing is None else f" They take as long at {crossing:,.0f} tokens."
+    rates = "\n".join(f"| {name} | {v:,.0f} |" for name, v in summary["tokens_per_second"].items())
+    layers = "\n".join(
+        f"| {n:,} | {d:,.1f} | {s:,.1f} | {d / s:.2f} |"
+        for n, d, s in zip(layer["seq_lens"], layer["dense"], layer["lighthouse"], strict=True)
+    )
+    return f"""## Results
 
 | | two stages | dense |
 |---|---|---|
 | held-out loss after {time_["seconds"]:.0f} s | {time_["two_stages"]:.3f} | {time_["dense"]:.3f} |
 | held-out loss after {tokens["tokens"]:,} tokens | {tokens["two_stages"]:.3f} | \
 {tokens["dense"]:.3f} |
-| tokens read | {summary["tokens_seen"]["two_stages"]:,} | {summary["tokens_seen"]["dense"]:,} |
+| tokens read | {seen["two_stages"]:,} | {seen["dense"]:,} |
 
 Losses between two validations lie on the straight line between them. After equal tokens, two stages
 may still be in stage 1, where validation attends with Lighthouse.
@@ -333,26 +359,6 @@ Attention of one layer, forward and backward, in milliseconds.{crossed}
 {layers}
 
 ![Milliseconds of a layer](layer.png)
-
-## What this shows
-
-It shows the speed of training at one context length, as in the paper. It does not show that the
-model uses its far context: so small a model hardly does. Dense training on short windows is then a
-strong alternative, which this comparison leaves out. For 98,304 tokens and 16,000 steps, the paper
-(arXiv 2605.06554) reports a final loss of 0.698 in two stages and 0.724 dense, at three quarters of
-the cost.
-
-`two_stages/handover.json` records the switch: parameters and optimizer state have the same digests
-before and after it.
-
-## What the dense model writes
-
-Sampled at temperature 0.7 after the prompt `{PROMPT.strip()}`. A model this small does not learn to
-program in {training["steps"]} steps.
-
-```
-{sample}
-```
 """
 
 
