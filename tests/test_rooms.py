@@ -62,8 +62,9 @@ def test_imports_run_one_way():
 def test_the_attention_imports_no_trainer():
     allowed = {"lighthouse", "torch", "triton", "fla", *sys.stdlib_module_names}
     for name, path in modules(ROOT / "lighthouse").items():
+        extra = {"transformers"} if name == "huggingface" else set()
         for target in imported(path):
-            assert target.split(".")[0] in allowed, f"lighthouse.{name} imports {target}"
+            assert target.split(".")[0] in allowed | extra, f"lighthouse.{name} imports {target}"
 
 
 @pytest.mark.parametrize("name", [name for name in modules(ROOT / "lighthouse") if "." not in name])
