@@ -278,11 +278,6 @@ def _check_arguments(
     kwargs: dict[str, Any],
 ) -> None:
     """Raise ValueError for anything that is not plain causal attention over one document."""
-    if attention_mask is not None:
-        raise ValueError(
-            "attention_mask must be all ones for Lighthouse Attention in training, got a mask; "
-            "pack sequences to config.nearest_seq_len, without padding, or call use_dense(model)"
-        )
     if dropout:
         raise ValueError(
             f"attention_dropout must be 0 for Lighthouse Attention, got {dropout}; set it to 0 in "
@@ -300,6 +295,11 @@ def _check_arguments(
             raise ValueError(
                 _has(name, module, "leave it out, or add the layer to full_attn_layers")
             )
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask must be all ones for Lighthouse Attention in training, got a mask; "
+            "pack sequences to config.nearest_seq_len, without padding, or call use_dense(model)"
+        )
     if (position_ids := kwargs.get("position_ids")) is not None:
         _require((position_ids.diff(dim=-1) == 1).all(), _PACKED)
 
