@@ -69,12 +69,12 @@ def main() -> None:
     arguments = TrainingArguments(
         options.output, max_steps=options.steps, save_steps=options.save_steps, logging_steps=5,
         learning_rate=2e-3, per_device_train_batch_size=1, report_to="none",
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs=gradient_checkpointing_kwargs(),
     )  # fmt: skip
     set_seed(arguments.seed)
+    model = LlamaForCausalLM(config)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs())
     trainer = Trainer(
-        LlamaForCausalLM(config),
+        model,
         arguments,
         data_collator=default_data_collator,
         train_dataset=windows(options.seq_len, 1000),

@@ -53,7 +53,7 @@ _QK_NORMS = {
 
 _WITHOUT_EFFECT = {
     *("cache_position", "num_items_in_batch", "output_hidden_states", "output_router_logits"),
-    *("past_key_values", "position_ids", "return_dict", "use_cache"),
+    *("past_key_values", "position_ids", "return_dict", "shift_labels", "use_cache"),
 }
 """Arguments of the attention interface that do not change causal attention over one document."""
 
@@ -125,9 +125,11 @@ def use_dense(model: PreTrainedModel) -> None:
 
 
 def gradient_checkpointing_kwargs() -> dict[str, Any]:
-    """For `TrainingArguments` and `model.gradient_checkpointing_enable`: keeps the selections.
+    """For `model.gradient_checkpointing_enable`: keeps the selections.
 
-    Any other setting recomputes them in the backward pass, which raises an error.
+    Any other setting recomputes them in the backward pass, which raises an error. In the field of
+    that name of `TrainingArguments` they work, too, but not with `report_to="tensorboard"`, which
+    writes the arguments as JSON and cannot write a function.
     """
     return {"use_reentrant": False, "context_fn": _keep_selections}
 
