@@ -21,16 +21,21 @@ Letters used for shapes in every module:
 
 from lighthouse.attention import LighthouseAttention, lighthouse_attention
 from lighthouse.config import LighthouseConfig
+from lighthouse.context_parallel import ContextParallel, UlyssesAttention
 from lighthouse.ops import OPS_TO_SAVE
 from lighthouse.rotary import RotaryPhases
+from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import Selection, select
 
 __all__ = [
     "OPS_TO_SAVE",
+    "ContextParallel",
     "LighthouseAttention",
     "LighthouseConfig",
     "RotaryPhases",
     "Selection",
+    "UlyssesAttention",
+    "causal_sdpa",
     "lighthouse_attention",
     "select",
 ]

@@ -4,6 +4,7 @@ An operation is a plain PyTorch function, its reference, and a Triton kernel for
 under `lighthouse::name` it is opaque to torch.compile and can be named by activation checkpointing.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -34,8 +35,11 @@ def register(
             reference runs there, too.
         backward, setup_context: as `torch.library.register_autograd` takes them. Without them the
             operation refuses to be differentiated.
-        save: whether activation checkpointing must keep the outputs (`OPS_TO_SAVE`).
+        save: whether activation checkpointing must keep the outputs (`OPS_TO_SAVE`). Running the
+            operation again in a backward pass then raises RuntimeError.
     """
+    if save:
+        reference = _once_a_step(reference)
     op = torch.library.custom_op(f"lighthouse::{name}", reference, mutates_args=())
     op.register_fake(fake)
     op.register_autograd(backward or _refuse_derivative, setup_context=setup_context)
@@ -45,12 +49,30 @@ def register(
             if args[0].dtype == torch.float64:
                 return reference(*args)
             module = importlib.import_module(f"lighthouse.kernels.{kernels}")
-            return getattr(module, name)(*args)
+            kernel = getattr(module, name)
+            return (_once_a_step(kernel) if save else kernel)(*args)
 
         op.register_kernel("cuda", run_on_cuda)
     if save:
         OPS_TO_SAVE.append(getattr(torch.ops.lighthouse, name).default)
     return op
+
+
+def _once_a_step(function: Callable) -> Callable:
+    """`function`, with an error in place of its recomputation by activation checkpointing."""
+
+    @functools.wraps(function)
+    def run(*args):
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "activation checkpointing must keep the selections, which may come out differently "
+                "a second time, got a recomputation in the backward pass; checkpoint with "
+                "use_reentrant=False and a context_fn that saves lighthouse.OPS_TO_SAVE (for "
+                "transformers: lighthouse.huggingface.gradient_checkpointing_kwargs())"
+            )
+        return function(*args)
+
+    return run
 
 
 def _refuse_derivative(ctx, *grads):

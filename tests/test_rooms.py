@@ -106,8 +106,9 @@ def test_an_import_registers_the_model_and_does_nothing_else():
 def test_the_attention_imports_no_trainer():
     allowed = {"lighthouse", "torch", "triton", "fla", *sys.stdlib_module_names}
     for name, path in modules(ROOT / "lighthouse").items():
+        extra = {"transformers"} if name == "huggingface" else set()
         for target in imported(path):
-            assert target.split(".")[0] in allowed, f"lighthouse.{name} imports {target}"
+            assert target.split(".")[0] in allowed | extra, f"lighthouse.{name} imports {target}"
 
 
 def test_the_command_imports_no_trainer():

@@ -88,10 +88,11 @@ def test_scores_by_attention_once_a_layer(scorer, mode, compiled, count_selectio
         torch.testing.assert_close(gradient, expected)
 
 
-def test_without_it_the_selection_is_recomputed(count_selections, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recomputed_selection_is_an_error(compiled, monkeypatch):
     monkeypatch.setattr(apply_lighthouse, "save_selections", lambda model: None)
-    gradients("full")
-    assert len(count_selections) == 2 * N_LAYERS
+    with pytest.raises(RuntimeError, match="must keep the selections"):
+        gradients("full", compiled)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective-op", "selective-1"])
