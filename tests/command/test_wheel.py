@@ -1,6 +1,7 @@
 """The wheel in a bare environment: the attention without its extras, and the command."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,7 +20,7 @@ from lighthouse import LighthouseConfig, lighthouse_attention
 
 q = k = v = torch.randn(1, 8, 16384, 64)
 out = lighthouse_attention(q, k, v, LighthouseConfig(num_levels=3, pooling_factor=4, topk=256))
-names = ["torchtitan", "wandb", "datasets", "matplotlib", "transformers"]
+names = ["torchtitan.train", "wandb", "datasets", "matplotlib", "transformers"]
 print(tuple(out.shape), [name for name in names if importlib.util.find_spec(name)])
 """
 
@@ -35,8 +36,11 @@ def run(*command: str | Path, cwd: Path) -> str:
 def folder(tmp_path_factory) -> Path:
     """Outside of the checkout; holds the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip"]
-    run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
+    # A copy: setuptools leaves files in the folder that it builds in, and packs those it finds.
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "outputs", "tests")
+    shutil.copytree(ROOT, folder / "checkout", ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    run(*pip, "--wheel-dir", folder, folder / "checkout", cwd=folder)
     return folder
 
 
