@@ -48,7 +48,7 @@ def main() -> None:
     add("--seq-len", type=int, default=98304)
     add("--topk", type=int, default=1536)
     add("--steps", type=int, default=6, help="of each stage")
-    add(*("--dtype", "--device-dtype"), default="bfloat16", choices=["bfloat16", "float32"])
+    add("--dtype", "--device-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     add("--compile", action="store_true")
     add("--activation-checkpoint", default="selective", choices=["none", "selective", "full"])
     add("--breakdown", action="store_true", help="profile a second run, on a GPU")

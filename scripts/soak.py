@@ -34,7 +34,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument(
-        *("--output", "--out"), type=Path, default=Path("outputs/soak"), metavar="FOLDER"
+        "--output", "--out", type=Path, default=Path("outputs/soak"), metavar="FOLDER"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="until it is stopped")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS")

@@ -337,7 +337,11 @@ COMMAND_LINES = [
     run("--training.dataset python_stdlib", "training.dataset_path must not", "/corpus'", "remove"),
     run(
         "--training.dataset prepared",
-        *("training.dataset_path must be a folder with a prepared", "/corpus'", "prepare_data.py"),
+        *(
+            "training.dataset_path must be a folder with a prepared",
+            "/corpus'",
+            "lighthouse prepare",
+        ),
     ),
     run(
         "--training.dataset prepared --training.dataset_path {place}/prepared",

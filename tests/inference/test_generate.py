@@ -6,12 +6,14 @@ from models import GQA, random_model, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_fused_attention
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import EOS_ID
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.inference.generate import (
     generate,
     hidden_states,
     key_value_cache,
     load_dense_model,
+    main,
     next_token_logits,
 )
 
@@ -100,3 +102,45 @@ def test_nothing_is_quadratic_in_the_prompt():
         generate(model, [i % 256 for i in range(seq_len - 4)], 4, temperature=0)
     # The hidden width of the SwiGLU, and not the length or the vocabulary for every position.
     assert largest.size <= seq_len * 384 < seq_len**2
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch, capsys):
+    """What `lighthouse generate` prints for a saved model, or the line it refuses with."""
+    folder = save(random_model(FLAVORS["debugmodel"], MAX_SEQ_LEN, seed=3), tmp_path, "debugmodel")
+
+    def program(*args: str) -> str:
+        monkeypatch.setattr("sys.argv", ["lighthouse generate", str(folder), *args])
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            return line
+        return capsys.readouterr().out
+
+    return program
+
+
+def test_the_program_continues_a_prompt(program):
+    model = random_model(FLAVORS["debugmodel"], MAX_SEQ_LEN, seed=3)
+    tokens = generate(model, PROMPT, 20, temperature=0)
+    assert EOS_ID not in tokens
+    # Some ids of a random model are no bytes.
+    text = bytes(PROMPT + [token for token in tokens if token < 256]).decode(errors="replace")
+    args = ["--device", "cpu", "--dtype", "float32", "--num-tokens", "20", "--temperature", "0"]
+    assert program("--prompt", bytes(PROMPT).decode(), *args) == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--num-tokens", "0"], "--num-tokens must be at least 1, got 0"),
+        (["--num-tokens", "96"], "--prompt and --num-tokens must be at least 1 and at most 96"),
+        (["--temperature", "-1"], "--temperature must be at least 0, got -1.0"),
+        (["--device", "tpu"], "--device must be one of cpu"),
+    ],
+    ids=str,
+)
+def test_the_program_refuses_in_one_line(program, args, message):
+    assert program("--prompt", "x", "--device", "cpu", *args).startswith(f"error: {message}")

@@ -168,15 +168,7 @@ def test_a_folder_that_holds_something_is_left_alone(random, tmp_path):
 
 def test_the_command(tmp_path):
     checkpoint = save(random_model(FLAVORS["debugmodel"], SEQ_LEN), tmp_path, "debugmodel")
-    command = [
-        sys.executable,
-        "-m",
-        "lighthouse_cli",
-        "export",
-        str(checkpoint),
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    command = [sys.executable, "-m", "lighthouse_cli", "export", checkpoint, "--output"]
     command += [tmp_path / "out", "--dtype", "bfloat16"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ def script(corpus, tmp_path, monkeypatch, capsys):
 
     def main(*args) -> tuple[dict, str]:
         options = ["--dataset", "text", "--dataset-path", str(corpus), "--output", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", ["eval_loss.py", *map(str, args), *options])
+        monkeypatch.setattr(sys, "argv", ["lighthouse eval-loss", *map(str, args), *options])
         eval_loss.main()
         printed = capsys.readouterr().out
         return json.loads(printed.splitlines()[-1]), printed

@@ -40,7 +40,7 @@ def run(checkpoint, tmp_path, monkeypatch, capsys):
 
     def main(*args) -> dict:
         options = [checkpoint, "--output", tmp_path, *args]
-        monkeypatch.setattr(sys, "argv", ["eval_passkey.py", *map(str, options)])
+        monkeypatch.setattr(sys, "argv", ["lighthouse eval-passkey", *map(str, options)])
         eval_passkey.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -210,7 +210,7 @@ def test_lengths_go_as_far_as_the_model_and_the_cpu():
 def test_data_to_train_on(maker, tmp_path, monkeypatch):
     def make(path: Path) -> list[str]:
         args = ["--make-data", 40, path, "--lengths", 128, "--seed", 3, "--filler-words", 1, 0]
-        monkeypatch.setattr(sys, "argv", ["eval_passkey.py", *map(str, args)])
+        monkeypatch.setattr(sys, "argv", ["lighthouse eval-passkey", *map(str, args)])
         eval_passkey.main()
         return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 

@@ -1,5 +1,6 @@
 """Llama 3 with Lighthouse Attention, trained in two stages, for torchtitan 0.2.2.
 
+    launch.py             `lighthouse train`: one process, or one for each GPU
     train.py              TwoStageTrainer and the entry point
     preflight.py          runs every check of a configuration before anything expensive starts
     apply_lighthouse.py   puts Lighthouse around a model's attention and takes it away again

@@ -32,6 +32,8 @@ from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS
 NPROC = ("--nproc-per-node", "--nproc_per_node", "--nproc", "--world-size")
 """Spellings of the number of processes, torchrun's first."""
 
+TRAINER = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train"]
+
 GRACE_SECONDS = 30.0
 """Between the failure of a process and the end of those that wait for it, as torchrun has it."""
 
@@ -127,9 +129,8 @@ def start(args: list[str], rank: int, nproc: int, port: int) -> subprocess.Popen
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
-    command = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train", *args]
     ignoring = ["/bin/sh", "-c", 'trap "" TERM USR1; exec "$0" "$@"']
-    return subprocess.Popen([*ignoring, *command], env=environment)
+    return subprocess.Popen([*ignoring, *TRAINER, *args], env=environment)
 
 
 def free_port() -> int:

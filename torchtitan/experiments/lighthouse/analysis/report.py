@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="dump folder of a run")
     parser.add_argument("--dense", type=Path, metavar="RUN", help="the dense run to compare with")
     parser.add_argument(
-        *("--output", "--out"), type=Path, default=Path("outputs/report"), metavar="FOLDER"
+        "--output", "--out", type=Path, default=Path("outputs/report"), metavar="FOLDER"
     )
     options = parser.parse_args()
     folders = options.runs + [options.dense] * (options.dense is not None)

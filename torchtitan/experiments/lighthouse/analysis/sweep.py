@@ -89,24 +89,12 @@ def main() -> None:
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG", help="TOML file of a run in two stages")
     add("--grid", metavar="FILE|TABLE", help="TOML file or inline table; default: the paper's")
-    add(
-        *("--output", "--output"),
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="holds a folder for each cell",
-    )
+    add("--output", "--out", type=Path, required=True, metavar="FOLDER", help="holds all cells")
     add("--list", action="store_true", help="print the cells (default)")
     add("--run", action="store_true", help="train them")
     add("--collect", action="store_true", help="write tables and plots")
     num_devices = max(1, torch.cuda.device_count())
-    add(
-        *("--world-size", "--nproc"),
-        type=int,
-        default=num_devices,
-        metavar="N",
-        help="processes of a run",
-    )
+    add("--world-size", "--nproc", type=int, default=num_devices, help="processes of a run")
     options, overrides = parser.parse_known_args()
     exit_code = 0
     with exit_on_value_error():

@@ -1,7 +1,7 @@
 """Held-out loss of trained models, overall and by position in the context.
 
     lighthouse eval-loss outputs/debug/checkpoint/step-40
-    lighthouse eval-loss outputs/debug/checkpoint/step-40 exported --lighthouse topk=256
+    lighthouse eval-loss outputs/debug/checkpoint/step-40 exported --lighthouse topk=128
 
 A model is a checkpoint, .../checkpoint/step-N of either stage, or a folder in the format of
 Hugging Face. Attention is dense; with --lighthouse the same weights are measured under Lighthouse

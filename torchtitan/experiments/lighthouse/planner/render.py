@@ -1,7 +1,7 @@
 """What a run will do and need, before a GPU is touched.
 
     lighthouse plan train_configs/1m_context.toml --world-size 32 --gpu B200
-    lighthouse plan train_configs/debug.toml --world-size 2 --gpu cpu --lighthouse.topk 256
+    lighthouse plan train_configs/debug.toml --world-size 2 --gpu cpu --training.seq_len 4096
 
 Checks the configuration as training does, for the given number of processes and device, and
 prints lengths, FLOPs, bytes between ranks, memory, and the time that follows from stated rates

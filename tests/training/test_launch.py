@@ -1,0 +1,206 @@
+"""`lighthouse train`: how many processes it starts, with what, and how it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from runs import command_line, losses_of
+from torchtitan.experiments.lighthouse import launch
+from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+
+rank, folder, behaviour = os.environ["RANK"], Path(sys.argv[1]), sys.argv[2:]
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+(folder / rank).write_text(" ".join(os.environ[name] for name in names))
+if "stop" in behaviour:
+    time.sleep(0.5)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    time.sleep(60)
+if f"fail{rank}" in behaviour:
+    sys.exit(3)
+if f"die{rank}" in behaviour:
+    os.kill(os.getpid(), signal.SIGKILL)
+if "wait" in behaviour:
+    time.sleep(60)
+"""
+"""Stands in for the trainer: does what its arguments say."""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Launches stand-ins and returns the exit code of the run."""
+    monkeypatch.setattr(launch, "TRAINER", [sys.executable, "-S", "-c", WORKER])
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+    return lambda nproc, *behaviour: launch.launch([str(tmp_path), *behaviour], nproc)
+
+
+def test_every_rank_is_started_and_meets_the_others(start, tmp_path):
+    assert start(3) == 0
+    found = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
+    port = found[0][-1]
+    assert found == [[str(rank), str(rank), "3", "localhost", port] for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code"),
+    [("fail1", 3), ("die0", 128 + signal.SIGKILL)],
+)
+def test_a_failure_ends_the_others(start, behaviour, code):
+    begin = time.monotonic()
+    assert start(2, behaviour, "wait") == code
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_all_with_the_code_of_a_saved_run(start, tmp_path, number):
+    former = signal.getsignal(number)
+
+    def ask():
+        # Before the stand-ins listen: it must neither end them nor be lost.
+        while not (tmp_path / "1").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert start(2, "stop") == EXIT_CODE
+    thread.join()
+    assert signal.getsignal(number) == former
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What `lighthouse train` trains: the number of processes and their arguments."""
+    found = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(launch, "launch", lambda args, nproc: found.append((nproc, args)) or 0)
+    monkeypatch.setattr(launch.train, "main", lambda args: found.append((1, args)))
+    monkeypatch.setattr(launch, "check_config", lambda config, world_size: None)
+    monkeypatch.setattr(launch, "load_config", lambda args: None)
+
+    def call(*args: str) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["lighthouse train", *args])
+        try:
+            launch.main()
+        except SystemExit as end:
+            assert end.code == 0
+        return found.pop()
+
+    return call
+
+
+@pytest.mark.parametrize("flag", ["--nproc 2", "--nproc-per-node=2", "--nproc_per_node 2"])
+def test_the_number_of_processes_is_taken_out(started, flag):
+    args = ["a b.toml", "--training.steps", "3", *flag.split(), "--compile.enable"]
+    expected = ["--job.config_file", "a b.toml", "--training.steps", "3", "--compile.enable"]
+    assert started(*args) == (2, expected)
+
+
+def test_a_process_for_each_gpu(started, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    file = ["--job.config_file", "run.toml"]
+    assert started("run.toml") == (1, file)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr(launch, "default_nproc", lambda args: 4)
+    assert started(*file) == (4, file)
+    assert started("run.toml", "--nproc", "1") == (1, file)
+
+
+def test_under_a_launcher_it_is_one_of_its_processes(started, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert started("run.toml") == (1, ["--job.config_file", "run.toml"])
+
+
+def refused(*args: str, **env: str) -> str:
+    """The one line that a call ends with, before any process is started."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lighthouse_cli", "train", *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env},
+    )
+    assert done.returncode == 2 and not done.stdout, done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "FILE must come first, got ''; write lighthouse train FILE"),
+        (["--training.steps", "3"], "FILE must come first, got '--training.steps'; write"),
+        (["a.toml", "--nproc", "two"], "--nproc must be a number of at least 1, got 'two'; corr"),
+        (["a.toml", "--nproc-per-node=0"], "--nproc-per-node must be a number of at least 1, got"),
+        (["a.toml", "--nproc"], "--nproc must be a number of at least 1, got ''; correct it"),
+    ],
+    ids=str,
+)
+def test_a_wrong_call_is_refused(args, message, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["lighthouse train", *args])
+    with pytest.raises(SystemExit) as end:
+        launch.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_a_number_of_processes_is_refused_under_a_launcher(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["lighthouse train", "a.toml", "--nproc", "2"])
+    with pytest.raises(SystemExit) as end:
+        launch.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --nproc-per-node must not be given under a launcher")
+
+
+def test_a_refusal_with_several_processes_is_one_line(corpus, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('[model]\nflavor = "debugmodel"\n')
+    line = refused(
+        *(str(config), "--nproc", "2", *command_line(tmp_path / "run", corpus)),
+        *("--training.seq_len", "1001"),
+    )
+    assert line.startswith("error: ") and "1001" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_stop_and_go_on(corpus, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('[model]\nflavor = "debugmodel"\n')
+    options = command_line(tmp_path / "run", corpus, checkpoint__interval=1000)
+    command = [sys.executable, "-m", "lighthouse_cli", "train", str(config), "--nproc", "2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    long = ["--training.steps", "100000", "--lr_scheduler.total_steps", "100000"]
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, *options, *long], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        while "step:  4" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=300) == EXIT_CODE
+    # The switch and the step it was stopped after; from there the same command goes on.
+    folder = tmp_path / "run" / "checkpoint"
+    last = max(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+    done = subprocess.run(
+        [*command, *options, *long, "--training.steps", str(last + 2)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / f"step-{last + 2}").is_dir()
+    assert list(losses_of(tmp_path / "run")) == list(range(1, last + 3))
