@@ -53,12 +53,18 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="dump folder of a run")
     parser.add_argument("--dense", type=Path, metavar="RUN", help="the dense run to compare with")
-    parser.add_argument("--out", type=Path, default=Path("outputs/report"), metavar="FOLDER")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="by default report/ in the folder of the first run",
+    )
     options = parser.parse_args()
+    options.out = options.out or options.runs[0] / "report"
     folders = options.runs + [options.dense] * (options.dense is not None)
     with exit_on_value_error():
-        check_output_folder("--out", options.out)
         runs = dict(zip(names_of(folders), map(read_run, folders), strict=True))
+        check_output_folder("--out", options.out)
     dense = list(runs)[-1] if options.dense else None
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.md").write_text(report(runs, dense))

@@ -38,6 +38,7 @@ from torchtitan.experiments.lighthouse.inference.load_model import (
     add_arguments,
     given_fields,
     open_trained,
+    output_folder,
 )
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
@@ -69,11 +70,12 @@ def main() -> None:
     add("--windows", type=int, default=16, help="at most so many; fewer if the text ends")
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
-    add("--output", type=Path, default=Path("outputs/eval_loss"))
+    add("--output", type=Path, help="folder for the figures; by default in that of the run")
     add_arguments(parser)
     options = parser.parse_args()
     # A call inside torchdata that users cannot do anything about.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    options.output = options.output or output_folder(options.models[0], "eval_loss")
     with exit_on_value_error():
         result = evaluate(options)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,8 @@ LINK_SHARE = 0.8
 on an H100 (NVIDIA/nccl issue 1264)."""
 
 ATTENTION_SHARE, ATTENTION_BACKWARD_SHARE = 0.7, 0.6
-"""Of the datasheet's rate, in attention forward and backward. Assumption; FlashAttention-2 reports up
-to 73 % and 63 % on an A100 (arXiv 2307.08691)."""
+"""Of the datasheet's rate, in attention forward and backward. Assumption; FlashAttention-2 reports
+up to 73 % and 63 % on an A100 (arXiv 2307.08691)."""
 
 GPUS_PER_NODE = 8
 """Ranks that NVLink connects. Assumption, that of HGX and DGX machines."""
@@ -150,6 +150,7 @@ GPUS = {
             datasheet_bandwidth=864e9,
             datasheet_nvlink=32e9,
             datasheet_network=25e9,
+            logged_peak_flops=312e12,
         ),
         # NVIDIA Ada GPU architecture whitepaper, bf16 with fp32 accumulation: half of the rate with
         # fp16 accumulation. PCIe 4.0 x16.

@@ -24,7 +24,7 @@ from torchtitan.experiments.lighthouse.runtime.command_line import Parser, exit_
 
 NOTE = "expected from stated rates, not measured"
 BYTES = {"GiB": 2**30, "MiB": 2**20}
-HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}
+HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "ms": 1 / 3.6e6}
 TOKENS = {"billion tokens": 1e9, "million tokens": 1e6, "tokens": 1.0}
 WIDTH = 12
 """Of a column of numbers."""
@@ -159,12 +159,12 @@ def traffic_table(result: Plan) -> str:
     purposes = list(dict.fromkeys(name for traffic in steps.values() for name in traffic))
     if not purposes:
         return ""
-    rows = {
-        name: [traffic.get(name, 0) / 1e6 for traffic in (layers | steps).values()]
-        for name in purposes
-    }
+    columns_of = [*(layers | steps).values()]
+    largest = max(max(traffic.values(), default=0) for traffic in columns_of)
+    unit, scale = unit_of(largest, {"MB": 1e6, "KB": 1e3})
+    rows = {name: [traffic.get(name, 0) / scale for traffic in columns_of] for name in purposes}
     heads = [f"{kind} layer" for kind in layers] + [f"{name} step" for name in steps]
-    return table("MB sent by a rank", heads, rows, "{:,.2f}", width=18)
+    return table(f"{unit} sent by a rank", heads, rows, "{:,.2f}", width=18)
 
 
 def memory_table(result: Plan) -> str:
@@ -194,7 +194,7 @@ def fit(result: Plan, memory: Memory) -> str:
     usable = USABLE_SHARE * result.gpu.memory
     words = "fits" if memory.peak <= usable else "DOES NOT FIT"
     return (
-        f"{words}: {memory.peak / 2**30:.1f} of {usable / 2**30:.0f} GiB, which are "
+        f"{words}: {amount(memory.peak, BYTES)} of {usable / 2**30:.0f} GiB, which are "
         f"{USABLE_SHARE:.0%} of the memory of one {result.gpu.name}"
     )
 
@@ -202,13 +202,18 @@ def fit(result: Plan, memory: Memory) -> str:
 def time_table(result: Plan) -> str:
     stages = columns(result)
     names = dict.fromkeys(name for stage in stages.values() for name in stage.seconds)
-    rows = {name: [1e3 * stage.seconds.get(name, 0) for stage in stages.values()] for name in names}
-    rows["step"] = [1e3 * sum(stage.seconds.values()) for stage in stages.values()]
+    steps = [sum(stage.seconds.values()) for stage in stages.values()]
+    # A table in milliseconds shows nothing of a step of a few.
+    title, scale = ("ms", 1e-3) if max(steps) >= 1e-2 else ("µs", 1e-6)
+    rows = {
+        name: [stage.seconds.get(name, 0) / scale for stage in stages.values()] for name in names
+    }
+    rows["step"] = [step / scale for step in steps]
     rows["tokens/s/GPU"] = [f"{stage.tokens_per_second:,.0f}" for stage in stages.values()]
     rows["MFU as logged, %"] = [100 * stage.mfu for stage in stages.values()]
     unit, scale = unit_of(result.gpu_hours, HOURS)
     rows[f"GPU-{unit}"] = [stage.gpu_hours / scale for stage in stages.values()]
-    return table("ms a step", list(stages), rows, "{:,.1f}") + f"\n  {NOTE}"
+    return table(f"{title} a step", list(stages), rows, "{:,.1f}") + f"\n  {NOTE}"
 
 
 def totals(result: Plan) -> str:
@@ -238,7 +243,7 @@ def rates(result: Plan) -> str:
     return (
         f"rates       {gpu.name}: matrix products {gpu.matmul_flops / 1e12:,.0f}, attention "
         f"{gpu.attention_flops / 1e12:,.0f} and {gpu.attention_backward_flops / 1e12:,.0f} "
-        f"TFLOP/s, memory {gpu.bandwidth / 1e12:.1f} TB/s,\n            NVLink "
+        f"TFLOP/s, memory {gpu.bandwidth / 1e12:.1f} TB/s,\n            GPUs "
         f"{gpu.nvlink / 1e9:.0f} and network {gpu.network / 1e9:.0f} GB/s one way; what is assumed "
         "is in torchtitan/experiments/\n            lighthouse/{gpus,plan,memory}.py"
     )
@@ -252,7 +257,8 @@ def unit_of(largest: float, units: dict[str, float]) -> tuple[str, float]:
 def amount(value: float, units: dict[str, float], prefix: str = "") -> str:
     """A number in the unit that fits it."""
     unit, size = unit_of(value, units)
-    return f"{value / size:,.1f} {prefix}{unit}"
+    number = f"{value / size:,.1f}".removesuffix(".0")
+    return f"{number} {prefix}{unit}"
 
 
 def table(title: str, heads: list[str], rows: dict, number: str, width: int = WIDTH) -> str:
@@ -269,4 +275,4 @@ def table(title: str, heads: list[str], rows: dict, number: str, width: int = WI
 
 
 def million(count: int) -> str:
-    return f"{count / 1e6:.1f}M"
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.1f}K"
