@@ -29,6 +29,7 @@ def main(args: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--dataset", help=f"what to prepare: {', '.join(SOURCES)}")
     add("--dataset-path", help="its folder or file")
+    add("--text-field", default="text", help="key or column of the text, default text")
     add("--out", required=True, help="folder for the shards")
     add("--tokenizer", default=BYTE_TOKENIZER_PATH, help="folder of tokenizer.json")
     add("--split", choices=["train", "validation", "both"], default="both")
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> Iterator[Manifest]:
             split=split,
             shard_size=options.shard_size,
             workers=options.workers,
+            text_field=options.text_field,
         )
 
 

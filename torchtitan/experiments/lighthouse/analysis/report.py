@@ -57,7 +57,7 @@ def main() -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="by default report/ in the folder of the first run",
+        help="default: report/ in that of the first run",
     )
     options = parser.parse_args()
     options.out = options.out or options.runs[0] / "report"

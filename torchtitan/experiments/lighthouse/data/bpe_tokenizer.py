@@ -82,10 +82,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     return tokenizer.get_vocab_size()
 
 
-def corpus_texts(dataset: str, dataset_path: str | None, max_bytes: int) -> Iterator[str]:
+def corpus_texts(
+    dataset: str, dataset_path: str | None, max_bytes: int, text_field: str = "text"
+) -> Iterator[str]:
     """The documents of a training split, up to `max_bytes` of UTF-8."""
     left = max_bytes
-    for text, _ in open_documents(dataset, dataset_path, "train", 0, 1).read(0, 0, 0, None):
+    documents = open_documents(dataset, dataset_path, "train", 0, 1, text_field)
+    for text, _ in documents.read(0, 0, 0, None):
         left -= len(text.encode())
         if left < 0:
             return
@@ -98,14 +101,16 @@ def main(args: list[str] | None = None) -> None:
     known = [name for name in DATASETS if name != "prepared"]
     add("--dataset", required=True, choices=known, help="the corpus, as training.dataset")
     add("--dataset-path", help="its folder or file, as training.dataset_path")
+    add("--text-field", default="text", help="key or column of the text, default text")
     add("--out", required=True, help="folder for the tokenizer")
     add("--vocab-size", type=int, default=VOCAB_SIZE, help=f"tokens, default {VOCAB_SIZE}")
     add("--max-bytes", type=int, default=MAX_BYTES, help="of text to learn from, default 1e9")
     options = parser.parse_args(args)
     with exit_on_value_error():
         check_output_folder("--out", options.out)
-        check_dataset(options.dataset, options.dataset_path)
-        texts = corpus_texts(options.dataset, options.dataset_path, options.max_bytes)
+        corpus = (options.dataset, options.dataset_path)
+        check_dataset(*corpus, text_field=options.text_field)
+        texts = corpus_texts(*corpus, options.max_bytes, options.text_field)
         size = train_tokenizer(texts, options.vocab_size, options.out)
     print(f"{size:,} tokens in {options.out}")
 

@@ -124,7 +124,11 @@ def find_files(name: str, path: str | None, split: str = "train") -> list[Path]:
 
 
 def check_dataset(
-    name: str, path: str | None, section: str = "training", must_exist: bool = True
+    name: str,
+    path: str | None,
+    section: str = "training",
+    must_exist: bool = True,
+    text_field: str = TEXT_COLUMN,
 ) -> None:
     """Checks a dataset's name and path; lists the files and reads no further than a document.
 
@@ -133,6 +137,7 @@ def check_dataset(
         path: `<section>.dataset_path`.
         section: "training" or "validation", the TOML section that names them.
         must_exist: whether a path that does not exist is wrong; if not, nothing of it is checked.
+        text_field: `<section>.text_field`.
 
     Raises:
         ValueError: in one line, for a name not in `DATASETS`, a path that is missing, superfluous
@@ -156,6 +161,7 @@ def check_dataset(
             f"{field} must not be set for dataset {name!r}, got {path!r}: remove it"
             + (", or choose 'c4_local' for downloaded shards" if name == "c4" else "")
         )
+    check_text_field(name, text_field, f"{section}.text_field")
     if corpus.reader == "hub":
         return
     if corpus.needs_path and not path:
@@ -185,7 +191,7 @@ def check_dataset(
             f"{field} must hold {patterns} files for dataset {name!r}, got {str(root)!r} "
             f"without any: {remedy}"
         )
-    sources = stat_files(files, corpus.reader, field)
+    sources = stat_files(files, corpus.reader, field, text_field)
     for file in sources:
         if file.size == 0 and file.path.suffix in (".gz", ".parquet"):
             raise ValueError(
@@ -199,8 +205,22 @@ def check_dataset(
         )
 
 
+def check_text_field(name: str, text_field: str, field: str) -> None:
+    """Raises a `ValueError` for another field than `text` where the dataset has none to choose."""
+    if text_field != TEXT_COLUMN and DATASETS[name].reader not in ("lines", "parquet"):
+        raise ValueError(
+            f"{field} must be {TEXT_COLUMN!r} for dataset {name!r}, which has no fields to choose "
+            f"from, got {text_field!r}: remove it"
+        )
+
+
 def open_documents(
-    name: str, path: str | None, split: str, dp_rank: int, dp_world_size: int
+    name: str,
+    path: str | None,
+    split: str,
+    dp_rank: int,
+    dp_world_size: int,
+    text_field: str = TEXT_COLUMN,
 ) -> "ShuffledDocuments | FileDocuments | HubDocuments":
     """Opens one rank's share of a corpus whose name and path passed `check_dataset`.
 
@@ -212,13 +232,15 @@ def open_documents(
     if corpus.reader == "hub":
         return HubDocuments(name, split, *share)
     field = f"{SECTIONS[split]}.dataset_path"
-    files = stat_files(find_files(name, path, split), corpus.reader, field)
+    files = stat_files(find_files(name, path, split), corpus.reader, field, text_field)
     if corpus.reader == "documents":
         return ShuffledDocuments(name, files, split, *share)
     return FileDocuments(name, corpus_root(name, path), files, split, *share)
 
 
-def fingerprint(name: str, path: str | None, split: str = "train") -> int:
+def fingerprint(
+    name: str, path: str | None, split: str = "train", text_field: str = TEXT_COLUMN
+) -> int:
     """Returns what the data position of a checkpoint must have as `corpus` to go on in this corpus.
 
     It reads the files of `python_stdlib` and `text`, and only lists those of the others.
@@ -226,7 +248,7 @@ def fingerprint(name: str, path: str | None, split: str = "train") -> int:
     Raises:
         ValueError: what `open_documents` raises.
     """
-    return open_documents(name, path, split, 0, 1).fingerprint
+    return open_documents(name, path, split, 0, 1, text_field).fingerprint
 
 
 class ShuffledDocuments:
@@ -296,8 +318,10 @@ class FileDocuments:
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self._whole_files = len(files) % dp_world_size == 0
         names = [os.path.relpath(file.path, root) for file in files]
-        self.fingerprint = zlib.crc32(repr((name, names)).encode())
-        """Changes whenever the name of a file does. A cursor tells what was read of them."""
+        text_fields = {file.text_field for file in files} - {TEXT_COLUMN}
+        self.fingerprint = zlib.crc32(repr((name, names, *text_fields)).encode())
+        """Changes whenever the name of a file does, or that of the text's field. A cursor tells
+        what was read of them."""
         self._sizes = zlib.crc32(repr([file.size for file in files]).encode())
 
     def read(

@@ -33,6 +33,7 @@ from torchtitan.experiments.lighthouse.data.datasets import (
     is_held_out,
     open_documents,
 )
+from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN
 from torchtitan.experiments.lighthouse.data.retry import in_one_line
 from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataloader, PreparedDataset
 
@@ -68,6 +69,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         dp_rank, dp_world_size: which share of the documents to read.
         infinite: start the next epoch after the last document, rather than stop. The tokens that
             do not fill a window are dropped when it stops.
+        text_field: the key of JSON lines, or the column of tables, that holds the text.
 
     Raises:
         ValueError: what `check_dataset` raises; a rank without documents; while iterating, a file
@@ -87,13 +89,16 @@ class PackedTextDataset(IterableDataset, Stateful):
         dp_rank: int = 0,
         dp_world_size: int = 1,
         infinite: bool = True,
+        text_field: str = TEXT_COLUMN,
     ) -> None:
         self._section = SECTIONS[split]
-        check_dataset(dataset, dataset_path, self._section)
+        check_dataset(dataset, dataset_path, self._section, text_field=text_field)
         self.dataset, self.split, self.seq_len = dataset, split, seq_len
         self.seed, self.infinite = seed, infinite
         self._tokenizer = tokenizer
-        self._documents = open_documents(dataset, dataset_path, split, dp_rank, dp_world_size)
+        self._documents = open_documents(
+            dataset, dataset_path, split, dp_rank, dp_world_size, text_field
+        )
         self._resumed = False
         self._rewind()
 
@@ -225,7 +230,9 @@ def check_data(job_config: JobConfig, must_exist: bool = True) -> None:
     sections = ["training"] + ["validation"] * job_config.validation.enable
     for section in sections:
         options = getattr(job_config, section)
-        check_dataset(options.dataset, options.dataset_path, section, must_exist)
+        check_dataset(
+            options.dataset, options.dataset_path, section, must_exist, options.text_field
+        )
         _check_num_workers(options.dataloader.num_workers, section, options.dataset)
 
 
@@ -294,6 +301,7 @@ def _build(
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         infinite=infinite,
+        text_field=options.text_field,
     )
     return TextDataloader(dataset, **loading)
 

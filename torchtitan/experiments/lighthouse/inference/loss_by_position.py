@@ -66,6 +66,7 @@ def main() -> None:
     add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="measure under Lighthouse as well")
     add("--dataset", default="python_stdlib", choices=list(DATASETS))
     add("--dataset-path", help="folder or file of the dataset, where it needs one")
+    add("--text-field", default="text", help="key or column of the text, default text")
     add("--seq-len", type=int, help="tokens of a window; by default as trained")
     add("--windows", type=int, default=16, help="at most so many; fewer if the text ends")
     add("--device", default="cuda" if on_gpu else "cpu")
@@ -143,7 +144,9 @@ def held_out_windows(
     model: ModelSource, options: argparse.Namespace, seq_len: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and labels, [1, S] each, of the first windows of the held-out text."""
-    check_dataset(options.dataset, options.dataset_path, "validation")
+    check_dataset(
+        options.dataset, options.dataset_path, "validation", text_field=options.text_field
+    )
     if options.dataset == "prepared":
         check_prepared(
             options.dataset_path, "validation", model.tokenizer_path, model.args.vocab_size
@@ -151,6 +154,7 @@ def held_out_windows(
     validation = Validation(
         dataset=options.dataset,
         dataset_path=options.dataset_path,
+        text_field=options.text_field,
         seq_len=seq_len,
         local_batch_size=1,
         # The whole text once.
