@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -146,12 +147,17 @@ def test_sizes_of_a_flavor_are_those_of_its_model(flavor):
     assert sizes_of(again) == sizes_of(args)
 
 
-def test_a_stopped_run_goes_on(files, run):
+def test_a_stopped_run_goes_on(files, run, caplog):
     args = files("stopped")
+    caplog.set_level(logging.INFO)
     before = train([*args, "--training.steps", "4"])
     after = train(args)
     assert sorted(before.batches) == [1, 2, 3, 4] and sorted(after.batches) == [5, 6]
     assert_same_state(after, run[2])
+    # The lines of the trainer: ours, and none of torchtitan's, nor its warning of missing weights.
+    assert "step 1/4 | stage 1 | loss " in caplog.text
+    assert "step 5/6 | stage 2 | loss " in caplog.text
+    assert "step:" not in caplog.text and "index.json not found" not in caplog.text
 
 
 def test_config_and_checkpoint_hold_the_sizes(run):
