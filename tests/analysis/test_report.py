@@ -187,9 +187,9 @@ def test_report_and_plot(script, tmp_path, capsys):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_report_of_one_run(script, tmp_path):
-    script(two_stages(tmp_path / "run", HELD_OUT), "--out", tmp_path / "out")
-    text = (tmp_path / "out" / "report.md").read_text()
+def test_a_report_of_one_run_lies_in_its_folder(script, tmp_path):
+    script(two_stages(tmp_path / "run", HELD_OUT))
+    text = (tmp_path / "run" / "report" / "report.md").read_text()
     assert "| speed-up of stage 1 | 2.00 |" in text and "stage 2 of the same run" in text
     assert "dense run" not in text
 
@@ -200,4 +200,6 @@ def test_a_wrong_call_ends_with_one_line(script, tmp_path, capsys, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         script(*args)
-    assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "outputs").exists()
+    assert (
+        capsys.readouterr().err.startswith("error: ") and not (tmp_path / "run" / "report").exists()
+    )

@@ -333,7 +333,12 @@ FAULTS = {
     "parquet-torn": ("parquet", table, cut, (" row 1:", *READABLE)),
     "parquet-garbage": ("parquet", table, write_garbage, (" row 1:", *READABLE)),
     "parquet-integers": ("parquet", table, write_integers, (" row ", "got ", "convert the column")),
-    "parquet-column": ("parquet", table, rename_column, ("column 'text'", "rename its column")),
+    "parquet-column": (
+        "parquet",
+        table,
+        rename_column,
+        ("column 'text'", "name the column of the text"),
+    ),
     "parquet-not-utf8": ("parquet", table, put_byte, ("UTF-8", "0xff", " row 5", "convert")),
 }
 NAMES = {"jsonl": "{}.jsonl", "c4_local": "c4-train.{}.json.gz", "parquet": "{}.parquet"}

@@ -130,9 +130,11 @@ def test_the_tokenizer_makes_the_same_tokens(random, tmp_path, text):
 def test_files_of_the_tokenizer_are_copied_or_completed(random, tmp_path):
     export(random, tmp_path / "out", "float32")
     names = ["tokenizer.json", "tokenizer_config.json"]
-    for name in names:
-        copied = (tmp_path / "out" / name).read_bytes()
-        assert copied == Path(BYTE_TOKENIZER_PATH, name).read_bytes()
+    copied, kept = (
+        json.loads(Path(folder, names[1]).read_text())
+        for folder in (tmp_path / "out", BYTE_TOKENIZER_PATH)
+    )
+    assert copied == {**kept, "pad_token": "<|pad|>"}
 
     # Nothing but the tokenizer itself, as torchtitan takes it, too.
     bare = tmp_path / "bare"
@@ -143,6 +145,29 @@ def test_files_of_the_tokenizer_are_copied_or_completed(random, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out2")("é").input_ids == [0xC3, 0xA9]
     config = json.loads((tmp_path / "out2" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (None, None)
+
+
+def test_a_tokenizer_pads_with_a_token_of_its_own_where_there_is_room(random, tmp_path):
+    export(random, tmp_path / "out", "float32")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = tokenizer(["é", "long text"], padding=True, padding_side="right")
+    assert batch["input_ids"][0][:2] == [0xC3, 0xA9]
+    assert set(batch["input_ids"][0][2:]) == {tokenizer.pad_token_id} == {EOS_ID + 1}
+
+    # A vocabulary that is full: 257 tokens.
+    full = random_model(dataclasses.replace(random.args, vocab_size=257), SEQ_LEN)
+    checkpoint = save(full, tmp_path / "full", None)
+    (checkpoint.parents[1] / "config.json").unlink(missing_ok=True)
+    source = dataclasses.replace(random, folder=checkpoint, args=full.model_args)
+    export(source, tmp_path / "out2", "float32")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out2")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS_ID
+
+    # One that the tokenizer has stays.
+    again = open_trained(tmp_path / "out")
+    export(again, tmp_path / "out3", "float32")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out3" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_transformers_generates_with_its_settings(random, tmp_path):

@@ -8,8 +8,12 @@ import pytest
 import torch
 from models import GQA, random_model, save
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.flavors import FLAVORS
-from torchtitan.experiments.lighthouse.inference.load_model import given_fields, open_trained
+from torchtitan.experiments.lighthouse.flavors import FLAVORS, with_sizes
+from torchtitan.experiments.lighthouse.inference.load_model import (
+    given_fields,
+    open_trained,
+    output_folder,
+)
 
 NAMED = {"max_seq_len": 64, "tokenizer_path": BYTE_TOKENIZER_PATH}
 
@@ -103,3 +107,23 @@ def test_phases_are_chosen_by_name(checkpoint):
     assert given_fields(trained, ["pool_rotary=aligned"], 24576).pool_rotary == "aligned"
     with pytest.raises(ValueError, match="pool_rotary must be one of averaged, aligned, got 'no'"):
         given_fields(trained, ["pool_rotary=no"], 24576)
+
+
+def test_figures_go_to_the_folder_of_the_run(tmp_path):
+    checkpoint = save(random_model(FLAVORS["quickstart"], 64), tmp_path / "run", "quickstart")
+    assert output_folder(checkpoint, "eval_loss") == tmp_path / "run" / "eval_loss" / "step-1"
+    assert output_folder(tmp_path / "exported", "eval_loss") == tmp_path / "exported" / "eval_loss"
+
+
+def test_sizes_of_a_kept_configuration_count(tmp_path):
+    args = with_sizes(FLAVORS["quickstart"], {"n_layers": 3, "ffn_dim": 200})
+    checkpoint = save(random_model(args, 64), tmp_path, "quickstart")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["override"] = {"n_layers": 3, "ffn_dim": 200, "dim": None}
+    path.write_text(json.dumps(config))
+    trained = open_trained(checkpoint)
+    assert (trained.flavor, trained.args.n_layers) == ("quickstart", 3)
+    expected = random_model(args, 64)
+    tokens = torch.arange(64)[None]
+    assert torch.equal(trained.load()(tokens), expected(tokens))

@@ -30,7 +30,7 @@ from torchtitan.experiments.lighthouse.planner.flops import (
     logged_flops_per_token,
     recomputed_flops_per_token,
 )
-from torchtitan.experiments.lighthouse.planner.gpus import GPUS
+from torchtitan.experiments.lighthouse.planner.gpus import GPUS, read_gpu
 from torchtitan.experiments.lighthouse.planner.memory import kept_tensors, stage_memory
 from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
 from torchtitan.experiments.lighthouse.planner.traffic import step_traffic
@@ -107,6 +107,56 @@ def test_on_the_cpu_there_are_no_times(capsys):
     found = json.loads(run_script(capsys, *args, "--json"))
     assert found["gpu"] is None and found["stages"]["1"]["seconds"] == {}
     assert "GPU-hours" not in run_script(capsys, *args)
+
+
+MY_GPU = """
+name = "Mine"
+memory_gib = 10
+peak_tflops = 50
+bandwidth_gb_s = 500
+attention_tflops = 20
+"""
+
+
+def test_a_gpu_of_ones_own(tmp_path, capsys):
+    file = tmp_path / "my_gpu.toml"
+    file.write_text(MY_GPU)
+    gpu = read_gpu(file)
+    assert (gpu.memory, gpu.peak_flops, gpu.datasheet_bandwidth) == (10 * 2**30, 50e12, 500e9)
+    assert (gpu.attention_flops, gpu.attention_backward_flops) == (20e12, 0.6 * 50e12)
+    text = run_script(capsys, DEBUG, "--world-size", 1, "--gpu", file)
+    assert "1 x Mine: expected" in text and "of 9 GiB" in text
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (("peak_tflops = 50", ""), ("must set", "add peak_tflops")),
+        (("peak", "peek"), ("add peak_tflops and remove peek_tflops",)),
+        (("= 500", "= 0"), ("bandwidth_gb_s must be a number above 0", "got 0")),
+        (("= 500", "= '500'"), ("bandwidth_gb_s must be a number above 0", "got '500'")),
+        (("= 500", "="), ("--gpu must be one of", "TOML file")),
+    ],
+)
+def test_a_gpu_that_cannot_be_is_told_in_one_line(change, words, tmp_path):
+    file = tmp_path / "my_gpu.toml"
+    file.write_text(MY_GPU.replace(*change))
+    with pytest.raises(ValueError) as error:
+        read_gpu(file)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    with pytest.raises(ValueError, match=r"^--gpu must be one of .*none\.toml.*; correct it"):
+        read_gpu(tmp_path / "none.toml")
+
+
+def test_a_small_run_has_small_units(capsys):
+    text = run_script(capsys, DEBUG, "--world-size", 1, "--gpu", "RTX4090")
+    for words in ("MFLOP a token", "MiB of a rank", "µs a step", "GPU-ms", " 122,880 tokens"):
+        assert words in text, words
+    assert " 0.0 " not in text and "0.00" not in text
+    large = run_script(capsys, CONTEXT_1M, "--world-size", 32, "--gpu", "H200")
+    for words in ("GFLOP a token", "PFLOP a step", "GiB of a rank", "GPU-hours", "billion tokens"):
+        assert words in large, words
 
 
 def test_overrides_as_in_training(capsys):
@@ -247,7 +297,8 @@ def test_peak_rates_are_torchtitans():
     spec.loader.exec_module(module)
     with mock.patch.object(module.subprocess, "run", side_effect=FileNotFoundError):
         for name, gpu in GPUS.items():
-            assert gpu.peak_flops == module.get_peak_flops(f"NVIDIA {name}")
+            logged = gpu.logged_peak_flops or gpu.peak_flops
+            assert logged == module.get_peak_flops(f"NVIDIA {name}")
 
 
 def test_seconds_follow_from_bytes_flops_and_rates():

@@ -89,10 +89,9 @@ def with_sizes(args: TransformerModelArgs, sizes: dict[str, Any]) -> Transformer
         rope_scaling_args=replace(args.rope_scaling_args, **scaling),
     )
     if "ffn_dim" in sizes:
-        # The product is ffn_dim, or less by one if it is rounded. torchtitan then rounds it up to
-        # a multiple of ffn_dim, which is ffn_dim itself.
-        multiplier = sizes["ffn_dim"] / int(2 * 4 * args.dim / 3)
-        args = replace(args, multiple_of=sizes["ffn_dim"], ffn_dim_multiplier=multiplier)
+        # torchtitan multiplies by this and drops the fraction: the half absorbs rounding.
+        multiplier = (sizes["ffn_dim"] + 0.5) / int(2 * 4 * args.dim / 3)
+        args = replace(args, multiple_of=1, ffn_dim_multiplier=multiplier)
     return args
 
 

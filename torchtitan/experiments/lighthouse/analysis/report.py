@@ -60,13 +60,17 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="dump folder of a run")
     parser.add_argument("--dense", type=Path, metavar="RUN", help="the dense run to compare with")
     parser.add_argument(
-        "--output", "--out", type=Path, default=Path("outputs/report"), metavar="FOLDER"
+        *("--output", "--out"),
+        type=Path,
+        metavar="FOLDER",
+        help="default: report/ in that of the first run",
     )
     options = parser.parse_args()
+    options.output = options.output or options.runs[0] / "report"
     folders = options.runs + [options.dense] * (options.dense is not None)
     with exit_on_value_error():
-        check_output_folder("--output", options.output)
         runs = dict(zip(names_of(folders), map(read_run, folders), strict=True))
+        check_output_folder("--output", options.output)
     dense = list(runs)[-1] if options.dense else None
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "report.md").write_text(report(runs, dense))

@@ -230,7 +230,9 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
         )
     # That of the hub is not asked before the run starts.
     found = None if DATASETS[training.dataset].reader == "hub" else corpus_fingerprint(path)
-    if found is not None and found != fingerprint(training.dataset, training.dataset_path):
+    if found is not None and found != fingerprint(
+        training.dataset, training.dataset_path, text_field=training.text_field
+    ):
         raise ValueError(
             f"training.dataset must be the corpus of the data position of {path}, got "
             f"{training.dataset!r} with other documents; restore them, or begin the data anew with "

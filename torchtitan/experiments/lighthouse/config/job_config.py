@@ -152,6 +152,9 @@ class Model(titan.Model):
 class Training(titan.Training):
     dataset: str = "python_stdlib"
 
+    text_field: str = "text"
+    """The key of JSON lines, or the column of Parquet tables, that holds the text."""
+
     loss_chunk_size: int = 0
     """Tokens whose logits exist at a time while the loss and its gradient are computed.
     0: those of the whole sequence."""
@@ -164,6 +167,9 @@ class Training(titan.Training):
 @dataclass
 class Validation(titan.Validation):
     dataset: str = "python_stdlib"
+
+    text_field: str = "text"
+    """The key of JSON lines, or the column of Parquet tables, that holds the text."""
 
     steps: int = 10
     """Batches per data-parallel rank, the same ones at every validation."""

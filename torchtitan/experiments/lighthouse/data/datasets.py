@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from torchtitan.experiments.lighthouse.data.readers import SourceFile, stat_files
+from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN, SourceFile, stat_files
 from torchtitan.experiments.lighthouse.data.retry import retrying
 
 # About 3 % of the documents: enough for a stable loss, little taken from a small corpus.
@@ -116,7 +116,11 @@ def find_files(name: str, path: str | None, split: str = "train") -> list[Path]:
 
 
 def check_dataset(
-    name: str, path: str | None, section: str = "training", must_exist: bool = True
+    name: str,
+    path: str | None,
+    section: str = "training",
+    must_exist: bool = True,
+    text_field: str = TEXT_COLUMN,
 ) -> None:
     """Checks a dataset's name and path; lists the files and reads no further than a document.
 
@@ -125,6 +129,7 @@ def check_dataset(
         path: `<section>.dataset_path`.
         section: "training" or "validation", the TOML section that names them.
         must_exist: whether a path that does not exist is wrong; if not, nothing of it is checked.
+        text_field: `<section>.text_field`.
 
     Raises:
         ValueError: in one line, for a name not in `DATASETS`, a path that is missing, superfluous
@@ -148,6 +153,7 @@ def check_dataset(
             f"{field} must not be set for dataset {name!r}, got {path!r}: remove it"
             + (", or choose 'c4_local' for downloaded shards" if name == "c4" else "")
         )
+    check_text_field(name, text_field, f"{section}.text_field")
     if corpus.reader == "hub":
         return
     if corpus.needs_path and not path:
@@ -177,7 +183,7 @@ def check_dataset(
             f"{field} must hold {patterns} files for dataset {name!r}, got {str(root)!r} "
             f"without any: {remedy}"
         )
-    sources = stat_files(files, corpus.reader, field)
+    sources = stat_files(files, corpus.reader, field, text_field)
     for file in sources:
         if file.size == 0 and file.path.suffix in (".gz", ".parquet"):
             raise ValueError(
@@ -211,3 +217,12 @@ def _holds_a_document(file: SourceFile) -> bool:
         yield any(file.text(number, row) for number, row in file.rows()), None
 
     return next(retrying(read, None))[0]
+
+
+def check_text_field(name: str, text_field: str, field: str) -> None:
+    """Raises a `ValueError` for another field than `text` where the dataset has none to choose."""
+    if text_field != TEXT_COLUMN and DATASETS[name].reader not in ("lines", "parquet"):
+        raise ValueError(
+            f"{field} must be {TEXT_COLUMN!r} for dataset {name!r}, which has no fields to choose "
+            f"from, got {text_field!r}: remove it"
+        )

@@ -27,7 +27,12 @@ from torchtitan.tools.logging import logger
 
 
 def open_documents(
-    name: str, path: str | None, split: str, dp_rank: int, dp_world_size: int
+    name: str,
+    path: str | None,
+    split: str,
+    dp_rank: int,
+    dp_world_size: int,
+    text_field: str = TEXT_COLUMN,
 ) -> "ShuffledDocuments | FileDocuments | HubDocuments":
     """Opens one rank's share of a corpus whose name and path passed `check_dataset`.
 
@@ -39,13 +44,15 @@ def open_documents(
     if corpus.reader == "hub":
         return HubDocuments(name, split, *share)
     field = f"{SECTIONS[split]}.dataset_path"
-    files = stat_files(find_files(name, path, split), corpus.reader, field)
+    files = stat_files(find_files(name, path, split), corpus.reader, field, text_field)
     if corpus.reader == "documents":
         return ShuffledDocuments(name, files, split, *share)
     return FileDocuments(name, corpus_root(name, path), files, split, *share)
 
 
-def fingerprint(name: str, path: str | None, split: str = "train") -> int:
+def fingerprint(
+    name: str, path: str | None, split: str = "train", text_field: str = TEXT_COLUMN
+) -> int:
     """Returns what the data position of a checkpoint must have as `corpus` to go on in this corpus.
 
     It reads the files of `python_stdlib` and `text`, and only lists those of the others.
@@ -53,7 +60,7 @@ def fingerprint(name: str, path: str | None, split: str = "train") -> int:
     Raises:
         ValueError: what `open_documents` raises.
     """
-    return open_documents(name, path, split, 0, 1).fingerprint
+    return open_documents(name, path, split, 0, 1, text_field).fingerprint
 
 
 class ShuffledDocuments:
@@ -123,8 +130,10 @@ class FileDocuments:
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self._whole_files = len(files) % dp_world_size == 0
         names = [os.path.relpath(file.path, root) for file in files]
-        self.fingerprint = zlib.crc32(repr((name, names)).encode())
-        """Changes whenever the name of a file does. A cursor tells what was read of them."""
+        text_fields = {file.text_field for file in files} - {TEXT_COLUMN}
+        self.fingerprint = zlib.crc32(repr((name, names, *text_fields)).encode())
+        """Changes whenever the name of a file does, or that of the text's field. A cursor tells
+        what was read of them."""
         self._sizes = zlib.crc32(repr([file.size for file in files]).encode())
 
     def read(

@@ -33,7 +33,9 @@ def check_data(job_config: JobConfig, must_exist: bool = True) -> None:
     sections = ["training"] + ["validation"] * job_config.validation.enable
     for section in sections:
         options = getattr(job_config, section)
-        check_dataset(options.dataset, options.dataset_path, section, must_exist)
+        check_dataset(
+            options.dataset, options.dataset_path, section, must_exist, options.text_field
+        )
         _check_num_workers(options.dataloader.num_workers, section, options.dataset)
 
 
@@ -102,6 +104,7 @@ def _build(
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         infinite=infinite,
+        text_field=options.text_field,
     )
     return TextDataloader(dataset, **loading)
 

@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.experiments.lighthouse.data.datasets import SECTIONS, check_dataset
 from torchtitan.experiments.lighthouse.data.documents import open_documents
+from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN
 
 # Little-endian in a checkpoint, whatever machine writes it.
 _TOKEN_DTYPE = np.dtype("<i4")
@@ -46,6 +47,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         dp_rank, dp_world_size: which share of the documents to read.
         infinite: start the next epoch after the last document, rather than stop. The tokens that
             do not fill a window are dropped when it stops.
+        text_field: the key of JSON lines, or the column of tables, that holds the text.
 
     Raises:
         ValueError: what `check_dataset` raises; a rank without documents; while iterating, a file
@@ -65,13 +67,16 @@ class PackedTextDataset(IterableDataset, Stateful):
         dp_rank: int = 0,
         dp_world_size: int = 1,
         infinite: bool = True,
+        text_field: str = TEXT_COLUMN,
     ) -> None:
         self._section = SECTIONS[split]
-        check_dataset(dataset, dataset_path, self._section)
+        check_dataset(dataset, dataset_path, self._section, text_field=text_field)
         self.dataset, self.split, self.seq_len = dataset, split, seq_len
         self.seed, self.infinite = seed, infinite
         self._tokenizer = tokenizer
-        self._documents = open_documents(dataset, dataset_path, split, dp_rank, dp_world_size)
+        self._documents = open_documents(
+            dataset, dataset_path, split, dp_rank, dp_world_size, text_field
+        )
         self._resumed = False
         self._rewind()
 

@@ -65,4 +65,5 @@ def run(options: argparse.Namespace) -> Iterator[Manifest]:
             split=split,
             shard_size=options.shard_size,
             workers=options.workers,
+            text_field=options.text_field,
         )

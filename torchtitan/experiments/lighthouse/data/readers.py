@@ -44,6 +44,9 @@ class SourceFile:
     size: int
     mtime_ns: int
 
+    text_field: str = TEXT_COLUMN
+    """The key of a JSON line, or the column of a table, that holds the text."""
+
     def rows(self) -> Iterator[tuple[int, Row]]:
         """Yields the rows, numbered from 1. A chunk is checked for a change after it is read.
 
@@ -54,7 +57,7 @@ class SourceFile:
         count = 0
         try:
             self.check_unchanged()
-            for chunk, _ in READERS[self.reader](self.path, self.field):
+            for chunk, _ in READERS[self.reader](self.path, self.field, self.text_field):
                 self.check_unchanged()
                 for row in chunk:
                     count += 1
@@ -67,7 +70,7 @@ class SourceFile:
     def text(self, number: int, row: Row) -> str | None:
         """Returns the text of a row; see `document_text`."""
         place = row_location(self.reader, self.path, number)
-        return document_text(row, self.reader, self.field, place)
+        return document_text(row, self.reader, self.field, place, self.text_field)
 
     def check_unchanged(self) -> None:
         """Raises a `ValueError` unless size and time of modification are as they were."""
@@ -80,7 +83,9 @@ class SourceFile:
             )
 
 
-def stat_files(paths: Iterable[Path], reader: str, field: str) -> list[SourceFile]:
+def stat_files(
+    paths: Iterable[Path], reader: str, field: str, text_field: str = TEXT_COLUMN
+) -> list[SourceFile]:
     """Returns the files as they are now.
 
     Raises:
@@ -94,7 +99,8 @@ def stat_files(paths: Iterable[Path], reader: str, field: str) -> list[SourceFil
                 status = os.stat(path)
             except OSError as error:
                 raise read_error(error, field, f" in {str(path)!r}") from error
-            yield SourceFile(path, reader, field, status.st_size, status.st_mtime_ns), number
+            size, mtime_ns = status.st_size, status.st_mtime_ns
+            yield SourceFile(path, reader, field, size, mtime_ns, text_field), number
 
     return [file for file, _ in retrying(read, 0)]
 
@@ -120,7 +126,9 @@ def row_location(reader: str, path: Path, number: int) -> str:
     return f" in {str(path)!r}{row}"
 
 
-def document_text(row: Row, reader: str, field: str, place: str) -> str | None:
+def document_text(
+    row: Row, reader: str, field: str, place: str, text_field: str = TEXT_COLUMN
+) -> str | None:
     """Returns the text of a row; None or "" where it has none.
 
     Raises:
@@ -145,12 +153,12 @@ def document_text(row: Row, reader: str, field: str, place: str) -> str | None:
             f"{field} must hold tables with text, got {row[:60]!r}{place}: convert the column"
         )
     if reader == "lines":
-        return json_text(text, field, place)
+        return json_text(text, field, place, text_field)
     # As a file that is read as text has them.
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def json_text(line: str, field: str, place: str = "") -> str | None:
+def json_text(line: str, field: str, place: str = "", text_field: str = TEXT_COLUMN) -> str | None:
     """Returns the text of a JSON line; None where the line is blank or its text is null.
 
     Raises:
@@ -160,27 +168,33 @@ def json_text(line: str, field: str, place: str = "") -> str | None:
     if not line.strip():
         return None
     try:
-        text = json.loads(line)[TEXT_COLUMN]
+        text = json.loads(line)[text_field]
         # JSON may spell half a surrogate pair, which no tokenizer takes.
         return None if text is None else text.encode("utf-8", "replace").decode()
     # The last is of brackets nested thousands deep.
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{field} must hold one JSON object with a {TEXT_COLUMN!r} per line, "
-            f"got {line.strip()[:60]!r}{place}: convert the files to JSON lines"
+            f"{field} must hold one JSON object with a {text_field!r} per line, "
+            f"got {line.strip()[:60]!r}{place}: convert the files to JSON lines, or name the key "
+            f"of the text in {text_field_of(field)}"
         ) from error
+
+
+def text_field_of(field: str) -> str:
+    """The field that names the text, beside `field`, which names the corpus."""
+    return field.replace("dataset_path", "text_field").replace("dataset-path", "text-field")
 
 
 # ---- each yields chunks of rows, and the bytes of the file, as it is stored, that are read so far
 
 
-def _read_document(path: Path, field: str) -> Iterator[tuple[list[bytes], int]]:
+def _read_document(path: Path, field: str, text_field: str) -> Iterator[tuple[list[bytes], int]]:
     with open(path, "rb") as file:
         content = file.read()
     yield [content], len(content)
 
 
-def _read_lines(path: Path, field: str) -> Iterator[tuple[list[bytes], int]]:
+def _read_lines(path: Path, field: str, text_field: str) -> Iterator[tuple[list[bytes], int]]:
     with contextlib.ExitStack() as stack:
         stored = lines = stack.enter_context(open(path, "rb"))
         if path.suffix == ".gz":
@@ -202,7 +216,7 @@ def _read_lines(path: Path, field: str) -> Iterator[tuple[list[bytes], int]]:
         yield rows, stored.tell()
 
 
-def _read_table(path: Path, field: str) -> Iterator[tuple[list[Row], int]]:
+def _read_table(path: Path, field: str, text_field: str) -> Iterator[tuple[list[Row], int]]:
     """The bytes read are an estimate."""
     import pyarrow
     import pyarrow.parquet
@@ -213,16 +227,16 @@ def _read_table(path: Path, field: str) -> Iterator[tuple[list[Row], int]]:
         try:
             table = pyarrow.parquet.ParquetFile(stored)
             names = table.schema_arrow.names
-            if TEXT_COLUMN in names:
-                for batch in table.iter_batches(CHUNK_ROWS, columns=[TEXT_COLUMN]):
+            if text_field in names:
+                for batch in table.iter_batches(CHUNK_ROWS, columns=[text_field]):
                     done += len(batch)
                     yield _values(batch.column(0)), size * done // table.metadata.num_rows
                 return
         except pyarrow.ArrowException as error:
             raise OSError(str(error)) from error
     raise ValueError(
-        f"{field} must hold tables with a column {TEXT_COLUMN!r}, got {str(path)!r} with "
-        f"{', '.join(names)}: rename its column"
+        f"{field} must hold tables with a column {text_field!r}, got {str(path)!r} with "
+        f"{', '.join(names)}: name the column of the text in {text_field_of(field)}"
     )
 
 

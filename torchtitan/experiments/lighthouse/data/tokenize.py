@@ -50,6 +50,7 @@ from torchtitan.experiments.lighthouse.data.manifest import (
 from torchtitan.experiments.lighthouse.data.readers import (
     READ_ERRORS,
     READERS,
+    TEXT_COLUMN,
     Row,
     document_text,
     row_location,
@@ -90,6 +91,7 @@ class _Encoding:
     all_rows: bool
     tokenizer_path: str
     dtype: str
+    text_field: str
 
 
 def prepare(
@@ -101,6 +103,7 @@ def prepare(
     split: str = "train",
     shard_size: int = SHARD_SIZE,
     workers: int = 1,
+    text_field: str = TEXT_COLUMN,
 ) -> Manifest:
     """Prepares a split of a corpus into `out`, goes on with one that was begun, or finds it done.
 
@@ -113,6 +116,7 @@ def prepare(
         split: "train" or "validation".
         shard_size: tokens after which a shard ends with the document it is in.
         workers: processes that tokenize; 1: this one.
+        text_field: the key of JSON lines, or the column of tables, that holds the text.
 
     Raises:
         ValueError: in one line, for arguments that cannot be, files that cannot be read or hold no
@@ -120,13 +124,15 @@ def prepare(
             cannot be written.
     """
     files = source_files(dataset, dataset_path, split)
+    check_text_field(dataset, text_field, "--text-field")
     _check_arguments(dataset, dataset_path, out, shard_size, workers)
     max_id, vocab_size = _vocabulary(tokenizer_path)
     root = corpus_root(dataset, dataset_path)
     folder = Path(out).expanduser() / split
     manifest = Manifest(
         format=FORMAT,
-        dataset=dataset,
+        # Another field makes another corpus of the same files.
+        dataset=dataset if text_field == TEXT_COLUMN else f"{dataset}:{text_field}",
         split=split,
         tokenizer_sha256=tokenizer_digest(tokenizer_path),
         vocab_size=vocab_size,
@@ -145,7 +151,12 @@ def prepare(
         (folder / MANIFEST).unlink(missing_ok=True)
     corpus = DATASETS[dataset]
     encoding = _Encoding(
-        corpus.reader, split, not corpus.held_out_by_content, tokenizer_path, manifest.dtype
+        corpus.reader,
+        split,
+        not corpus.held_out_by_content,
+        tokenizer_path,
+        manifest.dtype,
+        text_field,
     )
     for whole in _write_shards(out, manifest, files, encoding, workers):
         manifest = dataclasses.replace(manifest, shards=[*manifest.shards, whole])
@@ -258,23 +269,25 @@ def _tokenizer(path: str) -> HuggingFaceTokenizer:
 # ---- from files to tokens
 
 
-def _read_rows(files: list[Path], reader: str, start: list[int]) -> Iterator[_Rows]:
+def _read_rows(files: list[Path], encoding: _Encoding, start: list[int]) -> Iterator[_Rows]:
     """Yields the rows of the files from `start` on: a file and a row in it.
 
     Raises:
         ValueError: for a file that cannot be read to its end.
     """
+    reader = READERS[encoding.reader]
     for file in range(start[0], len(files)):
         skipped = start[1] if file == start[0] else 0
         row = 0
         try:
-            for rows, num_bytes in READERS[reader](files[file], _FIELD):
+            for rows, num_bytes in reader(files[file], _FIELD, encoding.text_field):
                 begin = max(0, skipped - row)
                 if begin < len(rows):
                     yield _Rows(files[file], file, row + begin, rows[begin:], num_bytes)
                 row += len(rows)
         except READ_ERRORS as error:
-            raise _unreadable(row_location(reader, files[file], row + 1), error) from error
+            place = row_location(encoding.reader, files[file], row + 1)
+            raise _unreadable(place, error) from error
 
 
 def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
@@ -283,7 +296,7 @@ def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
     tokens, counts = [], []
     for number, row in enumerate(rows.rows, rows.first + 1):
         place = row_location(encoding.reader, rows.path, number)
-        text, ids = document_text(row, encoding.reader, _FIELD, place), []
+        text, ids = document_text(row, encoding.reader, _FIELD, place, encoding.text_field), []
         if text and (encoding.all_rows or is_held_out(text) == (encoding.split == "validation")):
             ids = tokenizer.encode(text, add_bos=True, add_eos=True)
         tokens += ids
@@ -358,7 +371,7 @@ def _write_shards(
 
     with progress_bar(manifest.split, before[-1], read) as bar:
         try:
-            chunks = _read_rows(files, encoding.reader, start)
+            chunks = _read_rows(files, encoding, start)
             for rows, tokens, counts in _encoded(chunks, encoding, workers):
                 read = before[rows.file] + rows.read
                 bar.update(read - bar.n)

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken, Tokenizer
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
+from torchtitan.experiments.lighthouse.data.bpe_tokenizer import PAD_TOKEN
 from torchtitan.experiments.lighthouse.inference.load_model import ModelSource
 from torchtitan.models.llama3 import Transformer
 
@@ -34,6 +36,10 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
+
+
+_PAD_TOKENS = (PAD_TOKEN, "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
+"""Names of tokens that pad, in tokenizers of Llamas and of others."""
 
 
 def export(
@@ -75,14 +81,44 @@ def export(
     _write(folder / hf_llama.CONFIG, config)
     known_ids = {name: value for name, value in special_ids.items() if value is not None}
     _write(folder / "generation_config.json", known_ids)
+    _write_tokenizer(trained, folder)
+
+
+def _write_tokenizer(trained: ModelSource, folder: Path) -> None:
+    """Copy the tokenizer, and complete what transformers needs: its class and a pad token."""
     for name in _TOKENIZER_FILES:
         if (Path(trained.tokenizer_path) / name).is_file():
             shutil.copyfile(Path(trained.tokenizer_path) / name, folder / name)
     path = folder / "tokenizer_config.json"
-    tokenizer_config = json.loads(path.read_text()) if path.is_file() else {}
-    if "tokenizer_class" not in tokenizer_config:
-        # transformers would take one that goes by the kind of model, and wants other files.
-        _write(path, {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config})
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    # transformers would take one that goes by the kind of model, and wants other files.
+    completed = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    if completed.get("pad_token") is None:
+        completed["pad_token"] = _pad_token(folder / "tokenizer.json", trained.args.vocab_size)
+        if completed["pad_token"] is None:
+            # No room for a token of its own. A padded position is masked, whatever stands there.
+            completed["pad_token"] = config.get("eos_token")
+    if completed != config:
+        _write(path, completed)
+
+
+def _pad_token(path: Path, vocab_size: int) -> str | None:
+    """A token that pads: one of the tokenizer's own, or one added to its file where there is room.
+
+    Args:
+        path: of `tokenizer.json`.
+        vocab_size: of the model; ids must be less.
+    """
+    tokenizer = Tokenizer.from_file(str(path))
+    vocab = tokenizer.get_vocab()
+    for token in _PAD_TOKENS:
+        if token in vocab:
+            return token
+    if max(vocab.values()) + 1 != len(vocab) or len(vocab) >= vocab_size:
+        return None
+    tokenizer.add_special_tokens([AddedToken(PAD_TOKEN, special=True, normalized=False)])
+    tokenizer.save(str(path))
+    return PAD_TOKEN
 
 
 @dataclass(frozen=True)

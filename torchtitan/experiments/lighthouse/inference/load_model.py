@@ -178,6 +178,17 @@ def open_trained(
     )
 
 
+def output_folder(model: str | Path, name: str) -> Path:
+    """Where figures of a model go by default: `name` in the folder of its run.
+
+    For `RUN/checkpoint/step-40` it is `RUN/name/step-40`, otherwise `name` in the folder itself.
+    """
+    folder = Path(model).absolute()
+    if (folder / METADATA).is_file():
+        return folder.parents[1] / name / folder.name
+    return folder / name
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `open_trained` for a command line."""
     add = parser.add_argument

@@ -37,6 +37,7 @@ from torchtitan.experiments.lighthouse.inference.load_model import (
     add_arguments,
     given_fields,
     open_trained,
+    output_folder,
 )
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
@@ -62,15 +63,17 @@ def main() -> None:
     add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="measure under Lighthouse as well")
     add("--dataset", default="python_stdlib", choices=list(DATASETS))
     add("--dataset-path", help="folder or file of the dataset, where it needs one")
+    add("--text-field", default="text", help="key or column of the text, default text")
     add("--seq-len", type=int, help="tokens of a window; by default as trained")
     add("--windows", type=int, default=16, help="at most so many; fewer if the text ends")
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
-    add("--output", type=Path, default=Path("outputs/eval_loss"))
+    add("--output", type=Path, help="folder for the figures; by default in that of the run")
     add_arguments(parser)
     options = parser.parse_args()
     # A call inside torchdata that users cannot do anything about.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    options.output = options.output or output_folder(options.models[0], "eval_loss")
     with exit_on_value_error():
         result = evaluate(options)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -138,7 +141,9 @@ def held_out_windows(
     model: ModelSource, options: argparse.Namespace, seq_len: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and labels, [1, S] each, of the first windows of the held-out text."""
-    check_dataset(options.dataset, options.dataset_path, "validation")
+    check_dataset(
+        options.dataset, options.dataset_path, "validation", text_field=options.text_field
+    )
     if options.dataset == "prepared":
         check_prepared(
             options.dataset_path, "validation", model.tokenizer_path, model.args.vocab_size
@@ -146,6 +151,7 @@ def held_out_windows(
     validation = Validation(
         dataset=options.dataset,
         dataset_path=options.dataset_path,
+        text_field=options.text_field,
         seq_len=seq_len,
         local_batch_size=1,
         # The whole text once.

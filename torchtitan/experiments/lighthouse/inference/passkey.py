@@ -49,6 +49,7 @@ from torchtitan.experiments.lighthouse.inference.load_model import (
     add_arguments,
     given_fields,
     open_trained,
+    output_folder,
 )
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
@@ -88,7 +89,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
-    add("--output", type=Path, default=Path("outputs/eval_passkey"))
+    add("--output", type=Path, help="folder for the figures; by default in that of the run")
     add_arguments(parser)
     options = parser.parse_args()
     if (options.model is None) == (options.make_data is None):
@@ -97,6 +98,7 @@ def main() -> None:
         if options.make_data is not None:
             make_data(options)
             return
+        options.output = options.output or output_folder(options.model, "eval_passkey")
         result = evaluate(options)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "passkey.json").write_text(json.dumps(result, indent=2) + "\n")

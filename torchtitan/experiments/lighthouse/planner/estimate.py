@@ -66,7 +66,7 @@ class StagePlan:
     """Of one GPU."""
 
     mfu: float | None = None
-    """Share of the peak rate, by `logged_flops_per_token`."""
+    """Share of the peak rate as torchtitan logs it, by `logged_flops_per_token`."""
 
     gpu_hours: float | None = None
     """Of all steps of the stage."""
@@ -234,7 +234,7 @@ def stage_plan(sizes: Sizes, stage: int, gpu: Gpu | None, steps: int | None = No
         result,
         seconds=seconds,
         tokens_per_second=rate,
-        mfu=rate * result.logged_flops_per_token / gpu.peak_flops,
+        mfu=rate * result.logged_flops_per_token / (gpu.logged_peak_flops or gpu.peak_flops),
         gpu_hours=result.steps * step * sizes.world_size / 3600,
     )
 

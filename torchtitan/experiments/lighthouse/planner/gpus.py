@@ -3,7 +3,11 @@
 Where a source has no attainable rate, a share of the datasheet's is assumed, the same for all.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tomli
 
 BANDWIDTH_SHARE = 0.9
 """Of the datasheet's memory bandwidth, in a kernel that does nothing but move. Assumption; for the
@@ -15,6 +19,10 @@ MATMUL_SHARE = 0.7
 LINK_SHARE = 0.8
 """Of the datasheet's bandwidth of a link, in one direction. Assumption; 380 of 450 GB/s were seen
 on an H100 (NVIDIA/nccl issue 1264)."""
+
+ATTENTION_SHARE, ATTENTION_BACKWARD_SHARE = 0.7, 0.6
+"""Of the datasheet's rate, in attention forward and backward. Assumption; FlashAttention-2 reports
+up to 73 % and 63 % on an A100 (arXiv 2307.08691)."""
 
 GPUS_PER_NODE = 8
 """Ranks that NVLink connects. Assumption, that of HGX and DGX machines."""
@@ -30,8 +38,7 @@ class Gpu:
     """All there is, as torch reports it, in whole GiB."""
 
     peak_flops: float
-    """Dense, of the datasheet: what MFU is measured against, as in torchtitan's
-    `get_peak_flops`."""
+    """Dense with fp32 accumulation, of the datasheet."""
 
     attention_flops: float
     """Causal attention forward at long lengths, half of the square counted."""
@@ -43,13 +50,17 @@ class Gpu:
     """Of the memory."""
 
     datasheet_nvlink: float
-    """In one direction."""
+    """To other GPUs of the machine in one direction: NVLink, or PCIe where there is none."""
 
     datasheet_network: float
     """To other nodes in one direction, for each GPU."""
 
     source: str
     """Of the rates of attention and of the network."""
+
+    logged_peak_flops: float | None = None
+    """What torchtitan's log measures MFU against where it is not `peak_flops`: it takes every card
+    that it does not know for an A100."""
 
     @property
     def matmul_flops(self) -> float:
@@ -66,6 +77,19 @@ class Gpu:
     @property
     def network(self) -> float:
         return LINK_SHARE * self.datasheet_network
+
+
+def without_published_attention(name: str, peak_flops: float, **fields) -> Gpu:
+    """A GPU whose rates of attention are the assumed shares of its peak."""
+    return Gpu(
+        name=name,
+        peak_flops=peak_flops,
+        attention_flops=ATTENTION_SHARE * peak_flops,
+        attention_backward_flops=ATTENTION_BACKWARD_SHARE * peak_flops,
+        source=f"attention: {ATTENTION_SHARE:.0%} and {ATTENTION_BACKWARD_SHARE:.0%} of the peak, "
+        "assumed",
+        **fields,
+    )
 
 
 GPUS = {
@@ -109,6 +133,100 @@ GPUS = {
             source="SXM; attention: as the H200, which has the same cores, assumed; network: 400 "
             "Gb/s for each GPU, assumed",
         ),
+        # NVIDIA A100 datasheet, SXM, 80 GB: NVLink 600 GB/s both ways together.
+        without_published_attention(
+            "A100",
+            312e12,
+            memory=79 * 2**30,
+            datasheet_bandwidth=2.039e12,
+            datasheet_nvlink=300e9,
+            datasheet_network=25e9,
+        ),
+        # NVIDIA L40S datasheet: no NVLink, PCIe 4.0 x16 64 GB/s both ways together.
+        without_published_attention(
+            "L40S",
+            362e12,
+            memory=44 * 2**30,
+            datasheet_bandwidth=864e9,
+            datasheet_nvlink=32e9,
+            datasheet_network=25e9,
+            logged_peak_flops=312e12,
+        ),
+        # NVIDIA Ada GPU architecture whitepaper, bf16 with fp32 accumulation: half of the rate with
+        # fp16 accumulation. PCIe 4.0 x16.
+        without_published_attention(
+            "RTX4090",
+            165.2e12,
+            memory=23 * 2**30,
+            datasheet_bandwidth=1.008e12,
+            datasheet_nvlink=32e9,
+            datasheet_network=25e9,
+            logged_peak_flops=312e12,
+        ),
+        # NVIDIA RTX Blackwell GPU architecture whitepaper, likewise. PCIe 5.0 x16.
+        without_published_attention(
+            "RTX5090",
+            209.5e12,
+            memory=31 * 2**30,
+            datasheet_bandwidth=1.792e12,
+            datasheet_nvlink=64e9,
+            datasheet_network=25e9,
+            logged_peak_flops=312e12,
+        ),
     )
 }
 """By name."""
+
+_REQUIRED = {"name", "memory_gib", "peak_tflops", "bandwidth_gb_s"}
+_OPTIONAL = {"attention_tflops", "attention_backward_tflops", "link_gb_s", "network_gb_s"}
+
+
+def read_gpu(path: str | Path) -> Gpu:
+    """A GPU that a TOML file describes.
+
+        name = "RTX 6000 Ada"
+        memory_gib = 47
+        peak_tflops = 364.2                 # bf16, dense, fp32 accumulation
+        bandwidth_gb_s = 960                # of the memory
+        attention_tflops = 250              # optional: causal attention forward
+        attention_backward_tflops = 215     # optional: backward
+        link_gb_s = 32                      # optional: to other GPUs of the machine, one way
+        network_gb_s = 25                   # optional: to other machines, one way
+
+    Raises:
+        ValueError: the file cannot be read, or a field is missing, unknown or no number above 0.
+    """
+    try:
+        given = tomli.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--gpu must be one of {', '.join(GPUS)}, cpu or a TOML file, got {str(path)!r} "
+            f"({error}); correct it"
+        ) from None
+    missing, unknown = _REQUIRED - given.keys(), given.keys() - _REQUIRED - _OPTIONAL
+    if missing or unknown:
+        raise ValueError(
+            f"--gpu {path} must set {', '.join(sorted(_REQUIRED))} and may set "
+            f"{', '.join(sorted(_OPTIONAL))}, got {', '.join(sorted(given)) or 'nothing'}; "
+            f"{'add ' + ', '.join(sorted(missing)) if missing else ''}"
+            f"{' and ' if missing and unknown else ''}"
+            f"{'remove ' + ', '.join(sorted(unknown)) if unknown else ''}"
+        )
+    for name, value in given.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name != "name" and not (is_number and 0 < value < math.inf):
+            raise ValueError(
+                f"--gpu {path}: {name} must be a number above 0, got {value!r}; correct it"
+            )
+    gpu = without_published_attention(
+        str(given["name"]),
+        1e12 * given["peak_tflops"],
+        memory=int(given["memory_gib"] * 2**30),
+        datasheet_bandwidth=1e9 * given["bandwidth_gb_s"],
+        datasheet_nvlink=1e9 * given.get("link_gb_s", 32),
+        datasheet_network=1e9 * given.get("network_gb_s", 25),
+    )
+    rates = {"attention_tflops": "attention_flops"}
+    rates |= {"attention_backward_tflops": "attention_backward_flops"}
+    published = {field: 1e12 * given[name] for name, field in rates.items() if name in given}
+    return replace(gpu, source=f"file {path}", **published)

@@ -15,26 +15,30 @@ import argparse
 import json
 
 from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.config.rule_helpers import check_choice
 from torchtitan.experiments.lighthouse.planner.estimate import USABLE_SHARE, Plan, StagePlan, plan
-from torchtitan.experiments.lighthouse.planner.gpus import GPUS
+from torchtitan.experiments.lighthouse.planner.gpus import GPUS, Gpu, read_gpu
 from torchtitan.experiments.lighthouse.planner.memory import Memory
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser, exit_on_value_error
 
 NOTE = "expected from stated rates, not measured"
+BYTES = {"GiB": 2**30, "MiB": 2**20}
+HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "ms": 1 / 3.6e6}
+TOKENS = {"billion tokens": 1e9, "million tokens": 1e6, "tokens": 1.0}
 WIDTH = 14
 """Of a column of numbers."""
 
 
 def main(args: list[str] | None = None) -> None:
     options, overrides = parse(args)
-    gpu = GPUS.get(options.gpu)
-    device_type = "cpu" if gpu is None else "cuda"
     with exit_on_value_error():
         if options.world_size < 1:
             raise ValueError(
                 f"--world-size must be at least 1, got {options.world_size}; use 1 or more"
             )
+        gpu = gpu_of(options.gpu)
+        device_type = "cpu" if gpu is None else "cuda"
         config = load_config(["--job.config_file", options.config, *overrides])
         check_config(config, options.world_size, device_type, is_start=False)
         result = plan(config, options.world_size, gpu)
@@ -47,9 +51,21 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("config", help="TOML file, before any overrides")
     add("--world-size", type=int, required=True, help="processes, one for each GPU")
-    add("--gpu", choices=[*GPUS, "cpu"], default="H100", help="default: H100; cpu: no times")
+    kinds = f"{', '.join(GPUS)}, a TOML file (`planner/gpus.py`), or cpu, without times"
+    add("--gpu", default="H100", help=f"{kinds}; default: H100")
     add("--json", action="store_true", help="one JSON object in the place of tables")
     return parser.parse_known_args(args)
+
+
+def gpu_of(name: str) -> Gpu | None:
+    """The GPU of --gpu; None for the CPU."""
+    if name == "cpu":
+        return None
+    if name in GPUS:
+        return GPUS[name]
+    if not name.endswith(".toml"):
+        check_choice("--gpu", name, [*GPUS, "cpu", "a TOML file"])
+    return read_gpu(name)
 
 
 def text(result: Plan) -> str:
@@ -91,7 +107,7 @@ def facts(result: Plan) -> str:
         f"computing   activation checkpointing {run['activation_checkpoint']}; compiled: "
         f"{' and '.join(run['compiled']) or 'nothing'}{loss}",
         f"steps       {steps['1']:,} with Lighthouse, {steps['2']:,} dense; "
-        f"{run['tokens'] / 1e9:,.2f}B tokens",
+        f"{amount(run['tokens'], TOKENS)}",
     ]
     if run["stage2_seq_len"] < run["seq_len"]:
         full_steps = run["stage2_full_steps"]
@@ -125,15 +141,18 @@ def flops_table(result: Plan) -> str:
     stages = columns(result)
     titles = {"linear": "linear layers", "attention": "attention, half square"}
     found = [stage.flops_per_token for stage in stages.values()]
+    unit, scale = unit_of(max(flops["total"] for flops in found), {"GFLOP": 1e9, "MFLOP": 1e6})
     rows = {
-        titles.get(name, name): [flops[name] / 1e9 for flops in found]
+        titles.get(name, name): [flops[name] / scale for flops in found]
         for name in found[0]
         if any(flops[name] for flops in found)
     }
-    rows["computed again"] = [s.recomputed_flops_per_token / 1e9 for s in stages.values()]
-    rows["as the log counts for MFU"] = [s.logged_flops_per_token / 1e9 for s in stages.values()]
-    rows["PFLOP a step, all ranks"] = [s.flops_per_step / 1e15 for s in stages.values()]
-    return table("GFLOP a token", list(stages), rows, "{:,.3f}")
+    rows["computed again"] = [s.recomputed_flops_per_token / scale for s in stages.values()]
+    rows["as the log counts for MFU"] = [s.logged_flops_per_token / scale for s in stages.values()]
+    per_step = [stage.flops_per_step for stage in stages.values()]
+    step_unit, step_scale = unit_of(max(per_step), {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9})
+    rows[f"{step_unit} a step, all ranks"] = [flops / step_scale for flops in per_step]
+    return table(f"{unit} a token", list(stages), rows, "{:,.3f}")
 
 
 def traffic_table(result: Plan) -> str:
@@ -146,27 +165,28 @@ def traffic_table(result: Plan) -> str:
     purposes = list(dict.fromkeys(name for traffic in steps.values() for name in traffic))
     if not purposes:
         return ""
-    rows = {
-        name: [traffic.get(name, 0) / 1e6 for traffic in (layers | steps).values()]
-        for name in purposes
-    }
-    return table("MB sent: layers, steps", [*layers, *steps], rows, "{:,.2f}")
+    columns_of = [*(layers | steps).values()]
+    largest = max(max(traffic.values(), default=0) for traffic in columns_of)
+    unit, scale = unit_of(largest, {"MB": 1e6, "KB": 1e3})
+    rows = {name: [traffic.get(name, 0) / scale for traffic in columns_of] for name in purposes}
+    return table(f"{unit} sent: layers, steps", [*layers, *steps], rows, "{:,.2f}")
 
 
 def memory_table(result: Plan) -> str:
     stages = columns(result)
     memories = [stage.memory for stage in stages.values()]
     parts = dict.fromkeys(name for memory in memories for name in memory.parts)
+    unit, scale = unit_of(max(memory.peak for memory in memories), BYTES)
     rows = {
-        name: [memory.parts.get(name, 0) / 2**30 for memory in memories]
+        name: [memory.parts.get(name, 0) / scale for memory in memories]
         for name in parts
         if any(memory.parts.get(name) for memory in memories)
     }
-    rows["peak"] = [memory.peak / 2**30 for memory in memories]
-    lines = [table("GiB of a rank at its peak", list(stages), rows, "{:,.2f}")]
+    rows["peak"] = [memory.peak / scale for memory in memories]
+    lines = [table(f"{unit} of a rank at its peak", list(stages), rows, "{:,.2f}")]
     for name, memory in zip(stages, memories, strict=True):
         kept = ", ".join(
-            f"{size / 2**30:.3f} by a {kind} layer" for kind, size in memory.kept_per_layer.items()
+            f"{size / scale:.3f} by a {kind} layer" for kind, size in memory.kept_per_layer.items()
         )
         lines.append(f"  {name}: at the {memory.peak_moment}; kept {kept}")
     if result.gpu is not None:
@@ -179,7 +199,7 @@ def fit(result: Plan, memory: Memory) -> str:
     usable = USABLE_SHARE * result.gpu.memory
     words = "fits" if memory.peak <= usable else "DOES NOT FIT"
     return (
-        f"{words}: {memory.peak / 2**30:.1f} of {usable / 2**30:.0f} GiB, which are "
+        f"{words}: {amount(memory.peak, BYTES)} of {usable / 2**30:.0f} GiB, which are "
         f"{USABLE_SHARE:.0%} of the memory of one {result.gpu.name}"
     )
 
@@ -187,12 +207,18 @@ def fit(result: Plan, memory: Memory) -> str:
 def time_table(result: Plan) -> str:
     stages = columns(result)
     names = dict.fromkeys(name for stage in stages.values() for name in stage.seconds)
-    rows = {name: [1e3 * stage.seconds.get(name, 0) for stage in stages.values()] for name in names}
-    rows["step"] = [1e3 * sum(stage.seconds.values()) for stage in stages.values()]
+    steps = [sum(stage.seconds.values()) for stage in stages.values()]
+    # A table in milliseconds shows nothing of a step of a few.
+    title, scale = ("ms", 1e-3) if max(steps) >= 1e-2 else ("µs", 1e-6)
+    rows = {
+        name: [stage.seconds.get(name, 0) / scale for stage in stages.values()] for name in names
+    }
+    rows["step"] = [step / scale for step in steps]
     rows["tokens/s/GPU"] = [f"{stage.tokens_per_second:,.0f}" for stage in stages.values()]
     rows["MFU as logged, %"] = [100 * stage.mfu for stage in stages.values()]
-    rows["GPU-hours"] = [stage.gpu_hours for stage in stages.values()]
-    return table("ms a step", list(stages), rows, "{:,.1f}") + f"\n  {NOTE}"
+    unit, scale = unit_of(result.gpu_hours, HOURS)
+    rows[f"GPU-{unit}"] = [stage.gpu_hours / scale for stage in stages.values()]
+    return table(f"{title} a step", list(stages), rows, "{:,.1f}") + f"\n  {NOTE}"
 
 
 def totals(result: Plan) -> str:
@@ -200,8 +226,8 @@ def totals(result: Plan) -> str:
     dense, world_size = result.dense.gpu_hours, result.run["world_size"]
     hours = result.gpu_hours
     return (
-        f"in all      {hours:,.1f} GPU-hours, {hours / world_size:,.1f} hours\n"
-        f"all dense   {dense:,.1f} GPU-hours, {dense / world_size:,.1f} hours, "
+        f"in all      {amount(hours, HOURS, 'GPU-')}, {amount(hours / world_size, HOURS)}\n"
+        f"all dense   {amount(dense, HOURS, 'GPU-')}, {amount(dense / world_size, HOURS)}, "
         f"{dense / hours:.2f} times as long"
     )
 
@@ -211,9 +237,9 @@ def checkpoint_line(result: Plan) -> str:
     if not facts["steps"]:
         return "checkpoints none"
     return (
-        f"checkpoints {len(facts['steps'])} of {facts['bytes'] / 2**30:.2f} GiB, the last "
-        f"{facts['last_bytes'] / 2**30:.2f}; on disk at most {facts['most_on_disk'] / 2**30:.1f} "
-        f"GiB, {facts['left'] / 2**30:.1f} in the end"
+        f"checkpoints {len(facts['steps'])} of {amount(facts['bytes'], BYTES)}, the last "
+        f"{amount(facts['last_bytes'], BYTES)}; on disk at most "
+        f"{amount(facts['most_on_disk'], BYTES)}, {amount(facts['left'], BYTES)} in the end"
     )
 
 
@@ -222,10 +248,22 @@ def rates(result: Plan) -> str:
     return (
         f"rates       {gpu.name}: matrix products {gpu.matmul_flops / 1e12:,.0f}, attention "
         f"{gpu.attention_flops / 1e12:,.0f} and {gpu.attention_backward_flops / 1e12:,.0f} "
-        f"TFLOP/s, memory {gpu.bandwidth / 1e12:.1f} TB/s,\n            NVLink "
+        f"TFLOP/s, memory {gpu.bandwidth / 1e12:.1f} TB/s,\n            GPUs "
         f"{gpu.nvlink / 1e9:.0f} and network {gpu.network / 1e9:.0f} GB/s one way; what is assumed "
         "is in torchtitan/experiments/\n            lighthouse/{gpus,plan,memory}.py"
     )
+
+
+def unit_of(largest: float, units: dict[str, float]) -> tuple[str, float]:
+    """The unit, with its size, that writes `largest` as 1 or more; the last if none does."""
+    return next(((u, size) for u, size in units.items() if largest >= size), [*units.items()][-1])
+
+
+def amount(value: float, units: dict[str, float], prefix: str = "") -> str:
+    """A number in the unit that fits it."""
+    unit, size = unit_of(value, units)
+    number = f"{value / size:,.1f}".removesuffix(".0")
+    return f"{number} {prefix}{unit}"
 
 
 def table(title: str, heads: list[str], rows: dict, number: str, width: int = WIDTH) -> str:
@@ -242,4 +280,4 @@ def table(title: str, heads: list[str], rows: dict, number: str, width: int = WI
 
 
 def million(count: int) -> str:
-    return f"{count / 1e6:.1f}M"
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.1f}K"

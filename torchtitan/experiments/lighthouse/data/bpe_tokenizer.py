@@ -1,0 +1,119 @@
+"""A byte-pair tokenizer trained on a corpus.
+
+    python -m torchtitan.experiments.lighthouse.data.bpe_tokenizer --dataset text \\
+        --dataset-path FOLDER --out my_tokenizer --vocab-size 16384
+
+Any text can be encoded, since the 256 bytes are tokens. `<|endoftext|>` ends a document and
+`<|pad|>` fills a batch; both count as tokens of the vocabulary. OUT is a folder for
+`model.hf_assets_path`, which `transformers.AutoTokenizer` loads too. Set
+`model.override.vocab_size` to the size of the vocabulary, or a little above it.
+
+Documents come from the training split, in the order of the first epoch, up to `--max-bytes`.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import EOS_TOKEN
+from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset, open_documents
+from torchtitan.experiments.lighthouse.runtime.command_line import (
+    Parser,
+    check_output_folder,
+    exit_on_value_error,
+)
+
+PAD_TOKEN = "<|pad|>"
+VOCAB_SIZE = 16384
+MAX_BYTES = 10**9
+"""Of text that is learned from: merges of common words hardly change with more."""
+
+LEAST_VOCAB_SIZE = 256 + 2
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> int:
+    """Train a byte-pair tokenizer and write `tokenizer.json` and `tokenizer_config.json`.
+
+    Args:
+        texts: documents.
+        vocab_size: most tokens of the vocabulary, at least 258.
+        folder: made if it is missing.
+
+    Returns:
+        The tokens of the vocabulary. They are fewer than `vocab_size` where the texts hold no more
+        pairs that occur twice.
+
+    Raises:
+        ValueError: `vocab_size` is too small, or the texts are empty.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < LEAST_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size must be at least {LEAST_VOCAB_SIZE}, for the bytes and two special "
+            f"tokens, got {vocab_size}; 8192 to 32768 are common"
+        )
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:
+        raise ValueError("texts must hold a document, got none; name another corpus")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[EOS_TOKEN, PAD_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS_TOKEN,
+        "pad_token": PAD_TOKEN,
+        "clean_up_tokenization_spaces": False,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return tokenizer.get_vocab_size()
+
+
+def corpus_texts(
+    dataset: str, dataset_path: str | None, max_bytes: int, text_field: str = "text"
+) -> Iterator[str]:
+    """The documents of a training split, up to `max_bytes` of UTF-8."""
+    left = max_bytes
+    documents = open_documents(dataset, dataset_path, "train", 0, 1, text_field)
+    for text, _ in documents.read(0, 0, 0, None):
+        left -= len(text.encode())
+        if left < 0:
+            return
+        yield text
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    known = [name for name in DATASETS if name != "prepared"]
+    add("--dataset", required=True, choices=known, help="the corpus, as training.dataset")
+    add("--dataset-path", help="its folder or file, as training.dataset_path")
+    add("--text-field", default="text", help="key or column of the text, default text")
+    add("--out", required=True, help="folder for the tokenizer")
+    add("--vocab-size", type=int, default=VOCAB_SIZE, help=f"tokens, default {VOCAB_SIZE}")
+    add("--max-bytes", type=int, default=MAX_BYTES, help="of text to learn from, default 1e9")
+    options = parser.parse_args(args)
+    with exit_on_value_error():
+        check_output_folder("--out", options.out)
+        corpus = (options.dataset, options.dataset_path)
+        check_dataset(*corpus, text_field=options.text_field)
+        texts = corpus_texts(*corpus, options.max_bytes, options.text_field)
+        size = train_tokenizer(texts, options.vocab_size, options.out)
+    print(f"{size:,} tokens in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
