@@ -16,6 +16,7 @@ COMMANDS = {
     "init": ("lighthouse_cli.init", "copy a shipped configuration into the current folder"),
     "train": (f"{_TRAINER}.launch", "train in two stages from a TOML file"),
     "plan": (f"{_TRAINER}.planner.render", "memory, FLOPs and time of a run before it starts"),
+    "tokenizer": (f"{_TRAINER}.data.bpe_tokenizer", "train a byte-pair tokenizer from a corpus"),
     "prepare": (f"{_TRAINER}.data.prepare", "tokenize a corpus once"),
     "export": (f"{_TRAINER}.inference.export", "write a checkpoint as a Hugging Face Llama"),
     "generate": (f"{_TRAINER}.inference.generate", "continue a prompt"),

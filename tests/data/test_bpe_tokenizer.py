@@ -64,10 +64,10 @@ def test_a_command_trains_on_the_training_split(tmp_path, capsys):
         "".join(json.dumps({"text": f"{text}{i}"}) + "\n" for i, text in enumerate(TEXTS * 20))
     )
     args = ["--dataset", "jsonl", "--dataset-path", str(corpus), "--vocab-size", "280"]
-    bpe_tokenizer.main([*args, "--out", str(tmp_path / "out")])
+    bpe_tokenizer.main([*args, "--output", str(tmp_path / "out")])
     assert capsys.readouterr().out == f"280 tokens in {tmp_path / 'out'}\n"
     with pytest.raises(SystemExit, match="2"):
-        bpe_tokenizer.main([*args[:4], "--vocab-size", "10", "--out", str(tmp_path / "small")])
+        bpe_tokenizer.main([*args[:4], "--vocab-size", "10", "--output", str(tmp_path / "small")])
     assert capsys.readouterr().err.startswith("error: vocab_size must be at least 258")
 
 

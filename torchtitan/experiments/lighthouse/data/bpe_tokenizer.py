@@ -1,10 +1,10 @@
 """A byte-pair tokenizer trained on a corpus.
 
-    python -m torchtitan.experiments.lighthouse.data.bpe_tokenizer --dataset text \\
-        --dataset-path FOLDER --out my_tokenizer --vocab-size 16384
+    lighthouse tokenizer --dataset text \\
+        --dataset-path FOLDER --output my_tokenizer --vocab-size 16384
 
 Any text can be encoded, since the 256 bytes are tokens. `<|endoftext|>` ends a document and
-`<|pad|>` fills a batch; both count as tokens of the vocabulary. OUT is a folder for
+`<|pad|>` fills a batch; both count as tokens of the vocabulary. The folder is one for
 `model.hf_assets_path`, which `transformers.AutoTokenizer` loads too. Set
 `model.override.vocab_size` to the size of the vocabulary, or a little above it.
 
@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import EOS_TOKEN
-from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset, open_documents
+from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset
+from torchtitan.experiments.lighthouse.data.documents import open_documents
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_output_folder,
@@ -102,18 +103,14 @@ def main(args: list[str] | None = None) -> None:
     add("--dataset", required=True, choices=known, help="the corpus, as training.dataset")
     add("--dataset-path", help="its folder or file, as training.dataset_path")
     add("--text-field", default="text", help="key or column of the text, default text")
-    add("--out", required=True, help="folder for the tokenizer")
+    add("--output", required=True, help="folder for the tokenizer")
     add("--vocab-size", type=int, default=VOCAB_SIZE, help=f"tokens, default {VOCAB_SIZE}")
     add("--max-bytes", type=int, default=MAX_BYTES, help="of text to learn from, default 1e9")
     options = parser.parse_args(args)
     with exit_on_value_error():
-        check_output_folder("--out", options.out)
+        check_output_folder("--output", options.output)
         corpus = (options.dataset, options.dataset_path)
         check_dataset(*corpus, text_field=options.text_field)
         texts = corpus_texts(*corpus, options.max_bytes, options.text_field)
-        size = train_tokenizer(texts, options.vocab_size, options.out)
-    print(f"{size:,} tokens in {options.out}")
-
-
-if __name__ == "__main__":
-    main()
+        size = train_tokenizer(texts, options.vocab_size, options.output)
+    print(f"{size:,} tokens in {options.output}")

@@ -32,6 +32,7 @@ import numpy as np
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data.datasets import (
     DATASETS,
+    check_text_field,
     corpus_root,
     find_files,
     is_held_out,
