@@ -10,18 +10,18 @@ from pathlib import Path
 from torchtitan.experiments.lighthouse.checkpoint.resume import check_checkpointing
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.parallel_rules import (
-    check_context_parallel,
-    check_lighthouse,
-    check_parallelism,
+    DEGREE_RULES,
+    LIGHTHOUSE_RULES,
+    check_attention,
+    process_rules,
 )
-from torchtitan.experiments.lighthouse.config.rule_helpers import require
+from torchtitan.experiments.lighthouse.config.rule_helpers import check_values, require
 from torchtitan.experiments.lighthouse.config.rules import (
     COMPUTING_RULES,
     OPTIMIZER_RULES,
     OUTPUT_RULES,
     TRAINING_RULES,
     check_numbers,
-    check_values,
 )
 from torchtitan.experiments.lighthouse.data.loaders import check_data
 from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
@@ -48,18 +48,18 @@ def check_config(
     """
     device_type = device_type or cpu_device.device_type()
     check_numbers(config)
-    check_values([*TRAINING_RULES, *OPTIMIZER_RULES], config, device_type)
-    check_parallelism(config, world_size)
-    check_values([*COMPUTING_RULES, *OUTPUT_RULES], config, device_type)
+    require(world_size >= 1, "the number of processes", "at least 1", world_size, "use 1 or more")
+    rules = [*TRAINING_RULES, *OPTIMIZER_RULES, *DEGREE_RULES, *process_rules(world_size)]
+    rules += [*COMPUTING_RULES, *OUTPUT_RULES, *LIGHTHOUSE_RULES]
+    check_values(rules, config, device_type)
     if is_start:
         _check_surroundings(config)
-    check_lighthouse(config)
-    check_context_parallel(config, device_type)
+    check_attention(config)
     if is_start or Path(config.model.hf_assets_path).exists():
         _check_tokenizer(config)
     check_data(config, must_exist=is_start)
     _check_prepared(config, must_exist=is_start)
-    check_checkpointing(config, world_size, is_start)
+    check_checkpointing(config, world_size, device_type, is_start)
 
 
 def _check_surroundings(config: JobConfig) -> None:

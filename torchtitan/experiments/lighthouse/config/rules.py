@@ -346,12 +346,6 @@ OUTPUT_RULES = [
 """Where a run writes, what it records beside its metrics, and how its processes talk."""
 
 
-def check_values(rules: list[Rule], config: JobConfig, device_type: str) -> None:
-    """Raise ValueError for the first rule that is broken."""
-    for rule in rules:
-        rule.check(config, device_type)
-
-
 class _Digits(int):
     """Written in short: Python refuses to write thousands of digits."""
 
