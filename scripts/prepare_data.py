@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tokenize a corpus once, for training on it with `training.dataset = "prepared"`.
+"""Tokenize a corpus once, for training on it with `training.dataset = "tokenized"`.
 
     scripts/prepare_data.py --dataset c4_local --dataset-path FOLDER --out OUT --workers 16
     scripts/prepare_data.py --out OUT --verify

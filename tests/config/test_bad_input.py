@@ -338,11 +338,11 @@ COMMAND_LINES = [
     run("--training.dataset jsonl", "training.dataset_path", "/corpus'", "add such files"),
     run("--training.dataset python_stdlib", "training.dataset_path must not", "/corpus'", "remove"),
     run(
-        "--training.dataset prepared",
+        "--training.dataset tokenized",
         *("training.dataset_path must be a folder with a prepared", "/corpus'", "prepare_data.py"),
     ),
     run(
-        "--training.dataset prepared --training.dataset_path {place}/prepared",
+        "--training.dataset tokenized --training.dataset_path {place}/prepared",
         *("training.dataset_path must hold a readable manifest", "manifest.json'", "restore it"),
     ),
     run("--training.dataloader.num_workers 2", "dataloader.num_workers", "got 2", "set it to 1"),

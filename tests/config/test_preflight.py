@@ -1,6 +1,7 @@
 """Wrong configurations: each is refused in one line that names field, value and remedy."""
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -147,6 +148,15 @@ def test_the_command_line_overrides_the_file(place):
     for flag in (["--job.config_file", str(path)], [f"--job.config-file={path}"]):
         config = load_config([*flag, "--lighthouse.topk", "256"])
         assert config.lighthouse.topk == 256 and config.model.flavor == "debugmodel"
+
+
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_the_old_name_of_tokenized_data_works_with_a_warning(section, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "propagate", True)
+    config = load_config([f"--{section}.dataset", "prepared"])
+    assert getattr(config, section).dataset == "tokenized"
+    (message,) = caplog.messages
+    assert message == f"{section}.dataset = 'prepared' is now called 'tokenized'; rename it"
 
 
 COMMAND_LINES = [

@@ -24,7 +24,7 @@ from torchtitan.experiments.lighthouse.config.rules import (
     check_numbers,
 )
 from torchtitan.experiments.lighthouse.data.loaders import check_data
-from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
+from torchtitan.experiments.lighthouse.data.tokenized import check_tokenized
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.runtime import cpu_device
 from torchtitan.experiments.lighthouse.runtime.command_line import (
@@ -58,7 +58,7 @@ def check_config(
     if is_start or Path(config.model.hf_assets_path).exists():
         _check_tokenizer(config)
     check_data(config, must_exist=is_start)
-    _check_prepared(config, must_exist=is_start)
+    _check_tokenized(config, must_exist=is_start)
     check_checkpointing(config, world_size, device_type, is_start)
 
 
@@ -112,12 +112,12 @@ def _check_tokenizer(config: JobConfig) -> None:
     )
 
 
-def _check_prepared(config: JobConfig, must_exist: bool) -> None:
+def _check_tokenized(config: JobConfig, must_exist: bool) -> None:
     vocab_size = FLAVORS[config.model.flavor].vocab_size
     for section in ["training"] + ["validation"] * config.validation.enable:
         options = getattr(config, section)
-        if options.dataset != "prepared":
+        if options.dataset != "tokenized":
             continue
         paths = (options.dataset_path, config.model.hf_assets_path)
         if must_exist or all(Path(path).expanduser().exists() for path in paths):
-            check_prepared(options.dataset_path, section, config.model.hf_assets_path, vocab_size)
+            check_tokenized(options.dataset_path, section, config.model.hf_assets_path, vocab_size)

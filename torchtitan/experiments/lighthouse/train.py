@@ -23,7 +23,7 @@ from torchtitan.experiments.lighthouse.checkpoint.manager import TwoStageCheckpo
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.context_parallel import (
-    context_of,
+    context_parallel_of,
     shard_batch,
     use_context_parallel,
 )
@@ -55,18 +55,18 @@ class TwoStageTrainer(Trainer):
             self.loss_fn.attach(model)
         dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
         lighthouse = job_config.lighthouse
-        self.context = context_of(
+        self.cp = context_parallel_of(
             self.parallel_dims.get_optional_mesh("cp"), lighthouse.context_parallel
         )
         sdpa_backend = lighthouse.sdpa_backend
-        if self.context is not None and lighthouse.context_parallel == "ring":
+        if self.cp is not None and lighthouse.context_parallel == "ring":
             # cuDNN can fail a stride assertion in the backward pass of a ring (pytorch #176915).
             sdpa_backend = "flash"
         for part in self.model_parts:
-            if self.context is not None:
+            if self.cp is not None:
                 use_context_parallel(
                     part,
-                    self.context,
+                    self.cp,
                     job_config.parallelism.context_parallel_rotate_method,
                     utils.device_type,
                 )
@@ -104,7 +104,7 @@ class TwoStageTrainer(Trainer):
 
     def post_dataloading_process(self, input_dict, labels):
         # A dictionary of tokens alone comes from our data loader.
-        inputs, labels, extra_kwargs = shard_batch(input_dict["input"], labels, self.context)
+        inputs, labels, extra_kwargs = shard_batch(input_dict["input"], labels, self.cp)
         self._last_inputs = inputs
         return inputs, labels, {}, extra_kwargs
 
@@ -152,7 +152,7 @@ class TwoStageTrainer(Trainer):
         for part in self.model_parts:
             if stage == 1:
                 apply_lighthouse.use_stage_1(
-                    part, self.job_config.lighthouse, self.model_args.n_layers, self.context
+                    part, self.job_config.lighthouse, self.model_args.n_layers, self.cp
                 )
             else:
                 apply_lighthouse.use_dense(part)

@@ -28,7 +28,7 @@ from torchtitan.experiments.lighthouse.config.rule_helpers import (
 )
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS
 from torchtitan.experiments.lighthouse.data.documents import fingerprint
-from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
+from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataset
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.metrics import FILE_NAME as METRICS
 from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
@@ -228,22 +228,22 @@ def _check_load(
 
 
 def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
-    """A checkpoint holds the one position of all ranks in prepared data, for any number of them;
+    """A checkpoint holds the one position of all ranks in tokenized data, for any number of them;
     otherwise the data position of each data-parallel rank, for as many ranks alone."""
     if "dataloader" in config.checkpoint.exclude_from_loading:
         return
     training = config.training
     saved, position = data_parallel_degree(path), prepared_position(path)
-    is_prepared = training.dataset == "prepared"
-    if (saved is not None and is_prepared) or (position is not None and not is_prepared):
-        rule = "a corpus of documents" if is_prepared else "'prepared'"
+    is_tokenized = training.dataset == "tokenized"
+    if (saved is not None and is_tokenized) or (position is not None and not is_tokenized):
+        rule = "a corpus of documents" if is_tokenized else "'tokenized'"
         raise ValueError(
             f"training.dataset must be {rule} to go on at the data position of {path}, got "
             f"{training.dataset!r}; set it back, or begin the data anew with "
             'checkpoint.exclude_from_loading = ["dataloader"]'
         )
     if position is not None:
-        PreparedDataset(training.dataset_path, training.seq_len).load_state_dict(position)
+        TokenizedDataset(training.dataset_path, training.seq_len).load_state_dict(position)
         return
     if saved not in (None, degree):
         parallelism = config.parallelism
