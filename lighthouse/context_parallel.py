@@ -93,7 +93,7 @@ class ContextParallel:
 
 
 def exchange_edges(
-    sub_out: torch.Tensor, selection: Selection, context: ContextParallel
+    sub_out: torch.Tensor, selection: Selection, cp: ContextParallel
 ) -> torch.Tensor:
     """What scatter-back brings into each chunk from the one before.
 
@@ -104,41 +104,39 @@ def exchange_edges(
         [B, H, chunks of this rank, L-1, D]: the output of the last entry of levels 1 .. L-1 in
         the chunk before; zeros for one that is not in the sub-sequence, and for the first chunk.
     """
-    edges = _last_outputs(sub_out, selection, context)
-    num_chunks = context.num_chunks
+    edges = _last_outputs(sub_out, selection, cp)
+    num_chunks = cp.num_chunks
     # In a circle, so that every rank sends something that has a gradient, and all ranks meet again
     # in the backward pass. What the last chunk sends to the first is zero.
-    send = edges.new_zeros((context.degree, context.chunks_per_rank, *edges[0].shape))
-    for place, chunk in enumerate(context.chunks_of(context.rank)):
-        send[context.owner((chunk + 1) % num_chunks)] = edges[place]
-    received = all_to_all(send, context.group_name)
+    send = edges.new_zeros((cp.degree, cp.chunks_per_rank, *edges[0].shape))
+    for place, chunk in enumerate(cp.chunks_of(cp.rank)):
+        send[cp.owner((chunk + 1) % num_chunks)] = edges[place]
+    received = all_to_all(send, cp.group_name)
     # The chunk before is at one rank; the others have sent zeros.
     before = [
-        received[context.owner((chunk - 1) % num_chunks)[0], place]
-        for place, chunk in enumerate(context.chunks_of(context.rank))
+        received[cp.owner((chunk - 1) % num_chunks)[0], place]
+        for place, chunk in enumerate(cp.chunks_of(cp.rank))
     ]
     return torch.stack(before, 2)
 
 
-def _last_outputs(
-    sub_out: torch.Tensor, selection: Selection, context: ContextParallel
-) -> torch.Tensor:
+def _last_outputs(sub_out: torch.Tensor, selection: Selection, cp: ContextParallel) -> torch.Tensor:
     """Outputs of the last entries of each chunk here and level above the finest, zero where absent
     and for the last chunk of all: [chunks, B, H, L-1, D]."""
     config, seq_len = selection.config, selection.seq_len
     slots = []
-    for place, chunk in enumerate(context.chunks_of(context.rank)):
+    for place, chunk in enumerate(cp.chunks_of(cp.rank)):
         for level in range(1, config.num_levels):
-            chunk_len = config.level_len(level, seq_len) // context.chunks_per_rank
+            chunk_len = config.level_len(level, seq_len) // cp.chunks_per_rank
             last = config.level_offset(level, seq_len) + (place + 1) * chunk_len - 1
-            is_end = chunk == context.num_chunks - 1
+            is_end = chunk == cp.num_chunks - 1
             slot = selection.slot[..., last]
             slots.append(torch.full_like(slot, -1) if is_end else slot)
     slots = torch.stack(slots, -1).long()  # [B, Hkv, chunks * (L-1)]
     slots = slots.repeat_interleave(sub_out.shape[1] // slots.shape[1], 1)[..., None]
     rows = sub_out.gather(2, slots.clamp(min=0).expand(-1, -1, -1, sub_out.shape[3]))
     rows = rows.masked_fill(slots < 0, 0)
-    return rows.unflatten(2, (context.chunks_per_rank, -1)).movedim(2, 0)
+    return rows.unflatten(2, (cp.chunks_per_rank, -1)).movedim(2, 0)
 
 
 class UlyssesAttention(nn.Module):
@@ -146,19 +144,19 @@ class UlyssesAttention(nn.Module):
 
     Args:
         inner: causal attention over whole sequences, called as `inner(q, k, v, enable_gqa=...)`.
-        context: of the scheme `ulysses`; its degree divides Hkv.
+        cp: of the scheme `ulysses`; its degree divides Hkv.
     """
 
-    def __init__(self, inner: nn.Module, context: ContextParallel):
+    def __init__(self, inner: nn.Module, cp: ContextParallel):
         super().__init__()
         self.inner = inner
-        self.context = context
+        self.cp = cp
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
         """q: [B, H, n, D]; k, v: [B, Hkv, n, D], of the n tokens here. Returns [B, H, n, D]."""
-        degree, group_name = self.context.degree, self.context.group_name
+        degree, group_name = self.cp.degree, self.cp.group_name
         # One message to each rank, with its heads of q, of k and of v.
         by_rank = [x.unflatten(1, (degree, -1)).movedim(1, 0) for x in (q, k, v)]
         received = all_to_all(torch.cat([x.flatten(1) for x in by_rank], 1), group_name)

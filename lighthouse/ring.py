@@ -23,12 +23,12 @@ class RingAttention(nn.Module):
     The merged sums are fp32 (torch's choice), also for fp64 inputs.
 
     Args:
-        context: of the scheme `ring`.
+        cp: of the scheme `ring`.
     """
 
-    def __init__(self, context: ContextParallel):
+    def __init__(self, cp: ContextParallel):
         super().__init__()
-        self.context = context
+        self.cp = cp
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
@@ -36,7 +36,7 @@ class RingAttention(nn.Module):
         """q: [B, H, n, D]; k, v: [B, Hkv, n, D], of the n tokens here. Returns [B, H, n, D]."""
         # The kernel wants as many heads of k and v as of q.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out, _ = _ring(q, k, v, self.context.group_name)
+        out, _ = _ring(q, k, v, self.cp.group_name)
         return out
 
 

@@ -31,8 +31,15 @@ RUNS = {
     "fp16-D80-L4-p8-odd": (torch.float16, 1, 5, 1, 512 * 3 * 1111, 80, 4, 8, 384),
 }
 
-PARTLY_ROTARY = "bf16-D128-L3-p4"
-"""The run that is compiled with a quarter of the head rotated, too."""
+# name: run, elements of a head that are rotated, whether neighbours are pairs. Each way to lay out
+# pairs is compiled for a long and a short span, a head that is no power of two, and a part of one.
+ROTARY_RUNS = {
+    "bf16-D128-L3-p4-interleaved": ("bf16-D128-L3-p4", 128, True),
+    "bf16-D128-L3-p4-quarter": ("bf16-D128-L3-p4", 32, False),
+    "bf16-D64-L3-p8-gqa4-halves": ("bf16-D64-L3-p8-gqa4", 64, False),
+    "fp32-D256-L5-p2-interleaved": ("fp32-D256-L5-p2", 256, True),
+    "fp16-D80-L4-p8-odd-halves": ("fp16-D80-L4-p8-odd", 80, False),
+}
 
 
 def captured_launches(
@@ -129,17 +136,11 @@ def resources(compiled) -> dict[str, int]:
 
 
 def main() -> None:
-    for name, run in RUNS.items():
-        head_dim = run[5]
-        variants = {
-            name: captured_launches(run),
-            f"{name}-interleaved": captured_launches(run, head_dim, True),
-            f"{name}-halves": captured_launches(run, head_dim, False),
-        }
-        if name == PARTLY_ROTARY:
-            variants[f"{name}-quarter"] = captured_launches(run, head_dim // 4, False)
-        launches = [(variant, *launch) for variant, x in variants.items() for launch in x]
-        for variant, kernel, arguments, options in launches:
+    runs = {name: captured_launches(run) for name, run in RUNS.items()}
+    for variant, (name, *rotary) in ROTARY_RUNS.items():
+        runs[variant] = captured_launches(RUNS[name], *rotary)
+    for variant, launches in runs.items():
+        for kernel, arguments, options in launches:
             for capability in map(int, sys.argv[1:]):
                 compiled = compile_launch(kernel, arguments, options, capability)
                 ptx = compiled.asm["ptx"]

@@ -150,7 +150,7 @@ COMMAND_LINES = [
     run("--optimizer.name SGD", "optimizer.name must be one of Adam, AdamW", "'SGD'", "choose one"),
     run(
         "--optimizer.early_step_in_backward",
-        *("optimizer.early_step_in_backward must be false", "got 'true'", "remove it"),
+        *("optimizer.early_step_in_backward must be false", "got true", "remove it"),
     ),
     run("--lr_scheduler.warmup_steps -1", "lr_scheduler.warmup_steps", "got -1", "use 0 or more"),
     run(
@@ -222,15 +222,15 @@ COMMAND_LINES = [
     run("--parallelism.tensor_parallel_degree 0", "tensor_parallel_degree", "got 0", "use 1"),
     run(
         "--parallelism.tensor_parallel_degree 3",
-        *("parallelism.tensor_parallel_degree must divide", "got 3", "use 1 or 2"),
+        *("parallelism.tensor_parallel_degree must be a divisor of the 2", "got 3", "use 1 or 2"),
     ),
     run(
         "--parallelism.data_parallel_shard_degree 2",
-        *("data_parallel_shard_degree", "got 2 times 1 for 1", "set it to -1 or 1"),
+        *("data_parallel_shard_degree must be the 1 processes", "got 2", "set it to -1 or 1"),
     ),
     run(
         "--parallelism.data_parallel_shard_degree 3 --parallelism.tensor_parallel_degree 2",
-        *("data_parallel_shard_degree", "got 3 times 2 for 5", "start 6 processes"),
+        *("must be the 5 processes divided by the other degrees, 2", "got 3", "start 6 processes"),
         WORLD_SIZE="5",
     ),
     run("", "WORLD_SIZE must be the number of processes", "got 'two'", "set it", WORLD_SIZE="two"),
@@ -241,7 +241,11 @@ COMMAND_LINES = [
     ),
     run(
         "--parallelism.context_parallel_degree 4 --lighthouse.stage1_steps 0",
-        *("parallelism.context_parallel_degree must divide", "got 4", "use 1 or 2, or 'ring'"),
+        *(
+            "parallelism.context_parallel_degree must be a divisor of",
+            "got 4",
+            "use 1 or 2, or 'ring'",
+        ),
         WORLD_SIZE="4",
     ),
     run(
@@ -264,11 +268,11 @@ COMMAND_LINES = [
     ),
     run(
         "--parallelism.enable_async_tensor_parallel",
-        *("parallelism.enable_async_tensor_parallel", "got 'true'", "set compile.enable to true"),
+        *("parallelism.enable_async_tensor_parallel", "got true", "set compile.enable to true"),
     ),
     run(
         "--training.enable_cpu_offload",
-        *("training.enable_cpu_offload must be false", "got 'true'", "start more processes"),
+        *("training.enable_cpu_offload must be false", "got true", "start more processes"),
     ),
     # What this machine or this program cannot do.
     run("--model.converters float8", "model.converters must be one of", "got 'float8'", "choose"),
@@ -291,29 +295,29 @@ COMMAND_LINES = [
     ),
     run(
         "--profiling.enable_profiling",
-        *("profiling.enable_profiling must be false on a CPU", "got 'true'", "remove it"),
+        *("profiling.enable_profiling must be false on a CPU", "got true", "remove it"),
     ),
     run(
         "--profiling.enable_memory_snapshot",
-        *("profiling.enable_memory_snapshot must be false on a CPU", "got 'true'", "remove it"),
+        *("profiling.enable_memory_snapshot must be false on a CPU", "got true", "remove it"),
     ),
     run(
         "--checkpoint.enable --checkpoint.async_mode async_with_pinned_mem",
         *("checkpoint.async_mode must be", "got 'async_with_pinned_mem'", "use async"),
     ),
-    run("--training.gc_debug", "training.gc_debug must be false on a CPU", "'true'", "remove it"),
+    run("--training.gc_debug", "training.gc_debug must be false on a CPU", "got true", "remove it"),
     run(
         "--checkpoint.initial_load_in_hf_quantized",
         *(
-            "checkpoint.initial_load_in_hf_quantized must be",
-            "'true'",
+            "checkpoint.initial_load_in_hf_quantized must be false",
+            "got true",
             "initial_load_in_hf to true",
         ),
     ),
     run("--comm.mode local_tensor", "comm.mode must be one of", "'local_tensor'", "choose one"),
     run("--comm.mode fake_backend", "comm.mode must be", "got 'fake_backend'", "set the variable"),
-    run("--fault_tolerance.enable", "fault_tolerance.enable must", "got 'true'", "remove it"),
-    run("--memory_estimation.enable", "memory_estimation.enable", "got 'true'", "lighthouse plan"),
+    run("--fault_tolerance.enable", "fault_tolerance.enable must", "got true", "remove it"),
+    run("--memory_estimation.enable", "memory_estimation.enable", "got true", "lighthouse plan"),
     run(
         "--experimental.custom_import no_such_module",
         *("experimental.custom_import must be a module", "got 'no_such_module'", "correct the"),
@@ -336,7 +340,7 @@ COMMAND_LINES = [
     run("--training.dataset jsonl", "training.dataset_path", "/corpus'", "add such files"),
     run("--training.dataset python_stdlib", "training.dataset_path must not", "/corpus'", "remove"),
     run(
-        "--training.dataset prepared",
+        "--training.dataset tokenized",
         *(
             "training.dataset_path must be a folder with a prepared",
             "/corpus'",
@@ -344,7 +348,7 @@ COMMAND_LINES = [
         ),
     ),
     run(
-        "--training.dataset prepared --training.dataset_path {place}/prepared",
+        "--training.dataset tokenized --training.dataset_path {place}/prepared",
         *("training.dataset_path must hold a readable manifest", "manifest.json'", "restore it"),
     ),
     run("--training.dataloader.num_workers 2", "dataloader.num_workers", "got 2", "set it to 1"),
@@ -434,6 +438,8 @@ FILES = [
     file('[compile]\ncomponents = "model"', "compile.components", "got 'model'", "change its type"),
     file('[lighthouse]\nsdpa_backend = "math"', "sdpa_backend must be one of", "'math'", "choose"),
     file('[training]\ndtype = "fp16"', "training.dtype must be one of", "got 'fp16'", "choose one"),
+    file("[debug]\nseed = 'x'", "debug.seed must be int | None", "got 'x'", "change its type"),
+    file("[training.dataloader]\nnum_worker = 1", "num_worker is not", "did you mean num_workers?"),
     file('[job]\ncustom_config_module = "x"', "custom_config_module", "'x'", "remove it"),
 ]
 """Files given to the trainer."""
@@ -450,7 +456,7 @@ SCRIPTS = [
     script(
         "plan",
         "{place}/ok.toml --world-size 3 --parallelism.context_parallel_degree 2",
-        *("data_parallel_shard_degree", "got -1 times 2 for 3", "a multiple of 2 processes"),
+        *("data_parallel_shard_degree must be the 3", "got -1", "a multiple of 2 processes"),
     ),
     script(
         "plan",

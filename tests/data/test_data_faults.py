@@ -33,7 +33,7 @@ from test_data import (
     take,
     write_parquet,
 )
-from test_tokenized import write_prepared
+from test_tokenized import write_tokenized
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data import readers, retry, tokenized
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
@@ -42,7 +42,7 @@ from torchtitan.experiments.lighthouse.data.documents import fingerprint
 from torchtitan.experiments.lighthouse.data.loaders import build_dataloader
 from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
-from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
+from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataset
 
 TOKENIZER = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
 SEQ_LEN = 16
@@ -205,13 +205,13 @@ def test_every_token_comes_once_and_in_order_whatever_happens(
 
 
 def test_every_window_of_prepared_data_comes_once(tmp_path, flaky_files, waits):
-    path = write_prepared(tmp_path, 1000)
-    expected = take(build_dataloader(1, 0, TOKENIZER, make_config("prepared", path)), 70)
+    path = write_tokenized(tmp_path, 1000)
+    expected = take(build_dataloader(1, 0, TOKENIZER, make_config("tokenized", path)), 70)
     rng = random.Random(0)
     flaky_files.fail_at(rng.randrange(2, 9) for _ in itertools.count())
     seen, state = [], {}
     while len(seen) < 70:
-        loader = build_dataloader(1, 0, TOKENIZER, make_config("prepared", path))
+        loader = build_dataloader(1, 0, TOKENIZER, make_config("tokenized", path))
         loader.load_state_dict(state)
         seen += take(loader, min(rng.randrange(1, 9), 70 - len(seen)))
         state = loader.state_dict()
@@ -221,13 +221,13 @@ def test_every_window_of_prepared_data_comes_once(tmp_path, flaky_files, waits):
     assert set(labels) == set(range(1000)) and max(labels.values()) <= 3
 
 
-@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "c4_local", "prepared"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "c4_local", "tokenized"])
 def test_a_file_that_cannot_be_read_ends_the_run_after_five_attempts(
     tmp_path, kind, flaky_files, waits
 ):
-    if kind == "prepared":
-        path = write_prepared(tmp_path, 1000)
-        dataset = PreparedDataset(path, SEQ_LEN)
+    if kind == "tokenized":
+        path = write_tokenized(tmp_path, 1000)
+        dataset = TokenizedDataset(path, SEQ_LEN)
         flaky_files.fail_at([0, *[0] * 4])
         with pytest.raises(ValueError) as error:
             dataset[0]
@@ -491,24 +491,24 @@ CHANGES = [touch, rewrite, append, exchange, cut]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("kind", ["text", "jsonl", "c4_local", "parquet", "prepared"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "c4_local", "parquet", "tokenized"])
 def test_a_file_that_changes_ends_the_run(tmp_path, waits, kind, change):
     """Before a token of what was read from it since is handed out."""
-    if kind == "prepared":
-        files = sorted(Path(write_prepared(tmp_path, 1000), "train").glob("*.bin"))
-        windows = map(PreparedDataset(str(tmp_path), SEQ_LEN).__getitem__, itertools.count())
+    if kind == "tokenized":
+        files = sorted(Path(write_tokenized(tmp_path, 1000), "train").glob("*.bin"))
+        windows = map(TokenizedDataset(str(tmp_path), SEQ_LEN).__getitem__, itertools.count())
     else:
         name, path = make_corpus(tmp_path, kind, make_texts(40))
         files = find_files(name, path)
         dataset = open_dataset(name, path)
         windows = iter(dataset)
     expected = take(windows, 100)
-    if kind != "prepared":
+    if kind != "tokenized":
         dataset = open_dataset(name, path)
         windows = iter(dataset)
         seen = take(windows, 2)
     else:
-        windows = map(PreparedDataset(str(tmp_path), SEQ_LEN).__getitem__, itertools.count())
+        windows = map(TokenizedDataset(str(tmp_path), SEQ_LEN).__getitem__, itertools.count())
         seen = take(windows, 2)
     status = [(file.read_bytes(), file.stat()) for file in files]
     for file in files:
@@ -523,18 +523,18 @@ def test_a_file_that_changes_ends_the_run(tmp_path, waits, kind, change):
     for file, (content, former) in zip(files, status, strict=True):
         file.write_bytes(content)
         os.utime(file, ns=(former.st_atime_ns, former.st_mtime_ns))
-    if kind != "prepared":
+    if kind != "tokenized":
         # Begun again, with the files restored.
         resumed = open_dataset(name, path, dataset.state_dict())
         assert_all_same(take(resumed, 100 - len(seen)), expected[len(seen) :])
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "prepared"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "tokenized"])
 def test_a_file_that_vanishes_is_waited_for(tmp_path, monkeypatch, kind, comes_back):
-    if kind == "prepared":
-        files = sorted(Path(write_prepared(tmp_path, 1000), "train").glob("*.bin"))
-        dataset = PreparedDataset(str(tmp_path), SEQ_LEN)
+    if kind == "tokenized":
+        files = sorted(Path(write_tokenized(tmp_path, 1000), "train").glob("*.bin"))
+        dataset = TokenizedDataset(str(tmp_path), SEQ_LEN)
         windows = map(dataset.__getitem__, itertools.count())
         expected = [dataset[place] for place in range(50)]
     else:
@@ -602,20 +602,20 @@ def test_the_fingerprint_is_that_of_the_position(tmp_path):
 # ---- workers
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "prepared"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tokenized"])
 def test_the_error_of_a_worker_keeps_its_line(tmp_path, kind):
-    if kind == "prepared":
-        write_prepared(tmp_path, 1000)
+    if kind == "tokenized":
+        write_tokenized(tmp_path, 1000)
         path = tmp_path / "train" / "00001.bin"
     else:
         path = write_files(tmp_path, kind, {"jsonl": plain, "parquet": table}[kind])[2]
     whole, former = path.read_bytes(), path.stat()
     config = make_config(kind, str(tmp_path), num_workers=1)
     expected = take(build_dataloader(1, 0, TOKENIZER, config), 12)
-    if kind != "prepared":
+    if kind != "tokenized":
         put_byte(path)
     loader = build_dataloader(1, 0, TOKENIZER, config)
-    if kind == "prepared":
+    if kind == "tokenized":
         touch(path)
     seen, state = [], {}
     try:
@@ -629,7 +629,7 @@ def test_the_error_of_a_worker_keeps_its_line(tmp_path, kind):
     assert str(path) in message and "\n" not in message
     path.write_bytes(whole)
     os.utime(path, ns=(former.st_atime_ns, former.st_mtime_ns))
-    assert (kind != "prepared") <= len(seen) < 12
+    assert (kind != "tokenized") <= len(seen) < 12
     resumed = build_dataloader(1, 0, TOKENIZER, config)
     resumed.load_state_dict(state)
     assert_all_same(take(resumed, 12 - len(seen)), expected[len(seen) :])

@@ -380,7 +380,7 @@ def test_refuses_datasets_and_paths_that_cannot_be(tmp_path):
     write_shards(tmp_path, "train", make_texts(3), 1)
     for arguments, parts in (
         (("c4", None, "train"), ("--dataset ", "'c4'", "c4_local", "choose")),
-        (("prepared", str(tmp_path), "train"), ("--dataset ", "'prepared'", "choose")),
+        (("tokenized", str(tmp_path), "train"), ("--dataset ", "'tokenized'", "choose")),
         (("text", None, "train"), ("--dataset-path must be set", "name its folder")),
         (("python_stdlib", "x", "train"), ("--dataset-path must not be set", "'x'", "remove")),
         (("text", str(tmp_path / "no"), "train"), ("--dataset-path", str(tmp_path / "no"))),

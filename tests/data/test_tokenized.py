@@ -35,9 +35,9 @@ from torchtitan.experiments.lighthouse.data.manifest import (
 )
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
 from torchtitan.experiments.lighthouse.data.tokenized import (
-    PreparedDataloader,
-    PreparedDataset,
-    check_prepared,
+    TokenizedDataloader,
+    TokenizedDataset,
+    check_tokenized,
     shuffled,
 )
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
@@ -47,7 +47,7 @@ from torchtitan.models.llama3 import Transformer
 SEQ_LEN = 16
 
 
-def write_prepared(
+def write_tokenized(
     folder: Path, num_tokens: int, shards: int = 3, split: str = "train", first_id: int = 0
 ) -> str:
     """Writes tokens whose ids are their places, so that a window tells where it lies."""
@@ -76,17 +76,17 @@ def write_prepared(
 
 def make_loaders(
     path: str, dp_world_size: int, batch_size: int = 1, seq_len: int = SEQ_LEN, **options
-) -> list[PreparedDataloader]:
+) -> list[TokenizedDataloader]:
     """A loader for each rank."""
     return [
-        PreparedDataloader(
-            PreparedDataset(path, seq_len), rank, dp_world_size, batch_size, **options
+        TokenizedDataloader(
+            TokenizedDataset(path, seq_len), rank, dp_world_size, batch_size, **options
         )
         for rank in range(dp_world_size)
     ]
 
 
-def read_order(loaders: list[PreparedDataloader], num_rounds: int) -> list[list[int]]:
+def read_order(loaders: list[TokenizedDataloader], num_rounds: int) -> list[list[int]]:
     """The windows [S + 1] that all ranks read in some rounds, in their global order."""
     batches = [take(loader, num_rounds) for loader in loaders]
     order = []
@@ -105,7 +105,7 @@ def read_order(loaders: list[PreparedDataloader], num_rounds: int) -> list[list[
 @pytest.mark.parametrize("dp_world_size", [1, 2, 3, 4])
 def test_every_token_is_a_label_once_an_epoch(tmp_path, dp_world_size):
     num_tokens = 1000
-    path = write_prepared(tmp_path, num_tokens)
+    path = write_tokenized(tmp_path, num_tokens)
     # Two epochs are a whole number of windows, and the first ends within a window.
     num_windows = 2 * num_tokens // SEQ_LEN
     order = read_order(make_loaders(path, dp_world_size), math.ceil(num_windows / dp_world_size))
@@ -124,17 +124,17 @@ def test_every_token_is_a_label_once_an_epoch(tmp_path, dp_world_size):
 
 @pytest.mark.parametrize("num_tokens", [1, 10, 16, 17, 33])
 def test_a_corpus_of_a_window_or_less_is_read_again_and_again(tmp_path, num_tokens):
-    (loader,) = make_loaders(write_prepared(tmp_path, num_tokens, shards=1), 1)
+    (loader,) = make_loaders(write_tokenized(tmp_path, num_tokens, shards=1), 1)
     order = read_order([loader], 3 * num_tokens)
     labels = Counter(token for window in order for token in window[1:])
     assert labels == dict.fromkeys(range(num_tokens), 3 * SEQ_LEN)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(tmp_path):
-    path = write_prepared(tmp_path, 50 * SEQ_LEN)
+    path = write_tokenized(tmp_path, 50 * SEQ_LEN)
 
     def order(seed, epoch):
-        dataset = PreparedDataset(path, SEQ_LEN, seed=seed)
+        dataset = TokenizedDataset(path, SEQ_LEN, seed=seed)
         return [int(dataset[50 * epoch + i][0]["input"][0]) for i in range(50)]
 
     assert order(0, 0) == order(0, 0)
@@ -171,7 +171,7 @@ def test_shuffled_takes_every_index_everywhere_equally_often():
 
 
 def test_a_global_batch_does_not_depend_on_the_data_parallel_degree(tmp_path):
-    path = write_prepared(tmp_path, 1000)
+    path = write_tokenized(tmp_path, 1000)
     steps, global_batch = 40, 12
 
     def batches(dp_world_size, batch_size):
@@ -192,7 +192,7 @@ def test_a_global_batch_does_not_depend_on_the_data_parallel_degree(tmp_path):
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 @pytest.mark.parametrize("before", [1, 2, 3])
 def test_resume_at_every_step_under_any_degree(tmp_path, before, after):
-    path = write_prepared(tmp_path, 200)
+    path = write_tokenized(tmp_path, 200)
     # Three epochs and more.
     num_rounds = 45 // before
     expected = read_order(make_loaders(path, 1), 60)
@@ -213,7 +213,7 @@ def test_resume_at_every_step_under_any_degree(tmp_path, before, after):
 
 
 def test_a_resume_of_a_resume_of_a_resume(tmp_path):
-    path = write_prepared(tmp_path, 200)
+    path = write_tokenized(tmp_path, 200)
     expected = read_order(make_loaders(path, 1), 60)
     order, state = [], {}
     for dp_world_size in itertools.cycle([1, 3, 2, 5]):
@@ -229,7 +229,7 @@ def test_a_resume_of_a_resume_of_a_resume(tmp_path):
 
 
 def test_workers_read_ahead_and_the_position_does_not(tmp_path):
-    config = make_config("prepared", write_prepared(tmp_path, 1000))
+    config = make_config("tokenized", write_tokenized(tmp_path, 1000))
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
     expected = take(build_dataloader(2, 1, tokenizer, config), 30)
     for num_workers in (1, 3):
@@ -249,16 +249,16 @@ def test_workers_read_ahead_and_the_position_does_not(tmp_path):
 
 
 def test_a_resume_keeps_the_seed_of_the_position(tmp_path):
-    path = write_prepared(tmp_path, 1000)
-    dataset = PreparedDataset(path, SEQ_LEN, seed=3)
-    other = PreparedDataset(path, SEQ_LEN, seed=4)
+    path = write_tokenized(tmp_path, 1000)
+    dataset = TokenizedDataset(path, SEQ_LEN, seed=3)
+    other = TokenizedDataset(path, SEQ_LEN, seed=4)
     assert any(not torch.equal(dataset[i][1], other[i][1]) for i in range(10))
     other.load_state_dict(dataset.state_dict())
     assert all(torch.equal(dataset[i][1], other[i][1]) for i in range(10))
 
 
 def test_a_resume_reads_no_more_however_far_it_is(tmp_path, monkeypatch):
-    path = write_prepared(tmp_path, 60000, shards=50)
+    path = write_tokenized(tmp_path, 60000, shards=50)
     work = Counter()
 
     def counted(function, name):
@@ -272,7 +272,7 @@ def test_a_resume_reads_no_more_however_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenized.hashlib, "blake2b", counted(tokenized.hashlib.blake2b, "digests"))
     most = {}
     for consumed in (0, 10**4, 10**8, 10**12):
-        state = {**PreparedDataset(path, SEQ_LEN).state_dict(), "windows": consumed}
+        state = {**TokenizedDataset(path, SEQ_LEN).state_dict(), "windows": consumed}
         for _ in range(10):
             work.clear()
             (loader,) = make_loaders(path, 1)
@@ -286,10 +286,10 @@ def test_a_resume_reads_no_more_however_far_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changed", ["tokens", "tokenizer", "seq_len"])
 def test_resume_refuses_another_corpus_tokenizer_or_window(tmp_path, changed):
-    path = write_prepared(tmp_path / "a", 1000)
-    state = PreparedDataset(path, SEQ_LEN).state_dict()
-    PreparedDataset(write_prepared(tmp_path / "copy", 1000), SEQ_LEN).load_state_dict(state)
-    other = write_prepared(tmp_path / "b", 1000, first_id=int(changed == "tokens"))
+    path = write_tokenized(tmp_path / "a", 1000)
+    state = TokenizedDataset(path, SEQ_LEN).state_dict()
+    TokenizedDataset(write_tokenized(tmp_path / "copy", 1000), SEQ_LEN).load_state_dict(state)
+    other = write_tokenized(tmp_path / "b", 1000, first_id=int(changed == "tokens"))
     parts = ("training.dataset_path", other, "restore the folder")
     if changed == "tokenizer":
         file = Path(other, "train", "manifest.json")
@@ -297,7 +297,7 @@ def test_resume_refuses_another_corpus_tokenizer_or_window(tmp_path, changed):
     seq_len = SEQ_LEN
     if changed == "seq_len":
         seq_len, parts = 8, ("training.seq_len must be 16", "got 8", "set it to that")
-    dataset = PreparedDataset(other, seq_len)
+    dataset = TokenizedDataset(other, seq_len)
     with pytest.raises(ValueError) as error:
         dataset.load_state_dict(state)
     assert_one_line(error, *parts, 'checkpoint.exclude_from_loading = ["dataloader"]')
@@ -314,7 +314,7 @@ def test_each_evaluation_sees_the_same_held_out_windows(tmp_path, num_workers):
     prepare(name, path, out, BYTE_TOKENIZER_PATH, split="validation")
     seen = []
     for seed in (0, 5):
-        config = make_config("prepared", out, num_workers, section="validation", steps=8)
+        config = make_config("tokenized", out, num_workers, section="validation", steps=8)
         config.debug.seed = seed
         loader = build_validation_dataloader(
             1, 0, HuggingFaceTokenizer(BYTE_TOKENIZER_PATH), config
@@ -331,8 +331,8 @@ def test_each_evaluation_sees_the_same_held_out_windows(tmp_path, num_workers):
 @pytest.mark.parametrize("dp_world_size", [1, 2, 3])
 def test_an_evaluation_over_the_whole_split_stops(tmp_path, dp_world_size):
     """A window that would go on in the next epoch is left out, and what ranks cannot share."""
-    path = write_prepared(tmp_path, 200, split="validation")
-    config = make_config("prepared", path, section="validation", steps=-1)
+    path = write_tokenized(tmp_path, 200, split="validation")
+    config = make_config("tokenized", path, section="validation", steps=-1)
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
     starts = []
     for rank in range(dp_world_size):
@@ -355,12 +355,12 @@ def test_an_evaluation_over_the_whole_split_stops(tmp_path, dp_world_size):
 @pytest.fixture
 def place(tmp_path) -> Path:
     for split in ("train", "validation"):
-        write_prepared(tmp_path, 200, split=split)
+        write_tokenized(tmp_path, 200, split=split)
     return tmp_path
 
 
 def check(path: Path, section: str = "training", vocab_size: int = 320) -> None:
-    check_prepared(str(path), section, BYTE_TOKENIZER_PATH, vocab_size)
+    check_tokenized(str(path), section, BYTE_TOKENIZER_PATH, vocab_size)
 
 
 @pytest.mark.parametrize("section", ["training", "validation"])
@@ -429,13 +429,13 @@ def test_refuses_ids_beyond_the_vocabulary(place):
 def test_refuses_a_path_that_is_missing(tmp_path):
     for path, part in ((None, "manifest.json"), (str(tmp_path / "no"), "correct the path")):
         with pytest.raises(ValueError) as error:
-            check_data(make_config("prepared", path))
+            check_data(make_config("tokenized", path))
         assert_one_line(error, "training.dataset_path", part)
 
 
 def test_refuses_a_negative_number_of_workers(place):
     with pytest.raises(ValueError) as error:
-        check_data(make_config("prepared", str(place), num_workers=-1))
+        check_data(make_config("tokenized", str(place), num_workers=-1))
     assert_one_line(error, "training.dataloader.num_workers", "at least 0", "got -1")
 
 
@@ -451,7 +451,7 @@ def test_refuses_the_data_position_of_streamed_text(tmp_path, place):
     model = Transformer(FLAVORS["quickstart"])
     dcp.save({**model.state_dict(), **state}, checkpoint_id=whole, no_dist=True)
     options = {
-        "training__dataset": "prepared",
+        "training__dataset": "tokenized",
         "checkpoint__initial_load_path": whole,
         "model__flavor": "quickstart",
         "lighthouse__full_attn_layers": [0],
@@ -459,13 +459,13 @@ def test_refuses_the_data_position_of_streamed_text(tmp_path, place):
     args = command_line(tmp_path / "run", place, **options)
     with pytest.raises(ValueError) as error:
         check_config(load_config(args), world_size=1)
-    parts = ("training.dataset must be a corpus of documents", str(whole), "got 'prepared'")
+    parts = ("training.dataset must be a corpus of documents", str(whole), "got 'tokenized'")
     assert_one_line(error, *parts, "set it back", "exclude_from_loading")
 
 
 def test_a_plan_compares_with_the_tokenizer_once_it_is_there(tmp_path, place):
     tokenizer = tmp_path / "tokenizer"
-    options = {"training__dataset": "prepared", "model__hf_assets_path": tokenizer}
+    options = {"training__dataset": "tokenized", "model__hf_assets_path": tokenizer}
     config = load_config(command_line(tmp_path / "run", place, **options))
     check_config(config, world_size=1, is_start=False)
     shutil.copytree(BYTE_TOKENIZER_PATH, tokenizer)
@@ -481,8 +481,8 @@ STEPS, STAGE1_STEPS = 6, 3
 OPTIONS = {
     "model__flavor": "quickstart",
     "lighthouse__full_attn_layers": [0],
-    "training__dataset": "prepared",
-    "validation__dataset": "prepared",
+    "training__dataset": "tokenized",
+    "validation__dataset": "tokenized",
     "validation__enable": True,
     "training__global_batch_size": 2,
     "training__steps": STEPS,
@@ -532,7 +532,7 @@ def test_a_run_goes_on_under_another_data_parallel_degree(tmp_path, corpora):
     # What such a checkpoint cannot go on with ends the run before it starts.
     other = {"training__dataset": "text", "training__dataset_path": text}
     for options, parts in (
-        (other, ("training.dataset must be 'prepared'", "got 'text'", "set it back")),
+        (other, ("training.dataset must be 'tokenized'", "got 'text'", "set it back")),
         ({"training__seq_len": 1024}, ("training.seq_len must be 768", "got 1024")),
     ):
         args = command_line(tmp_path / "run", out, **{**OPTIONS, **options})

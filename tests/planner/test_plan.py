@@ -190,7 +190,7 @@ def test_illegal_values_end_it_with_one_line_and_code_2():
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        ("--world-size 30", ("for 30", "a multiple of 8")),
+        ("--world-size 30", ("the 30 processes", "degrees, 8,", "a multiple of 8")),
         ("--world-size 0", ("--world-size must be at least 1", "got 0")),
         ("--world-size 32 --lighthouse.topk 4224", ("multiple of 1024", "nearest: topk 4096")),
         ("--world-size 32 --training.seq_len 1000001", ("training.seq_len", "nearest: 999424")),
@@ -201,7 +201,10 @@ def test_illegal_values_end_it_with_one_line_and_code_2():
             "--world-size 32 --training.mixed_precision_param float32",
             ("training.mixed_precision_param must be bfloat16", "65535"),
         ),
-        ("--world-size 32 --parallelism.tensor_parallel_degree 2", ("tensor_parallel_degree",)),
+        (
+            "--world-size 32 --parallelism.tensor_parallel_degree 2",
+            ("tensor_parallel_degree must be 1,",),
+        ),
         ("--world-size 32 --activation_checkpoint.mode memory_budget", ("the compiler decides",)),
     ],
 )

@@ -18,7 +18,7 @@ Rooms, each of which imports only from those below it:
     inference   trained models: loading, generation, export
     checkpoint  what is saved, kept, compared and loaded; the hand-over between the stages
     config      the fields of a run and their rules
-    data        corpora, packed to seq_len, resumable; prepared corpora
+    data        corpora, packed to seq_len, resumable; tokenized corpora
     runtime     devices, signals, errors, files, command lines
 
 Importing this package registers the model `llama3_lighthouse` and does nothing else.

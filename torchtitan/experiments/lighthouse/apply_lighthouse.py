@@ -30,7 +30,7 @@ def use_lighthouse(
     full_attn_layers: list[int],
     n_layers: int,
     pool_rotary: str = "averaged",
-    context: ContextParallel | None = None,
+    cp: ContextParallel | None = None,
 ) -> None:
     """Wrap the attention of all layers but `full_attn_layers`.
 
@@ -40,7 +40,7 @@ def use_lighthouse(
         n_layers: layers of the whole model.
         pool_rotary: `aligned` pools q and k at the last position of a span, by the model's own
             rotary embedding; `averaged` as they are.
-        context: this rank's place under context parallelism.
+        cp: this rank's place under context parallelism.
     """
     dense = dense_layers(full_attn_layers, n_layers)
     rotary = rotary_phases(model, config) if pool_rotary == "aligned" else None
@@ -49,7 +49,7 @@ def use_lighthouse(
             attention = block.attention
             assert not isinstance(attention.inner_attention, LighthouseAttention)
             attention.inner_attention = LighthouseAttention(
-                attention.inner_attention, config, rotary, context
+                attention.inner_attention, config, rotary, cp
             )
 
 
@@ -57,7 +57,7 @@ def use_stage_1(
     model: nn.Module,
     lighthouse: Lighthouse,
     n_layers: int,
-    context: ContextParallel | None = None,
+    cp: ContextParallel | None = None,
 ) -> None:
     """`use_lighthouse` with the fields of the section [lighthouse]."""
     use_lighthouse(
@@ -66,7 +66,7 @@ def use_stage_1(
         lighthouse.full_attn_layers,
         n_layers,
         lighthouse.pool_rotary,
-        context,
+        cp,
     )
 
 

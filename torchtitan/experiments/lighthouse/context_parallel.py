@@ -19,15 +19,15 @@ from lighthouse.context_parallel import ContextParallel, UlyssesAttention
 from lighthouse.ring import RingAttention
 
 
-def context_of(mesh: DeviceMesh | None, scheme: str) -> ContextParallel | None:
+def context_parallel_of(mesh: DeviceMesh | None, scheme: str) -> ContextParallel | None:
     """This rank's place in torchtitan's `cp` mesh; None without one."""
     return None if mesh is None else ContextParallel.of(mesh.get_group(), scheme)
 
 
 def use_context_parallel(
-    model: nn.Module, context: ContextParallel, rotate_method: str, device_type: str
+    model: nn.Module, cp: ContextParallel, rotate_method: str, device_type: str
 ) -> None:
-    """Make every layer attend over the whole sequence by the scheme of `context`.
+    """Make every layer attend over the whole sequence by the scheme of `cp`.
 
     Args:
         model: parallelised by torchtitan with this mesh; its layers are dense.
@@ -37,12 +37,12 @@ def use_context_parallel(
     set_rotate_method(rotate_method)
     for block in model.layers.values():
         attention = block.attention
-        if context.scheme == "ulysses":
+        if cp.scheme == "ulysses":
             # A new one: the old one is hooked into the ring.
             stock = ScaledDotProductAttentionWrapper()
-            attention.inner_attention = UlyssesAttention(stock, context)
+            attention.inner_attention = UlyssesAttention(stock, cp)
         elif device_type == "cpu":
-            attention.inner_attention = RingAttention(context)
+            attention.inner_attention = RingAttention(cp)
 
 
 class LocalAttention(nn.Module):
@@ -104,7 +104,7 @@ def cut_batch(
 
 
 def shard_batch(
-    inputs: torch.Tensor, labels: torch.Tensor, context: ContextParallel | None
+    inputs: torch.Tensor, labels: torch.Tensor, cp: ContextParallel | None
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """This rank's tokens and labels, and the positions that its model is to be told.
 
@@ -115,8 +115,8 @@ def shard_batch(
         Both [B, N / W], and `{"positions": [1, N / W]}`; without context parallelism what came in
         and nothing to tell.
     """
-    if context is None:
+    if cp is None:
         return inputs, labels, {}
     positions = torch.arange(inputs.shape[1], dtype=torch.int32, device=inputs.device)[None]
-    inputs, labels, positions = (context.shard(x, 1) for x in (inputs, labels, positions))
+    inputs, labels, positions = (cp.shard(x, 1) for x in (inputs, labels, positions))
     return inputs, labels, {"positions": positions}

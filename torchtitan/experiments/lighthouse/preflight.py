@@ -12,11 +12,12 @@ from torchtitan.experiments.lighthouse.checkpoint.resume import check_checkpoint
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.model_args import check_sizes, model_args, model_name
 from torchtitan.experiments.lighthouse.config.parallel_rules import (
-    check_context_parallel,
-    check_lighthouse,
-    check_parallelism,
+    DEGREE_RULES,
+    LIGHTHOUSE_RULES,
+    check_attention,
+    process_rules,
 )
-from torchtitan.experiments.lighthouse.config.rule_helpers import require
+from torchtitan.experiments.lighthouse.config.rule_helpers import check_values, require
 from torchtitan.experiments.lighthouse.config.rules import (
     COMPUTING_RULES,
     OPTIMIZER_RULES,
@@ -24,10 +25,9 @@ from torchtitan.experiments.lighthouse.config.rules import (
     STAGE2_RULES,
     TRAINING_RULES,
     check_numbers,
-    check_values,
 )
 from torchtitan.experiments.lighthouse.data.loaders import check_data
-from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
+from torchtitan.experiments.lighthouse.data.tokenized import check_tokenized
 from torchtitan.experiments.lighthouse.flavors import sizes_of
 from torchtitan.experiments.lighthouse.runtime import cpu_device
 from torchtitan.experiments.lighthouse.runtime.command_line import (
@@ -54,21 +54,22 @@ def check_config(
     """
     device_type = device_type or cpu_device.device_type()
     check_numbers(config)
+    require(world_size >= 1, "the number of processes", "at least 1", world_size, "use 1 or more")
     check_values([*TRAINING_RULES, *OPTIMIZER_RULES], config, device_type)
     _take_sizes(config)
     check_sizes(config)
-    check_parallelism(config, world_size)
-    check_values([*COMPUTING_RULES, *OUTPUT_RULES], config, device_type)
+    rules = [*DEGREE_RULES, *process_rules(world_size)]
+    rules += [*COMPUTING_RULES, *OUTPUT_RULES, *LIGHTHOUSE_RULES]
+    check_values(rules, config, device_type)
     if is_start:
         _check_surroundings(config)
-    check_lighthouse(config)
-    check_context_parallel(config, device_type)
+    check_attention(config)
     check_values(STAGE2_RULES, config, device_type)
     if is_start or Path(config.model.hf_assets_path).exists():
         _check_tokenizer(config)
     check_data(config, must_exist=is_start)
-    _check_prepared(config, must_exist=is_start)
-    check_checkpointing(config, world_size, is_start)
+    _check_tokenized(config, must_exist=is_start)
+    check_checkpointing(config, world_size, device_type, is_start)
 
 
 def _take_sizes(config: JobConfig) -> None:
@@ -135,12 +136,12 @@ def _check_tokenizer(config: JobConfig) -> None:
     )
 
 
-def _check_prepared(config: JobConfig, must_exist: bool) -> None:
+def _check_tokenized(config: JobConfig, must_exist: bool) -> None:
     vocab_size = model_args(config).vocab_size
     for section in ["training"] + ["validation"] * config.validation.enable:
         options = getattr(config, section)
-        if options.dataset != "prepared":
+        if options.dataset != "tokenized":
             continue
         paths = (options.dataset_path, config.model.hf_assets_path)
         if must_exist or all(Path(path).expanduser().exists() for path in paths):
-            check_prepared(options.dataset_path, section, config.model.hf_assets_path, vocab_size)
+            check_tokenized(options.dataset_path, section, config.model.hf_assets_path, vocab_size)

@@ -10,7 +10,7 @@ from torch import nn
 from torchtitan.experiments.lighthouse.validate import reshard
 
 from lighthouse import LighthouseAttention
-from lighthouse.telemetry import measure
+from lighthouse.selection_stats import measure
 
 NUM_LAYERS = 3
 """Layers that are measured: the first, the last and one between, of those with Lighthouse."""

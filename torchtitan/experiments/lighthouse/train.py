@@ -31,7 +31,7 @@ from torchtitan.experiments.lighthouse.config.job_config import (
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.config.model_args import model_args
 from torchtitan.experiments.lighthouse.context_parallel import (
-    context_of,
+    context_parallel_of,
     cut_batch,
     shard_batch,
     use_context_parallel,
@@ -68,18 +68,18 @@ class TwoStageTrainer(Trainer):
             self.loss_fn.attach(model)
         dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
         lighthouse = job_config.lighthouse
-        self.context = context_of(
+        self.cp = context_parallel_of(
             self.parallel_dims.get_optional_mesh("cp"), lighthouse.context_parallel
         )
         sdpa_backend = lighthouse.sdpa_backend
-        if self.context is not None and lighthouse.context_parallel == "ring":
+        if self.cp is not None and lighthouse.context_parallel == "ring":
             # cuDNN can fail a stride assertion in the backward pass of a ring (pytorch #176915).
             sdpa_backend = "flash"
         for part in self.model_parts:
-            if self.context is not None:
+            if self.cp is not None:
                 use_context_parallel(
                     part,
-                    self.context,
+                    self.cp,
                     job_config.parallelism.context_parallel_rotate_method,
                     utils.device_type,
                 )
@@ -154,8 +154,8 @@ class TwoStageTrainer(Trainer):
         inputs = input_dict["input"]
         if self.phase == PIECES:
             seq_len = self.job_config.lighthouse.stage2_seq_len
-            return *cut_batch(inputs, labels, seq_len, self.context), {}, {}
-        inputs, labels, extra_kwargs = shard_batch(inputs, labels, self.context)
+            return *cut_batch(inputs, labels, seq_len, self.cp), {}, {}
+        inputs, labels, extra_kwargs = shard_batch(inputs, labels, self.cp)
         self._last_inputs = inputs
         return inputs, labels, {}, extra_kwargs
 
@@ -225,12 +225,12 @@ class TwoStageTrainer(Trainer):
     def _use_attention_of(self, phase: str, model: torch.nn.Module) -> None:
         if phase == LIGHTHOUSE:
             apply_lighthouse.use_stage_1(
-                model, self.job_config.lighthouse, self.model_args.n_layers, self.context
+                model, self.job_config.lighthouse, self.model_args.n_layers, self.cp
             )
             return
         apply_lighthouse.use_dense(model)
         use_shared_attention(model)
-        if phase == PIECES and self.context is not None:
+        if phase == PIECES and self.cp is not None:
             use_local_attention(model, self._local_backends)
 
     def _hand_over(self, change: dict[str, object], before: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import BaseValidator
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.experiments.lighthouse.context_parallel import context_of, shard_batch
+from torchtitan.experiments.lighthouse.context_parallel import context_parallel_of, shard_batch
 from torchtitan.experiments.lighthouse.data.loaders import build_validation_dataloader
 from torchtitan.tools import utils
 
@@ -38,7 +38,7 @@ class HeldOutValidator(BaseValidator):
     ):
         super().__init__(job_config)
         self.parallel_dims = parallel_dims
-        self.context_parallel = context_of(
+        self.cp = context_parallel_of(
             parallel_dims.get_optional_mesh("cp"), job_config.lighthouse.context_parallel
         )
         self.loss_fn = loss_fn
@@ -61,7 +61,7 @@ class HeldOutValidator(BaseValidator):
         for _ in range(self.job_config.validation.steps):
             inputs, labels = next(batches)
             inputs, labels = (x.to(utils.device_type) for x in (inputs["input"], labels))
-            inputs, labels, extra_kwargs = shard_batch(inputs, labels, self.context_parallel)
+            inputs, labels, extra_kwargs = shard_batch(inputs, labels, self.cp)
             with self.context(), self.maybe_enable_amp:
                 loss = self.loss_fn(model(inputs, **extra_kwargs), labels)
             # Under tensor parallelism the vocabulary is sharded, and the loss knows of it.

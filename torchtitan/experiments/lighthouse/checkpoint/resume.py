@@ -20,10 +20,16 @@ from torchtitan.experiments.lighthouse.checkpoint.files import (
 )
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.model_args import model_args, model_name
-from torchtitan.experiments.lighthouse.config.rule_helpers import check_at_least, check_choice
+from torchtitan.experiments.lighthouse.config.rule_helpers import (
+    Rule,
+    at_least,
+    check_values,
+    one_of,
+    unset,
+)
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS
 from torchtitan.experiments.lighthouse.data.documents import fingerprint
-from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
+from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataset
 from torchtitan.experiments.lighthouse.metrics import FILE_NAME as METRICS
 from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
 from torchtitan.models.llama3 import Transformer
@@ -32,54 +38,74 @@ TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """What a checkpoint holds beside the model, by torchtitan's names."""
 
 
-def check_checkpointing(config: JobConfig, world_size: int, is_start: bool) -> None:
+def saves(config: JobConfig, device_type: str) -> bool:
+    return config.checkpoint.enable
+
+
+def has_two_stages(config: JobConfig, device_type: str) -> bool:
+    is_switched = 0 < config.lighthouse.stage1_steps < config.training.steps
+    return saves(config, device_type) and is_switched
+
+
+def ends_in_stage_1(config: JobConfig, device_type: str) -> bool:
+    is_stage_1 = config.lighthouse.stage_of(config.training.steps) == 1
+    return saves(config, device_type) and is_stage_1
+
+
+def goes_with(in_hf: str, model_only: str) -> Rule:
+    """A checkpoint in Hugging Face's format is of the model alone."""
+    return Rule(
+        f"checkpoint.{model_only}",
+        lambda x, config: x or not getattr(config.checkpoint, in_hf),
+        f"true with checkpoint.{in_hf}, since that format holds the model alone",
+        "set it to true",
+        applies=saves,
+    )
+
+
+CHECKPOINT_RULES = [
+    Rule(
+        "checkpoint.enable",
+        lambda x, config: x or not config.checkpoint.create_seed_checkpoint,
+        "true for checkpoint.create_seed_checkpoint",
+        "set it to true",
+    ),
+    goes_with("last_save_in_hf", "last_save_model_only"),
+    goes_with("initial_load_in_hf", "initial_load_model_only"),
+    at_least("checkpoint.interval", 1, applies=saves),
+    Rule(
+        "checkpoint.keep_latest_k",
+        lambda x, _: x == 0 or x >= 2,
+        "0, for all, or at least 2",
+        "use 2 or more",
+        applies=saves,
+    ),
+    unset(
+        "checkpoint.last_save_model_only",
+        " for a run that ends in stage 1, since the dense stage needs the optimizer's state",
+        "set it to false",
+        applies=ends_in_stage_1,
+    ),
+    one_of("checkpoint.accept_changes", list(FIELDS), applies=saves),
+    one_of("checkpoint.exclude_from_loading", sorted({*TRAINING_STATE, "model"}), applies=saves),
+    Rule(
+        "checkpoint.exclude_from_loading",
+        lambda x, _: x not in TRAINING_STATE,
+        "without the training state in a run of two stages",
+        "remove it",
+        applies=has_two_stages,
+    ),
+]
+"""What is saved and loaded."""
+
+
+def check_checkpointing(
+    config: JobConfig, world_size: int, device_type: str, is_start: bool
+) -> None:
     """Check the fields of checkpoints and, for a run that starts, what is on disk."""
-    checkpoint = config.checkpoint
-    if not checkpoint.enable:
-        if checkpoint.create_seed_checkpoint:
-            raise ValueError(
-                "checkpoint.enable must be true for checkpoint.create_seed_checkpoint, got false; "
-                "set it to true"
-            )
-        return
-    _check_fields(config)
-    if is_start:
+    check_values(CHECKPOINT_RULES, config, device_type)
+    if config.checkpoint.enable and is_start:
         _check_start(config, world_size)
-
-
-def _check_fields(config: JobConfig) -> None:
-    checkpoint, lighthouse = config.checkpoint, config.lighthouse
-    for in_hf, model_only in (
-        ("last_save_in_hf", "last_save_model_only"),
-        ("initial_load_in_hf", "initial_load_model_only"),
-    ):
-        if getattr(checkpoint, in_hf) and not getattr(checkpoint, model_only):
-            raise ValueError(
-                f"checkpoint.{in_hf} must go with checkpoint.{model_only} = true, since that "
-                f"format holds the model alone, got false; set {model_only} to true"
-            )
-    check_at_least("checkpoint.interval", checkpoint.interval, 1)
-    if checkpoint.keep_latest_k < 0 or checkpoint.keep_latest_k == 1:
-        raise ValueError(
-            "checkpoint.keep_latest_k must be 0, for all, or at least 2, got "
-            f"{checkpoint.keep_latest_k}; use 2 or more"
-        )
-    ends_in_stage_1 = lighthouse.stage_of(config.training.steps) == 1
-    if ends_in_stage_1 and checkpoint.last_save_model_only:
-        raise ValueError(
-            "checkpoint.last_save_model_only must be false for a run that ends in stage 1, got "
-            "true: the dense stage could not go on without the optimizer; set it to false"
-        )
-    for name in checkpoint.accept_changes:
-        check_choice("checkpoint.accept_changes", name, list(FIELDS))
-    for name in checkpoint.exclude_from_loading:
-        check_choice("checkpoint.exclude_from_loading", name, sorted({*TRAINING_STATE, "model"}))
-    lost = TRAINING_STATE & set(checkpoint.exclude_from_loading)
-    if lost and 0 < lighthouse.stage1_steps < config.training.steps:
-        raise ValueError(
-            "checkpoint.exclude_from_loading must keep the training state in a run of two stages, "
-            f"got {', '.join(sorted(lost))}; remove it"
-        )
 
 
 def _check_start(config: JobConfig, world_size: int) -> None:
@@ -201,22 +227,22 @@ def _check_load(
 
 
 def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
-    """A checkpoint holds the one position of all ranks in prepared data, for any number of them;
+    """A checkpoint holds the one position of all ranks in tokenized data, for any number of them;
     otherwise the data position of each data-parallel rank, for as many ranks alone."""
     if "dataloader" in config.checkpoint.exclude_from_loading:
         return
     training = config.training
     saved, position = data_parallel_degree(path), prepared_position(path)
-    is_prepared = training.dataset == "prepared"
-    if (saved is not None and is_prepared) or (position is not None and not is_prepared):
-        rule = "a corpus of documents" if is_prepared else "'prepared'"
+    is_tokenized = training.dataset == "tokenized"
+    if (saved is not None and is_tokenized) or (position is not None and not is_tokenized):
+        rule = "a corpus of documents" if is_tokenized else "'tokenized'"
         raise ValueError(
             f"training.dataset must be {rule} to go on at the data position of {path}, got "
             f"{training.dataset!r}; set it back, or begin the data anew with "
             'checkpoint.exclude_from_loading = ["dataloader"]'
         )
     if position is not None:
-        PreparedDataset(training.dataset_path, training.seq_len).load_state_dict(position)
+        TokenizedDataset(training.dataset_path, training.seq_len).load_state_dict(position)
         return
     if saved not in (None, degree):
         parallelism = config.parallelism

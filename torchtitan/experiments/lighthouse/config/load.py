@@ -15,11 +15,14 @@ import tomli
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.rule_helpers import check_choice, did_you_mean, leaves
+from torchtitan.tools.logging import logger
 
 _NO_CUSTOM_CONFIG = (
     "job.custom_config_module must be empty, since the configuration is this package's own, "
     "got {}; remove it"
 )
+
+_OLD_DATASETS = {"prepared": "tokenized"}
 
 
 def load_config(args: list[str]) -> JobConfig:
@@ -39,7 +42,7 @@ def load_config(args: list[str]) -> JobConfig:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
-            return manager.parse_args(args)
+            config = manager.parse_args(args)
     except ImportError as error:
         raise ValueError(_NO_CUSTOM_CONFIG.format(error)) from None
     except Exception as error:
@@ -55,6 +58,16 @@ def load_config(args: list[str]) -> JobConfig:
         words = " ".join(re.sub(r"[^\x20-\x7e]+", " ", message.getvalue()).split())
         _, *parts = re.split(r" ?-{10,} ?", words)
         raise ValueError(f"command line: {parts[0] if parts else words}; see --help") from None
+    _rename_old_values(config)
+    return config
+
+
+def _rename_old_values(config: JobConfig) -> None:
+    """Replace values that had another name before, with a warning."""
+    for name, section in (("training", config.training), ("validation", config.validation)):
+        if new := _OLD_DATASETS.get(section.dataset):
+            logger.warning(f"{name}.dataset = {section.dataset!r} is now called {new!r}; rename it")
+            section.dataset = new
 
 
 def _check_flags(args: list[str]) -> None:

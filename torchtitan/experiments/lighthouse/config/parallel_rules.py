@@ -1,59 +1,88 @@
-"""Rules of how a sequence and a batch are shared by ranks, and of Lighthouse Attention itself."""
+"""Rules of how ranks share a sequence and a batch, and of Lighthouse Attention itself.
+
+The tables read like those of `rules.py`. A rule relies on the ones before it.
+"""
 
 from dataclasses import replace
 
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.model_args import model_args, model_name
-from torchtitan.experiments.lighthouse.config.rule_helpers import (
-    check_at_least,
-    check_choice,
-    require,
-)
+from torchtitan.experiments.lighthouse.config.rule_helpers import Rule, at_least, one_of, unset
 
 from lighthouse import LighthouseConfig
 from lighthouse.config import SELECTED_PER_STRATUM, nearest_multiple
 from lighthouse.context_parallel import CHUNKS_PER_RANK
 
 
-def check_parallelism(config: JobConfig, world_size: int) -> None:
-    parallelism = config.parallelism
-    check_at_least("the number of processes", world_size, 1)
-    for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
-        degree = getattr(parallelism, name)
-        require(
-            degree == 1,
+def num_kv_heads(config: JobConfig) -> int:
+    model = model_args(config)
+    return model.n_kv_heads or model.n_heads
+
+
+def num_layers(config: JobConfig) -> int:
+    return model_args(config).n_layers
+
+
+def divisors(number: int) -> str:
+    return " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+DEGREE_RULES = [
+    *(
+        Rule(
             f"parallelism.{name}",
+            lambda x, _: x == 1,
             "1, since no flavor has experts",
-            degree,
             "remove it",
         )
-    check_at_least("parallelism.context_parallel_degree", parallelism.context_parallel_degree, 1)
-    if parallelism.pipeline_parallel_degree != 1:
-        raise ValueError(
-            "parallelism.pipeline_parallel_degree must be 1, since the stage switch works on whole "
-            f"models, got {parallelism.pipeline_parallel_degree}; use data, context or tensor "
-            "parallelism"
+        for name in ("expert_parallel_degree", "expert_tensor_parallel_degree")
+    ),
+    at_least("parallelism.context_parallel_degree", 1),
+    Rule(
+        "parallelism.pipeline_parallel_degree",
+        lambda x, _: x == 1,
+        "1, since the stage switch works on whole models",
+        "use data, context or tensor parallelism",
+    ),
+    at_least("parallelism.tensor_parallel_degree", 1),
+    Rule(
+        "parallelism.tensor_parallel_degree",
+        lambda x, config: num_kv_heads(config) % x == 0,
+        lambda config: (
+            f"a divisor of the {num_kv_heads(config)} key/value heads of {model_name(config)}"
+        ),
+        lambda _, config: f"use {divisors(num_kv_heads(config))}",
+    ),
+    Rule(
+        "training.loss_chunk_size",
+        lambda x, _: x == 0,
+        "0 with tensor parallelism, which shards the head by vocabulary",
+        "set it to 0, or parallelism.tensor_parallel_degree to 1",
+        applies=lambda config, _: config.parallelism.tensor_parallel_degree > 1,
+    ),
+    at_least("parallelism.data_parallel_replicate_degree", 1),
+]
+"""How many ranks share what, each degree on its own."""
+
+
+def process_rules(world_size: int) -> list[Rule]:
+    """Rules of how the degrees and the batch fit `world_size` processes."""
+
+    def other_degrees(config: JobConfig) -> int:
+        """Processes that share a shard of the data-parallel dimension."""
+        parallelism = config.parallelism
+        return (
+            parallelism.data_parallel_replicate_degree
+            * parallelism.context_parallel_degree
+            * parallelism.tensor_parallel_degree
         )
-    tensor_parallel = parallelism.tensor_parallel_degree
-    check_at_least("parallelism.tensor_parallel_degree", tensor_parallel, 1)
-    n_kv_heads = num_kv_heads(config)
-    if n_kv_heads % tensor_parallel:
-        raise ValueError(
-            f"parallelism.tensor_parallel_degree must divide the {n_kv_heads} key/value heads of "
-            f"{model_name(config)}, got {tensor_parallel}; use {_divisors(n_kv_heads)}"
-        )
-    loss_chunk_size = config.training.loss_chunk_size
-    if loss_chunk_size and tensor_parallel > 1:
-        raise ValueError(
-            "training.loss_chunk_size must be 0 with tensor parallelism, which shards the head by "
-            f"vocabulary, got {loss_chunk_size}; set it to 0, or "
-            "parallelism.tensor_parallel_degree to 1"
-        )
-    replicate = parallelism.data_parallel_replicate_degree
-    check_at_least("parallelism.data_parallel_replicate_degree", replicate, 1)
-    others = replicate * parallelism.context_parallel_degree * tensor_parallel
-    shard = parallelism.data_parallel_shard_degree
-    if world_size % others or shard not in (-1, world_size // others):
+
+    def is_whole(shard: int, config: JobConfig) -> bool:
+        others = other_degrees(config)
+        return world_size % others == 0 and shard in (-1, world_size // others)
+
+    def make_whole(shard: int, config: JobConfig) -> str:
+        others = other_degrees(config)
         remedies = []
         if world_size % others == 0:
             remedies.append(f"set it to -1 or {world_size // others}")
@@ -61,50 +90,141 @@ def check_parallelism(config: JobConfig, world_size: int) -> None:
             remedies.append(f"start {shard * others} processes")
         elif world_size % others:
             remedies.append(f"start a multiple of {others} processes")
-        raise ValueError(
-            "parallelism.data_parallel_shard_degree times the other degrees must be the number of "
-            f"processes, got {shard} times {others} for {world_size}; {', or '.join(remedies)}"
-        )
-    num_shards = world_size // others * parallelism.context_parallel_degree
-    require(
-        replicate == 1 or num_shards > 1 or tensor_parallel == 1,
-        "parallelism.data_parallel_replicate_degree",
-        "1 with tensor parallelism unless parameters are sharded, too",
-        replicate,
-        f"set it to 1, or start more than {world_size} processes",
-    )
-    require(
-        num_shards > 1 or not config.training.enable_cpu_offload,
-        "training.enable_cpu_offload",
-        "false where parameters are not sharded",
-        "true",
-        "remove it, or start more processes",
-    )
-    per_step = config.training.local_batch_size * replicate * (world_size // others)
-    global_batch = config.training.global_batch_size
-    if global_batch != -1 and (global_batch < 1 or global_batch % per_step):
-        nearest = nearest_multiple(global_batch, per_step)
-        raise ValueError(
-            "training.global_batch_size must be a multiple of local_batch_size times the data "
-            f"parallel degree, {per_step}, got {global_batch}; nearest: {nearest}, or -1"
-        )
+        return ", or ".join(remedies)
+
+    def is_sharded(config: JobConfig) -> bool:
+        replicated = other_degrees(config) // config.parallelism.context_parallel_degree
+        return world_size > replicated
+
+    def sequences(config: JobConfig) -> int:
+        """Sequences that all ranks together take in one forward pass."""
+        parallelism = config.parallelism
+        per_sequence = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+        return config.training.local_batch_size * (world_size // per_sequence)
+
+    return [
+        Rule(
+            "parallelism.data_parallel_shard_degree",
+            is_whole,
+            lambda config: (
+                f"the {world_size} processes divided by the other degrees, {other_degrees(config)}"
+            ),
+            make_whole,
+        ),
+        Rule(
+            "parallelism.data_parallel_replicate_degree",
+            lambda x, config: x == 1 or is_sharded(config),
+            "1 with tensor parallelism unless parameters are sharded, too",
+            f"set it to 1, or start more than {world_size} processes",
+            applies=lambda config, _: config.parallelism.tensor_parallel_degree > 1,
+        ),
+        unset(
+            "training.enable_cpu_offload",
+            " where parameters are not sharded",
+            "remove it, or start more processes",
+            applies=lambda config, _: not is_sharded(config),
+        ),
+        Rule(
+            "training.global_batch_size",
+            lambda x, config: x == -1 or (x >= 1 and x % sequences(config) == 0),
+            lambda config: (
+                "a multiple of local_batch_size times the data parallel degree, "
+                f"{sequences(config)}"
+            ),
+            lambda x, config: f"nearest: {nearest_multiple(x, sequences(config))}, or -1",
+        ),
+    ]
 
 
-def check_lighthouse(config: JobConfig) -> None:
-    lighthouse, steps = config.lighthouse, config.training.steps
-    check_at_least("lighthouse.telemetry_freq", lighthouse.telemetry_freq, 0)
-    if not -1 <= lighthouse.stage1_steps <= steps:
-        raise ValueError(
-            f"lighthouse.stage1_steps must be from 0 to training.steps ({steps}), or -1 for no "
-            f"switch, got {lighthouse.stage1_steps}; lower it or raise training.steps"
-        )
-    n_layers = model_args(config).n_layers
-    for layer in lighthouse.full_attn_layers:
-        if not -n_layers <= layer < n_layers:
-            raise ValueError(
-                f"lighthouse.full_attn_layers must be from {-n_layers} to {n_layers - 1} for the "
-                f"{n_layers} layers of {model_name(config)}, got {layer}; remove it"
-            )
+def shares_sequence(config: JobConfig, device_type: str) -> bool:
+    return config.parallelism.context_parallel_degree > 1
+
+
+def uses_ulysses(config: JobConfig, device_type: str) -> bool:
+    scheme = config.lighthouse.context_parallel
+    return shares_sequence(config, device_type) and scheme == "ulysses"
+
+
+def rings_on_gpu(config: JobConfig, device_type: str) -> bool:
+    scheme = config.lighthouse.context_parallel
+    return shares_sequence(config, device_type) and scheme == "ring" and device_type != "cpu"
+
+
+def rank_kv_heads(config: JobConfig) -> int:
+    """Key/value heads of a rank."""
+    return num_kv_heads(config) // config.parallelism.tensor_parallel_degree
+
+
+LIGHTHOUSE_RULES = [
+    at_least("lighthouse.telemetry_freq", 0),
+    Rule(
+        "lighthouse.stage1_steps",
+        lambda x, config: -1 <= x <= config.training.steps,
+        lambda config: f"from 0 to training.steps ({config.training.steps}), or -1 for no switch",
+        "lower it or raise training.steps",
+    ),
+    Rule(
+        "lighthouse.full_attn_layers",
+        lambda x, config: -num_layers(config) <= x < num_layers(config),
+        lambda config: (
+            f"from {-num_layers(config)} to {num_layers(config) - 1} for the "
+            f"{num_layers(config)} layers of {model_name(config)}"
+        ),
+        "remove it",
+    ),
+    one_of("lighthouse.context_parallel", list(CHUNKS_PER_RANK)),
+    one_of("parallelism.context_parallel_rotate_method", ["allgather", "alltoall"]),
+    Rule(
+        "parallelism.context_parallel_load_balancer",
+        lambda x, _: x == "headtail",
+        "'headtail', since the layout follows from lighthouse.context_parallel",
+        "leave it out",
+    ),
+    Rule(
+        "lighthouse.telemetry_freq",
+        lambda x, _: x == 0,
+        "0 under context parallelism, where no rank has a whole sequence",
+        "set it to 0, or parallelism.context_parallel_degree to 1",
+        applies=shares_sequence,
+    ),
+    Rule(
+        "lighthouse.scorer",
+        lambda x, config: x == "norm" or config.lighthouse.stage1_steps == 0,
+        "norm under context parallelism, where each rank scores its own tokens",
+        "set it to norm, or parallelism.context_parallel_degree to 1",
+        applies=shares_sequence,
+    ),
+    Rule(
+        "parallelism.context_parallel_degree",
+        lambda x, config: rank_kv_heads(config) % x == 0,
+        lambda config: (
+            f"a divisor of the key/value heads of a rank, {rank_kv_heads(config)}, with "
+            "lighthouse.context_parallel = 'ulysses'"
+        ),
+        lambda _, config: f"use {divisors(rank_kv_heads(config))}, or 'ring'",
+        applies=uses_ulysses,
+    ),
+    Rule(
+        "training.mixed_precision_param",
+        lambda x, _: x != "float32",
+        "bfloat16 with lighthouse.context_parallel = 'ring', whose kernels take no other type on "
+        "a GPU",
+        "set it to bfloat16, or use 'ulysses'",
+        applies=rings_on_gpu,
+    ),
+]
+"""The stages, and the attention of ranks that share a sequence."""
+
+
+def check_attention(config: JobConfig) -> None:
+    """Check that the fields of Lighthouse Attention fit each other, the lengths and the degrees.
+
+    The rules are those of `lighthouse.config`; the field of this configuration is named here.
+
+    Raises:
+        ValueError: the first rule that is broken.
+    """
+    lighthouse = config.lighthouse
     degree = config.parallelism.context_parallel_degree
     num_chunks = degree * CHUNKS_PER_RANK[lighthouse.context_parallel] if degree > 1 else 1
     # torchtitan asks for the factor of two, in training, whatever the scheme and the degrees.
@@ -150,57 +270,3 @@ def _fitting(attention: LighthouseConfig, config: JobConfig, num_chunks: int, di
     seq_len = replace(attention, topk=topk).nearest_seq_len(seq_len, num_chunks, divisor)
     other = f"seq_len {seq_len}" if seq_len else "fewer levels or a smaller factor"
     return f"{topk} with {other}"
-
-
-def check_context_parallel(config: JobConfig, device_type: str) -> None:
-    parallelism, lighthouse = config.parallelism, config.lighthouse
-    degree, scheme = parallelism.context_parallel_degree, lighthouse.context_parallel
-    check_choice("lighthouse.context_parallel", scheme, list(CHUNKS_PER_RANK))
-    check_choice(
-        "parallelism.context_parallel_rotate_method",
-        parallelism.context_parallel_rotate_method,
-        ["allgather", "alltoall"],
-    )
-    if parallelism.context_parallel_load_balancer != "headtail":
-        raise ValueError(
-            "parallelism.context_parallel_load_balancer must be 'headtail', since the layout "
-            "follows from lighthouse.context_parallel, got "
-            f"{parallelism.context_parallel_load_balancer!r}; leave it out"
-        )
-    if degree == 1:
-        return
-    if lighthouse.telemetry_freq:
-        raise ValueError(
-            "lighthouse.telemetry_freq must be 0 under context parallelism, where no rank has a "
-            f"whole sequence, got {lighthouse.telemetry_freq}; set it to 0, or "
-            "parallelism.context_parallel_degree to 1"
-        )
-    if lighthouse.scorer != "norm" and lighthouse.stage1_steps != 0:
-        raise ValueError(
-            "lighthouse.scorer must be norm under context parallelism, where each rank scores its "
-            f"own tokens, got {lighthouse.scorer!r}; set it to norm, or "
-            "parallelism.context_parallel_degree to 1"
-        )
-    if scheme == "ulysses":
-        n_kv_heads = num_kv_heads(config) // parallelism.tensor_parallel_degree
-        if n_kv_heads % degree:
-            raise ValueError(
-                "parallelism.context_parallel_degree must divide the key/value heads of a rank, "
-                f"{n_kv_heads}, with lighthouse.context_parallel = 'ulysses', got {degree}; use "
-                f"{_divisors(n_kv_heads)}, or 'ring'"
-            )
-    elif device_type != "cpu" and config.training.mixed_precision_param == "float32":
-        raise ValueError(
-            "training.mixed_precision_param must be bfloat16 with lighthouse.context_parallel = "
-            "'ring', whose kernels take no other type on a GPU, got 'float32'; set it to bfloat16, "
-            "or use 'ulysses'"
-        )
-
-
-def num_kv_heads(config: JobConfig) -> int:
-    model = model_args(config)
-    return model.n_kv_heads or model.n_heads
-
-
-def _divisors(number: int) -> str:
-    return " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)

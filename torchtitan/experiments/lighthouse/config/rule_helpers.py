@@ -27,7 +27,9 @@ def leaves(section: type, prefix: str = ""):
 
 def require(is_right: bool, name: str, rule: str, value: Any, remedy: str) -> None:
     if not is_right:
-        raise ValueError(f"{name} must be {rule}, got {value!r}; {remedy}")
+        # As TOML writes it.
+        found = str(value).lower() if isinstance(value, bool) else repr(value)
+        raise ValueError(f"{name} must be {rule}, got {found}; {remedy}")
 
 
 def did_you_mean(value: str, choices, otherwise: str = "see --help for all") -> str:
@@ -52,9 +54,6 @@ class Rule:
     applies: Callable[[JobConfig, str], bool] = lambda config, device_type: True
     """Whether the rule holds, from the configuration and the type of device."""
 
-    shown: Callable[[Any], Any] = lambda value: value
-    """The value as the message shows it."""
-
     def check(self, config: JobConfig, device_type: str) -> None:
         """Raise ValueError if the rule is broken."""
         if not self.applies(config, device_type):
@@ -68,7 +67,7 @@ class Rule:
         if not self.is_right(value, config):
             rule = self.rule if isinstance(self.rule, str) else self.rule(config)
             remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(value, config)
-            require(False, self.field, rule, self.shown(value), remedy)
+            require(False, self.field, rule, value, remedy)
 
 
 def at_least(field: str, least: int, **kwargs) -> Rule:
@@ -95,13 +94,13 @@ def one_of(field: str, choices: list[str] | Callable[[], list[str]], **kwargs) -
 
 def unset(field: str, reason: str, remedy: str = "remove it", **kwargs) -> Rule:
     """A switch that must be off; `reason` goes on after 'false'."""
-    return Rule(
-        field, lambda x, _: not x, f"false{reason}", remedy, shown=lambda _: "true", **kwargs
-    )
+    return Rule(field, lambda x, _: not x, f"false{reason}", remedy, **kwargs)
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    at_least(name, least).check_value(value)
+def check_values(rules: list[Rule], config: JobConfig, device_type: str) -> None:
+    """Raise ValueError for the first rule that is broken."""
+    for rule in rules:
+        rule.check(config, device_type)
 
 
 def check_choice(name: str, value: Any, choices: list[str]) -> None:

@@ -413,12 +413,6 @@ STAGE2_RULES = [
 """Stage 2 in pieces. The other fields that these rules look at are checked before."""
 
 
-def check_values(rules: list[Rule], config: JobConfig, device_type: str) -> None:
-    """Raise ValueError for the first rule that is broken."""
-    for rule in rules:
-        rule.check(config, device_type)
-
-
 class _Digits(int):
     """Written in short: Python refuses to write thousands of digits."""
 

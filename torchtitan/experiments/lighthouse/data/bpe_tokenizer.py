@@ -99,7 +99,7 @@ def corpus_texts(
 def main(args: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    known = [name for name in DATASETS if name != "prepared"]
+    known = [name for name in DATASETS if name != "tokenized"]
     add("--dataset", required=True, choices=known, help="the corpus, as training.dataset")
     add("--dataset-path", help="its folder or file, as training.dataset_path")
     add("--text-field", default="text", help="key or column of the text, default text")

@@ -1,7 +1,7 @@
 """The corpora: where their files lie, how they are read, and which documents are held out.
 
 A document is one file (`python_stdlib`, `text`), one JSON line (`jsonl`, `c4_local`), or one row
-(`parquet`, `c4`); one without text is left out; `prepared` holds no documents, but tokens already
+(`parquet`, `c4`); one without text is left out; `tokenized` holds no documents, but tokens already
 (`tokenized.py`). C4 brings a validation split of its own. Everywhere
 else a document is held out iff the CRC-32 of its UTF-8 bytes is divisible by 32, so copies of a
 document fall on one side, and the split depends neither on their order nor on the number of ranks.
@@ -39,7 +39,7 @@ class Corpus:
     """How the documents of a corpus are found and read."""
 
     reader: str
-    """`documents` (a file each), `lines` (JSON lines), `parquet`, `hub` (allenai/c4) or `prepared`
+    """`documents` (a file each), `lines` (JSON lines), `parquet`, `hub` (allenai/c4) or `tokenized`
     (tokens)."""
 
     patterns: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ DATASETS: dict[str, Corpus] = {
     "parquet": Corpus("parquet", ("*.parquet",)),
     "c4": Corpus("hub", needs_path=False),
     "c4_local": Corpus("lines", ("c4-train.*.json.gz",), ("c4-validation.*.json.gz",)),
-    "prepared": Corpus("prepared", ("manifest.json",)),
+    "tokenized": Corpus("tokenized", ("manifest.json",)),
 }
 """The values of `training.dataset` and `validation.dataset`."""
 
@@ -136,8 +136,8 @@ def check_dataset(
             or does not exist, a folder that cannot be listed or lacks the dataset's files (for
             validation on `c4_local`: validation shards), files that are all empty, a gzipped file
             or a table of 0 bytes, and a first document that is no JSON object with a `text`, or no
-            table with such a column. Of `prepared` the path alone is checked here, and the rest by
-            `check_prepared`.
+            table with such a column. Of `tokenized` the path alone is checked here, and the rest by
+            `check_tokenized`.
     """
     if name not in DATASETS:
         nearest = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
@@ -166,7 +166,7 @@ def check_dataset(
         if not must_exist:
             return
         raise ValueError(f"{field} must exist, got {str(root)!r}: correct the path")
-    if corpus.reader == "prepared":
+    if corpus.reader == "tokenized":
         return
     try:
         files = find_files(name, path, split)

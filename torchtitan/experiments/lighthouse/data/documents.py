@@ -242,7 +242,7 @@ class HubDocuments:
                 ) from error
             raise ValueError(
                 f"{message} {self._name!r} with an error: {reason}: download the files for "
-                "'c4_local' or 'prepared'"
+                "'c4_local' or 'tokenized'"
             ) from error
 
 

@@ -10,7 +10,7 @@ from torchtitan.config import JobConfig
 from torchtitan.experiments.lighthouse.data.datasets import SECTIONS, check_dataset
 from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 from torchtitan.experiments.lighthouse.data.retry import in_one_line
-from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataloader, PreparedDataset
+from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataloader, TokenizedDataset
 
 
 class TextDataloader(ParallelAwareDataloader):
@@ -45,7 +45,7 @@ def build_dataloader(
     """Builds the endless loader of `job_config.training`.
 
     Its batches are `({"input": [B, S]}, labels [B, S])` of int64, with B the local batch size. The
-    documents, or the windows of prepared data, are ordered by `job_config.debug.seed`, or by 0
+    documents, or the windows of tokenized data, are ordered by `job_config.debug.seed`, or by 0
     where that is None.
 
     Raises:
@@ -61,7 +61,7 @@ def build_validation_dataloader(
 
     Each `iter()` gives the same batches, `({"input": [B, S]}, labels [B, S])` of int64. It is
     endless, wrapping around a short text, unless `validation.steps` is -1, the whole split once.
-    The windows of prepared data are those of seed 0, whatever the run's.
+    The windows of tokenized data are those of seed 0, whatever the run's.
 
     Raises:
         ValueError: what the dataset raises, and for a number of workers that cannot be.
@@ -87,13 +87,13 @@ def _build(
         "batch_size": options.local_batch_size,
         **asdict(options.dataloader),
     }
-    if options.dataset == "prepared":
+    if options.dataset == "tokenized":
         # Held-out windows are the same for runs of different seeds, whose losses are compared.
         seed = 0 if split == "validation" else seed
-        prepared = PreparedDataset(
+        tokenized = TokenizedDataset(
             options.dataset_path, options.seq_len, split=split, seed=seed, infinite=infinite
         )
-        return PreparedDataloader(prepared, **loading)
+        return TokenizedDataloader(tokenized, **loading)
     dataset = PackedTextDataset(
         options.dataset,
         options.dataset_path,
@@ -110,7 +110,7 @@ def _build(
 
 
 def _check_num_workers(num_workers: int, section: str, dataset: str) -> None:
-    if dataset == "prepared":
+    if dataset == "tokenized":
         if num_workers < 0:
             raise ValueError(
                 f"{section}.dataloader.num_workers must be at least 0, got {num_workers}; use 0"

@@ -1,4 +1,4 @@
-"""Tokenize a corpus once, for training on it with `training.dataset = "prepared"`.
+"""Tokenize a corpus once, for training on it with `training.dataset = "tokenized"`.
 
     lighthouse prepare --dataset c4_local --dataset-path FOLDER --output OUT --workers 16
     lighthouse prepare --output OUT --verify

@@ -58,7 +58,7 @@ from torchtitan.experiments.lighthouse.data.readers import (
 )
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 
-SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("hub", "prepared")]
+SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("hub", "tokenized")]
 """Datasets that can be prepared: those whose files are here."""
 
 SHARD_SIZE = 100_000_000

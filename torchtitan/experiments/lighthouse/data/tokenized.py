@@ -1,4 +1,4 @@
-"""Prepared data: a corpus tokenized once, read in windows of any number of ranks, in any order.
+"""Tokenized data: a corpus tokenized once, read in windows of any number of ranks, in any order.
 
     <dataset_path>/<split>/manifest.json   what was tokenized, by what, and the shards (`Manifest`)
     <dataset_path>/<split>/00000.bin, ...  token ids, little-endian, of whole documents
@@ -43,7 +43,7 @@ from torchtitan.experiments.lighthouse.data.retry import in_one_line, retrying
 _FEISTEL_ROUNDS = 8
 
 
-def check_prepared(path: str, section: str, tokenizer_path: str, vocab_size: int) -> None:
+def check_tokenized(path: str, section: str, tokenizer_path: str, vocab_size: int) -> None:
     """Checks a prepared split without reading a token: its manifest, and the sizes of its shards.
 
     Args:
@@ -104,7 +104,7 @@ def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
             return index
 
 
-class PreparedDataset(Dataset, Stateful):
+class TokenizedDataset(Dataset, Stateful):
     """The windows of a prepared split, by their place in the global order.
 
     `dataset[place]` is `({"input": [seq_len]}, labels [seq_len])`, both int64, for any place from
@@ -242,7 +242,7 @@ class PreparedDataset(Dataset, Stateful):
         return np.frombuffer(content, self._manifest.dtype)
 
 
-class PreparedDataloader(ParallelAwareDataloader):
+class TokenizedDataloader(ParallelAwareDataloader):
     """One rank's batches of a prepared split, `({"input": [B, S]}, labels [B, S])`.
 
     Where the order has an end, all ranks stop after equally many windows. Its state is the
@@ -253,7 +253,7 @@ class PreparedDataloader(ParallelAwareDataloader):
 
     def __init__(
         self,
-        dataset: PreparedDataset,
+        dataset: TokenizedDataset,
         dp_rank: int,
         dp_world_size: int,
         batch_size: int,
@@ -290,7 +290,7 @@ class PreparedDataloader(ParallelAwareDataloader):
 class _RankPlaces:
     """A sampler: the places of a rank, from what all ranks have taken on."""
 
-    dataset: PreparedDataset
+    dataset: TokenizedDataset
     dp_rank: int
     dp_world_size: int
 

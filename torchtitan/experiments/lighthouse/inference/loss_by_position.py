@@ -29,7 +29,7 @@ from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Validation
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset
 from torchtitan.experiments.lighthouse.data.loaders import build_validation_dataloader
-from torchtitan.experiments.lighthouse.data.tokenized import check_prepared
+from torchtitan.experiments.lighthouse.data.tokenized import check_tokenized
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import (
     LIGHTHOUSE_FIELDS,
@@ -144,8 +144,8 @@ def held_out_windows(
     check_dataset(
         options.dataset, options.dataset_path, "validation", text_field=options.text_field
     )
-    if options.dataset == "prepared":
-        check_prepared(
+    if options.dataset == "tokenized":
+        check_tokenized(
             options.dataset_path, "validation", model.tokenizer_path, model.args.vocab_size
         )
     validation = Validation(

@@ -104,7 +104,7 @@ class Plan:
             memory = stage.memory
             found["memory"] |= {
                 "peak": memory.peak,
-                "peak_moment": memory.peak_moment,
+                "peak_moment": memory.peak_phase,
                 "parts": memory.parts,
             }
         result["note"] = "expected from stated rates, not measured"
@@ -156,9 +156,9 @@ def run_facts(sizes: Sizes) -> dict[str, object]:
         "vocab_size": model.vocab_size,
         "seq_len": sizes.seq_len,
         "world_size": sizes.world_size,
-        "context_parallel": {"degree": sizes.degree, "scheme": sizes.scheme},
-        "replicas": sizes.replicas,
-        "shards": sizes.shards,
+        "context_parallel": {"degree": sizes.cp_degree, "scheme": sizes.cp_scheme},
+        "replicas": sizes.dp_replicate,
+        "shards": sizes.fsdp_degree,
         "micro_batches": sizes.micro_batches,
         "sequences_per_step": sizes.tokens_per_step // sizes.seq_len,
         "tokens_per_step": sizes.tokens_per_step,
@@ -197,7 +197,7 @@ def attention_facts(sizes: Sizes) -> dict[str, object]:
         "level_lens": [config.level_len(level, seq_len) for level in range(config.num_levels)],
         "strata": config.num_strata,
         "chunks": sizes.num_chunks,
-        "strata_per_rank": config.num_strata // sizes.degree,
+        "strata_per_rank": config.num_strata // sizes.cp_degree,
         "strata_per_chunk": config.num_strata // sizes.num_chunks,
         # From the finest level up.
         "candidates_per_stratum": [below] * (config.num_levels - 1)

@@ -7,8 +7,8 @@
     FSDP         parameters that are gathered, gradients that are not yet reduced
     gradients    of the parameters, as far as the backward pass has come
 
-`timeline` puts them together for each moment of the step at which the sum can be largest; the peak
-is the largest of those sums. All counts are bytes of tensors that exist at that moment, found in
+`timeline` puts them together for each phase of the step at which the sum can be largest; the peak
+is the largest of those sums. All counts are bytes of tensors that exist in that phase, found in
 torchtitan's Llama 3 block:
 
     x -> attention norm -> wq, wk, wv -> rotation of q and k -> attention -> wo -> h = x + ...
@@ -46,18 +46,18 @@ class Memory:
     kept_per_layer: dict[str, int]
     """What a layer leaves for its backward pass, by kind: `Lighthouse` or `dense`."""
 
-    moments: dict[str, dict[str, int]]
-    """What comes on top of `always`, by name, at each moment of the step."""
+    phases: dict[str, dict[str, int]]
+    """What comes on top of `always`, by name, in each phase of the step."""
 
     @property
-    def peak_moment(self) -> str:
-        """The moment at which the rank holds the most."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+    def peak_phase(self) -> str:
+        """The phase in which the rank holds the most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def parts(self) -> dict[str, int]:
         """What is held at the peak, by name."""
-        return self.always | self.moments[self.peak_moment]
+        return self.always | self.phases[self.peak_phase]
 
     @property
     def peak(self) -> int:
@@ -77,7 +77,7 @@ def stage_memory(sizes: Sizes, stage: int) -> Memory:
 
 def always(sizes: Sizes) -> dict[str, int]:
     """What a rank holds in every step, in bytes."""
-    shard = -(-sizes.parameters["total"] // sizes.shards) * sizes.param_bytes
+    shard = -(-sizes.parameters["total"] // sizes.fsdp_degree) * sizes.param_bytes
     rotations = sizes.seq_len * sizes.head_dim // 2 * _COMPLEX64
     # Tokens and labels of whole sequences: each rank cuts out its own.
     batch = 2 * sizes.batch * sizes.seq_len * _INT64
@@ -85,13 +85,13 @@ def always(sizes: Sizes) -> dict[str, int]:
 
 
 def timeline(sizes: Sizes, stage: int) -> dict[str, dict[str, int]]:
-    """What a rank holds beside `always` at each moment of a step, in bytes: moment, part, bytes.
+    """What a rank holds beside `always` in each phase of a step, in bytes: phase, part, bytes.
 
     Of the backward passes of all layers the one that holds the most.
     """
     n_layers = sizes.model_args.n_layers
     shard = {
-        name: -(-n // sizes.shards) * sizes.param_bytes for name, n in sizes.parameters.items()
+        name: -(-n // sizes.fsdp_degree) * sizes.param_bytes for name, n in sizes.parameters.items()
     }
     # Of the micro-batches before.
     carried = shard["total"] if sizes.micro_batches > 1 else 0
@@ -102,9 +102,9 @@ def timeline(sizes: Sizes, stage: int) -> dict[str, dict[str, int]]:
     ]
     head = sum(head_tensors(sizes).values())
 
-    moments = {}
-    for name, size in loss_moments(sizes).items():
-        moments[name] = {
+    phases = {}
+    for name, size in loss_phases(sizes).items():
+        phases[name] = {
             "kept": sum(kept) + head,
             "loss": size,
             "gradients": carried,
@@ -112,7 +112,7 @@ def timeline(sizes: Sizes, stage: int) -> dict[str, dict[str, int]]:
         }
     layers = {}
     for layer in range(n_layers):
-        held = layer_moments(sizes, kinds[layer], sizes.checkpointing(layer))
+        held = layer_phases(sizes, kinds[layer], sizes.checkpointing(layer))
         gradients = shard["head"] + (n_layers - 1 - layer) * shard["layer"]
         layers[f"backward of layer {layer}"] = {
             "kept": sum(kept[:layer]),
@@ -121,23 +121,23 @@ def timeline(sizes: Sizes, stage: int) -> dict[str, dict[str, int]]:
             "FSDP": fsdp_bytes(sizes, "last layer" if layer == n_layers - 1 else "layer"),
         }
     largest = max(layers, key=lambda name: sum(layers[name].values()))
-    moments[largest] = layers[largest]
-    moments["backward of the embedding"] = {
+    phases[largest] = layers[largest]
+    phases["backward of the embedding"] = {
         "one layer": sizes.rank_tokens * sizes.model_args.dim * sizes.residual_bytes,
         "gradients": shard["total"],
         "FSDP": fsdp_bytes(sizes, "embedding"),
     }
     # `foreach` takes the roots of all second moments at once.
     is_foreach = sizes.config.optimizer.implementation == "foreach"
-    moments["optimizer"] = {
+    phases["optimizer"] = {
         "gradients": shard["total"],
         "optimizer": shard["total"] if is_foreach else 0,
     }
-    if sizes.shards == 1 and sizes.replicas > 1:
+    if sizes.fsdp_degree == 1 and sizes.dp_replicate > 1:
         # Buckets that gradients are copied to and summed in.
-        for parts in moments.values():
+        for parts in phases.values():
             parts["DDP"] = shard["total"]
-    return moments
+    return phases
 
 
 def layer_tensors(sizes: Sizes, is_lighthouse: bool) -> dict[str, int]:
@@ -168,7 +168,7 @@ def attention_tensors(sizes: Sizes, is_lighthouse: bool) -> dict[str, int]:
     Under `ulysses` q, k, v and the output are of some heads and all ranks' tokens, which is as
     much as of all heads and the tokens here.
     """
-    shape = sizes.attention_shape(sizes.attended_len(is_lighthouse) // sizes.degree)
+    shape = sizes.attention_shape(sizes.attended_len(is_lighthouse) // sizes.cp_degree)
     rows, row = shape.batch * shape.seq_len, shape.head_dim * shape.itemsize
     tensors = {
         "q": rows * shape.n_heads * row,
@@ -178,15 +178,15 @@ def attention_tensors(sizes: Sizes, is_lighthouse: bool) -> dict[str, int]:
         "log-sum-exp": rows * shape.n_heads * _FP32,
     }
     if is_lighthouse:
-        entries = sizes.attention.num_entries(sizes.seq_len) // sizes.degree
+        entries = sizes.attention.num_entries(sizes.seq_len) // sizes.cp_degree
         ids = sizes.batch * sizes.n_kv_heads * _INT32
         tensors["selection"] = (shape.seq_len + entries) * ids
-    elif sizes.scheme is None:
+    elif sizes.cp_scheme is None:
         # It is `out` itself.
         tensors["attended"] = 0
-    if sizes.scheme is not None:
+    if sizes.cp_scheme is not None:
         # Those of the positions here, picked out of the table.
-        positions = sizes.seq_len // sizes.degree
+        positions = sizes.seq_len // sizes.cp_degree
         tensors["rotations"] = positions * sizes.head_dim // 2 * _COMPLEX64
     return tensors
 
@@ -216,14 +216,14 @@ def kept_tensors(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[
         kept["wq"], kept["wv"] = row * sizes.n_heads, row * sizes.n_kv_heads
         if not sizes.is_compiled("model"):
             kept["w2"] = sizes.rank_tokens * sizes.model_args.dim * sizes.compute_bytes
-        if sizes.scheme == "ulysses":
+        if sizes.cp_scheme == "ulysses":
             names = ("q", "k", "v", "attended")
             kept["exchanged"] = sum(tensors[name] for name in names)
     return kept
 
 
-def layer_moments(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[str, int]:
-    """What a layer holds at moments of its backward pass, its input included, in bytes."""
+def layer_phases(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[str, int]:
+    """What a layer holds in the phases of its backward pass, its input included, in bytes."""
     tensors = layer_tensors(sizes, is_lighthouse)
     tokens = sizes.rank_tokens
     heads, kv_heads = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
@@ -232,7 +232,7 @@ def layer_moments(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict
     around = residual + sum(
         tensors.get(name, 0) for name in ("x", "attention norm", "rotations", "weights")
     )
-    shape = sizes.attention_shape(sizes.attended_len(is_lighthouse) // sizes.degree)
+    shape = sizes.attention_shape(sizes.attended_len(is_lighthouse) // sizes.cp_degree)
     attended = shape.batch * shape.seq_len
     qkv = attended * (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim
     names = ("q", "k", "v", "log-sum-exp", "selection")
@@ -247,19 +247,19 @@ def layer_moments(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict
     dswiglu = 2 * tensors["gate"] if not sizes.is_compiled("model") else 3 * tensors["gate"]
     if sizes.is_compiled("model") and checkpointing == "none":
         dswiglu = tensors["gate"]
-    moments = {
+    phases = {
         "SwiGLU": sum(tensors.values()) + residual + dswiglu,
         "attention": around + saved + dattended + dq_sum + qkv * shape.itemsize,
         "rotation": around + dqkv + rotation,
     }
     if is_lighthouse:
-        moments["gather"] = around + tensors["selection"] + qkv * shape.itemsize + dqkv
-    if sizes.scheme == "ulysses":
+        phases["gather"] = around + tensors["selection"] + qkv * shape.itemsize + dqkv
+    if sizes.cp_scheme == "ulysses":
         # The gradients as attention gives them, as they are sent, and as they are received.
-        moments["exchange"] = around + 3 * qkv * shape.itemsize
-    elif sizes.scheme == "ring":
-        moments["attention"] += _ring_bytes(sizes, is_lighthouse)
-    return moments
+        phases["exchange"] = around + 3 * qkv * shape.itemsize
+    elif sizes.cp_scheme == "ring":
+        phases["attention"] += _ring_bytes(sizes, is_lighthouse)
+    return phases
 
 
 def head_tensors(sizes: Sizes) -> dict[str, int]:
@@ -271,7 +271,7 @@ def head_tensors(sizes: Sizes) -> dict[str, int]:
     return tensors
 
 
-def loss_moments(sizes: Sizes) -> dict[str, int]:
+def loss_phases(sizes: Sizes) -> dict[str, int]:
     """What the logits and the loss need, forward and backward, in bytes.
 
     Without chunks torchtitan's loss copies the logits to fp32; its log-softmax is as large, and
@@ -293,26 +293,26 @@ def loss_moments(sizes: Sizes) -> dict[str, int]:
     return {"loss": tokens * vocab * forward, "backward of the loss": 3 * tokens * vocab * _FP32}
 
 
-def fsdp_bytes(sizes: Sizes, moment: str) -> int:
+def fsdp_bytes(sizes: Sizes, phase: str) -> int:
     """Gathered parameters and gradients not yet reduced, in bytes.
 
     Args:
-        moment: `loss`, `last layer`, `layer` or `embedding`.
+        phase: `loss`, `last layer`, `layer` or `embedding`.
     """
-    if sizes.shards == 1:
+    if sizes.fsdp_degree == 1:
         return 0
     e, reduced = sizes.compute_bytes, sizes.reduce_bytes
     embedding, layer, head = (sizes.parameters[name] for name in ("embedding", "layer", "head"))
-    if moment == "loss":
+    if phase == "loss":
         policy = sizes.config.parallelism.fsdp_reshard_after_forward
         layers = sizes.model_args.n_layers if policy == "never" else 0
         return (head + layers * layer) * e
-    if moment == "embedding":
+    if phase == "embedding":
         return embedding * (2 * e + reduced)
     # This layer and the next, and what the next is received in; the gradients, and the copy of
     # them that is summed.
     size = layer * (4 * e + reduced)
-    return size + (head * reduced if moment == "last layer" else 0)
+    return size + (head * reduced if phase == "last layer" else 0)
 
 
 def _norm(sizes: Sizes, num_inputs: int, is_compiled: bool | None = None) -> int:
@@ -328,12 +328,12 @@ def _norm(sizes: Sizes, num_inputs: int, is_compiled: bool | None = None) -> int
 
 def _ring_bytes(sizes: Sizes, is_lighthouse: bool) -> int:
     """Buffers of torch's ring attention, backward: fp32 sums, and what goes round."""
-    shape = sizes.attention_shape(sizes.attended_len(is_lighthouse) // sizes.degree)
+    shape = sizes.attention_shape(sizes.attended_len(is_lighthouse) // sizes.cp_degree)
     rows = shape.batch * shape.seq_len * shape.head_dim
     q, kv = rows * shape.n_heads, 2 * rows * shape.n_kv_heads
     is_gathered = sizes.config.parallelism.context_parallel_rotate_method == "allgather"
     # Keys and values of all ranks, or of this one's neighbours; sent and received.
-    rotated = kv * shape.itemsize * ((sizes.degree if is_gathered else 1) + 1)
+    rotated = kv * shape.itemsize * ((sizes.cp_degree if is_gathered else 1) + 1)
     return (q + kv) * _FP32 + rotated + 2 * kv * _FP32
 
 

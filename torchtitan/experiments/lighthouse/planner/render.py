@@ -188,7 +188,7 @@ def memory_table(result: Plan) -> str:
         kept = ", ".join(
             f"{size / scale:.3f} by a {kind} layer" for kind, size in memory.kept_per_layer.items()
         )
-        lines.append(f"  {name}: at the {memory.peak_moment}; kept {kept}")
+        lines.append(f"  {name}: at the {memory.peak_phase}; kept {kept}")
     if result.gpu is not None:
         lines += [f"  {name}: {fit(result, stage.memory)}" for name, stage in stages.items()]
     return "\n".join(lines)

@@ -135,7 +135,7 @@ class Sizes:
     def attention_shape(self, seq_len: int) -> Shape:
         """Shape of q, k, v over `seq_len` tokens or entries, of all ranks that share a sequence."""
         kv_heads = self.n_kv_heads
-        if self.scheme == "ring" and self.device_type == "cpu":
+        if self.cp_scheme == "ring" and self.device_type == "cpu":
             # The kernel there wants as many heads of k and v as of q.
             kv_heads = self.n_heads
         return Shape(self.batch, self.n_heads, kv_heads, seq_len, self.head_dim, self.compute_bytes)
@@ -164,45 +164,45 @@ class Sizes:
         return self.config.training.local_batch_size
 
     @property
-    def degree(self) -> int:
+    def cp_degree(self) -> int:
         """Ranks that share a sequence, W."""
         return self.config.parallelism.context_parallel_degree
 
     @property
-    def scheme(self) -> str | None:
+    def cp_scheme(self) -> str | None:
         """`ulysses`, `ring`, or None where no sequence is shared."""
-        return self.config.lighthouse.context_parallel if self.degree > 1 else None
+        return self.config.lighthouse.context_parallel if self.cp_degree > 1 else None
 
     @property
     def num_chunks(self) -> int:
         """Chunks that a sequence is cut into."""
-        return self.degree * CHUNKS_PER_RANK[self.scheme] if self.scheme else 1
+        return self.cp_degree * CHUNKS_PER_RANK[self.cp_scheme] if self.cp_scheme else 1
 
     @property
-    def replicas(self) -> int:
+    def dp_replicate(self) -> int:
         """Ranks, or groups of ranks, that hold the same parameters."""
         return self.config.parallelism.data_parallel_replicate_degree
 
     @property
-    def shards(self) -> int:
+    def fsdp_degree(self) -> int:
         """Ranks that the parameters are sharded over."""
-        return self.world_size // self.replicas
+        return self.world_size // self.dp_replicate
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of a step, one after another."""
-        per_micro_batch = self.batch * self.world_size // self.degree
+        per_micro_batch = self.batch * self.world_size // self.cp_degree
         global_batch = self.config.training.global_batch_size
         return 1 if global_batch < 0 else global_batch // per_micro_batch
 
     @property
     def tokens_per_step(self) -> int:
-        return self.batch * self.micro_batches * self.world_size // self.degree * self.seq_len
+        return self.batch * self.micro_batches * self.world_size // self.cp_degree * self.seq_len
 
     @property
     def rank_tokens(self) -> int:
         """Tokens of a micro-batch on one rank."""
-        return self.batch * self.seq_len // self.degree
+        return self.batch * self.seq_len // self.cp_degree
 
     # Numbers in memory, in bytes an element.
 
@@ -225,7 +225,7 @@ class Sizes:
     def is_autocast(self) -> bool:
         """Whether autocast, not FSDP, brings the compute dtype: parameters and residuals keep
         theirs."""
-        return self.shards == 1 and self.compute_bytes < self.param_bytes
+        return self.fsdp_degree == 1 and self.compute_bytes < self.param_bytes
 
     @property
     def residual_bytes(self) -> int:

@@ -88,11 +88,11 @@ def attention_seconds(sizes: Sizes, is_lighthouse: bool, gpu: Gpu) -> dict[str, 
         is_backward = name.endswith("backward")
         rate = gpu.attention_backward_flops if is_backward else gpu.attention_flops
         seconds |= floor_seconds({name: cost}, gpu.bandwidth, rate)
-    seconds = {name: size / sizes.degree for name, size in seconds.items()}
-    if sizes.scheme == "ring":
+    seconds = {name: size / sizes.cp_degree for name, size in seconds.items()}
+    if sizes.cp_scheme == "ring":
         # Each block's output is cast to fp32 (6 bytes an element) and merged (32), not compiled.
-        rows = sizes.batch * sizes.attended_len(is_lighthouse) // sizes.degree
-        merged = sizes.degree * rows * sizes.n_heads * sizes.head_dim * 38
+        rows = sizes.batch * sizes.attended_len(is_lighthouse) // sizes.cp_degree
+        merged = sizes.cp_degree * rows * sizes.n_heads * sizes.head_dim * 38
         seconds["ring merge"] = merged / gpu.bandwidth
     return seconds
 
@@ -145,7 +145,7 @@ def optimizer_seconds(sizes: Sizes, gpu: Gpu) -> float:
     move 20 elements a parameter.
     """
     moved = 7 if sizes.config.optimizer.implementation == "fused" else 20
-    shard = sizes.parameters["total"] / sizes.shards * sizes.param_bytes
+    shard = sizes.parameters["total"] / sizes.fsdp_degree * sizes.param_bytes
     return (moved + 3) * shard / gpu.bandwidth
 
 
@@ -153,7 +153,7 @@ def _fsdp_seconds(sizes: Sizes, traffic: dict[str, int], gpu: Gpu) -> dict[str, 
     """Seconds of the part of `traffic` that FSDP makes, by purpose."""
     # A ring over nodes goes through the links of all GPUs of a node.
     within = min(gpu.nvlink, GPUS_PER_NODE * gpu.network)
-    rate = gpu.nvlink if sizes.shards <= GPUS_PER_NODE else within
+    rate = gpu.nvlink if sizes.fsdp_degree <= GPUS_PER_NODE else within
     rates = {"gather": rate, "gather backward": rate, "reduce": rate}
     rates["all-reduce"] = gpu.nvlink if sizes.world_size <= GPUS_PER_NODE else gpu.network
     return {name: traffic[name] / rates[name] for name in rates if name in traffic}
@@ -163,14 +163,14 @@ def _exchange_seconds(
     sizes: Sizes, traffic: dict[str, int], steps: dict[str, float], gpu: Gpu
 ) -> float:
     """Seconds of a layer that wait for what ranks that share a sequence exchange."""
-    rate = gpu.nvlink if sizes.degree <= GPUS_PER_NODE else gpu.network
+    rate = gpu.nvlink if sizes.cp_degree <= GPUS_PER_NODE else gpu.network
     seconds = {
         name: size / rate for name, size in traffic.items() if name.startswith(("exch", "edges"))
     }
-    if sizes.scheme != "ring":
+    if sizes.cp_scheme != "ring":
         return sum(seconds.values())
     is_gathered = sizes.config.parallelism.context_parallel_rotate_method == "allgather"
-    degree, exposed = sizes.degree, 0.0
+    degree, exposed = sizes.cp_degree, 0.0
     for name, size in seconds.items():
         if not name.startswith("exchange"):
             exposed += size

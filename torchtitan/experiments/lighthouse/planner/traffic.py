@@ -25,16 +25,16 @@ def layer_traffic(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict
     traffic = fsdp_traffic(
         sizes, sizes.parameters["layer"], is_resharded=is_resharded_after_forward(sizes)
     )
-    if sizes.scheme is None:
+    if sizes.cp_scheme is None:
         return traffic
     shape = sizes.attention_shape(sizes.attended_len(is_lighthouse))
-    exchanged = exchange_bytes(shape, sizes.degree, sizes.scheme)
+    exchanged = exchange_bytes(shape, sizes.cp_degree, sizes.cp_scheme)
     if is_lighthouse:
-        exchanged |= edge_bytes(shape, sizes.attention, sizes.degree, sizes.scheme)
+        exchanged |= edge_bytes(shape, sizes.attention, sizes.cp_degree, sizes.cp_scheme)
     for name, size in exchanged.items():
         traffic[name] = size
         # The outputs of an all-to-all are kept by `op`; those of the ring on a GPU only.
-        is_kept = name == "edges" or sizes.scheme == "ulysses" or sizes.device_type == "cuda"
+        is_kept = name == "edges" or sizes.cp_scheme == "ulysses" or sizes.device_type == "cuda"
         is_again = checkpointing == "full" or (checkpointing == "op" and not is_kept)
         if is_again and not name.endswith("backward"):
             traffic[f"{name} recomputed"] = size
@@ -48,7 +48,7 @@ def step_traffic(sizes: Sizes, stage: int) -> dict[str, int]:
     parameters = sizes.parameters
     parts.append(fsdp_traffic(sizes, parameters["embedding"], is_resharded_after_forward(sizes)))
     parts.append(fsdp_traffic(sizes, parameters["head"], is_resharded=policy == "always"))
-    if sizes.shards == 1 and sizes.replicas > 1:
+    if sizes.fsdp_degree == 1 and sizes.dp_replicate > 1:
         parts.append(
             {"all-reduce": all_reduce_bytes(sizes, parameters["total"] * sizes.param_bytes)}
         )
@@ -66,19 +66,19 @@ def is_resharded_after_forward(sizes: Sizes) -> bool:
 
 def fsdp_traffic(sizes: Sizes, parameters: int, is_resharded: bool) -> dict[str, int]:
     """Bytes that a rank sends for a group of `parameters` and a micro-batch."""
-    if sizes.shards == 1:
+    if sizes.fsdp_degree == 1:
         return {}
-    others = parameters * (sizes.shards - 1) // sizes.shards
+    others = parameters * (sizes.fsdp_degree - 1) // sizes.fsdp_degree
     traffic = {"gather": others * sizes.compute_bytes}
     if is_resharded:
         traffic["gather backward"] = others * sizes.compute_bytes
     traffic["reduce"] = others * sizes.reduce_bytes
-    if sizes.replicas > 1:
-        shard = parameters // sizes.shards * sizes.reduce_bytes
+    if sizes.dp_replicate > 1:
+        shard = parameters // sizes.fsdp_degree * sizes.reduce_bytes
         traffic["all-reduce"] = all_reduce_bytes(sizes, shard)
     return traffic
 
 
 def all_reduce_bytes(sizes: Sizes, size: int) -> int:
     """Bytes that a rank sends for the sum of `size` bytes over the replicas: in a ring."""
-    return 2 * size * (sizes.replicas - 1) // sizes.replicas
+    return 2 * size * (sizes.dp_replicate - 1) // sizes.dp_replicate

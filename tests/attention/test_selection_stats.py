@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lighthouse import LighthouseConfig, select
 from lighthouse.scorers import score
 from lighthouse.selection import select_spans
-from lighthouse.telemetry import (
+from lighthouse.selection_stats import (
     attention_on_level_0,
     coverage,
     head_overlap,
