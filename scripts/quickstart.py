@@ -135,9 +135,9 @@ def summarize(runs: dict[str, Run], config: dict, handover: dict) -> dict:
     after = float(difference[switch.step : switch.step + WINDOW].max())
     recovery_step = switch.recovery_step
     rate = {
-        "stage 1, Lighthouse": two.rate(1),
-        "stage 2, dense": two.rate(2),
-        "dense run": dense.rate(2),
+        "stage 1, Lighthouse": two.rate("lighthouse"),
+        "stage 2, dense": two.rate("full"),
+        "dense run": dense.rate("full"),
     }
     seconds = {name: run.device_seconds() for name, run in runs.items()}
     return {

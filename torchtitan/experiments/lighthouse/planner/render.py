@@ -22,7 +22,7 @@ from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser, exit_on_value_error
 
 NOTE = "expected from stated rates, not measured"
-WIDTH = 14
+WIDTH = 12
 """Of a column of numbers."""
 
 
@@ -118,7 +118,8 @@ def facts(result: Plan) -> str:
 
 def columns(result: Plan) -> dict[str, StagePlan]:
     """What the tables have a column for."""
-    return {f"stage {name}": stage for name, stage in result.stages.items()}
+    titles = {"2 full": "full length"}
+    return {titles.get(name, f"stage {name}"): stage for name, stage in result.stages.items()}
 
 
 def flops_table(result: Plan) -> str:
