@@ -206,7 +206,11 @@ def trained_with(run, tmp_path, **values) -> tuple[Path, Path]:
     [
         # Step 2 was trained on pieces, and others are to come.
         (PIECES, {"lighthouse__stage2_seq_len": 384}, r"stage2_seq_len must .* 256, got 384; set"),
-        (PIECES, {"lighthouse__stage2_seq_len": 0}, r"stage2_seq_len must .* 256, got 0; set"),
+        (
+            {**PIECES, "training__steps": 7},
+            {"lighthouse__stage2_seq_len": 0},
+            r"stage2_seq_len must .* 256, got 0; set it to 256",
+        ),
         ({**PIECES, "lighthouse__stage2_seq_len": 0}, {}, r"stage2_seq_len .* 0, got 256; set it"),
         # It was trained at full length and is now to be a piece, and the other way round.
         (

@@ -408,7 +408,7 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(place, world_size, a
         (2, CP2),
         (2, CP2 + " --lighthouse.scorer gla --lighthouse.stage1_steps 0"),
         (2, CP2 + " --lighthouse.context_parallel ring --lighthouse.topk 512"),
-        (2, CP2 + " --lighthouse.stage2_seq_len 2048 --lighthouse.stage2_full_steps 1"),
+        (2, CP2 + " --lighthouse.stage2_seq_len 1024 --lighthouse.stage2_full_steps 1"),
         # Two batches of two pieces are a piece for each rank.
         (4, RING4 + "--lighthouse.stage2_seq_len 1024 --training.local_batch_size 2"),
     ],
