@@ -6,8 +6,9 @@
 Trains a few steps as rank 0 of the given number of ranks, with its part of the parameters, of the
 sequence and of the heads; what the other ranks would send is left out (torchtitan's fake backend
 hands a rank its own data back). Memory and computation are therefore those of the real run, its
-communication and its losses are not. Prints the stage that the configuration begins with; the last
-line of the output is one JSON object. Further arguments override the configuration.
+communication and its losses are not. Prints stage 1, or with `--lighthouse.stage1_steps 0` stage 2,
+on pieces where the configuration has any. The last line of the output is one JSON object. Further
+arguments override the configuration.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main() -> None:
         "ranks": options.world_size,
         "overrides": overrides,
         "stage": lines[-1]["stage"],
+        "phase": lines[-1]["phase"],
         "tokens_per_second": statistics.median(line[TOKENS_PER_SECOND] for line in lines),
         "memory_gib": max(line["memory/max_active(GiB)"] for line in lines),
     }
@@ -60,6 +62,7 @@ def train(options: argparse.Namespace, overrides: list[str]) -> list[dict]:
             "--job.config_file", str(options.config), "--job.dump_folder", folder,
             "--comm.mode", "fake_backend", "--training.dataset", "python_stdlib",
             "--training.steps", str(options.steps), "--lighthouse.stage1_steps", "-1",
+            "--lighthouse.stage2_full_steps", "0",
             "--lr_scheduler.warmup_steps", "0",
             "--checkpoint.no_enable", "--validation.no_enable", "--metrics.log_freq", "1",
             *overrides,

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Tokens per second of a training run in both stages, on this machine's device.
+"""Tokens per second of a training run in each of its phases, on this machine's device.
 
     scripts/bench_training.py --breakdown                    # 268M, 98,304 tokens, one GPU
     scripts/bench_training.py --flavor debugmodel --seq-len 4096 --topk 128 --dtype float32
 
-Trains a few steps with Lighthouse and a few dense through the trainer itself and prints the median
-of each stage, the first steps left out. With `--breakdown`, on a GPU, a second such run is profiled
-and the last step of each stage told apart by what its kernels do. The last line of the output is
-one JSON object.
+Trains a few steps with Lighthouse, a few dense on pieces of the sequences and a few dense at full
+length through the trainer itself and prints the median of each phase, the first steps left out.
+With `--breakdown`, on a GPU, a second such run is profiled and the last step of each phase told
+apart by what its kernels do. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -20,11 +20,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torchtitan.experiments.lighthouse.config.job_config import FULL, LIGHTHOUSE, PIECES
 from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser
 
 WARM_UP = 2
-"""Steps of each stage that are not counted: kernels compile, memory is first taken."""
+"""Steps of each phase that are not counted: kernels compile, memory is first taken."""
+
+PHASES = (LIGHTHOUSE, PIECES, FULL)
 
 KINDS = {
     "score": r"norm_score_pool_kernel",
@@ -46,13 +49,16 @@ def main() -> None:
     add = parser.add_argument
     add("--flavor", default="268M")
     add("--seq-len", type=int, default=98304)
+    add("--stage2-seq-len", type=int, help="tokens of a piece; default: a quarter of --seq-len")
     add("--topk", type=int, default=1536)
-    add("--steps", type=int, default=6, help="of each stage")
+    add("--steps", type=int, default=6, help="of each phase")
     add("--dtype", "--device-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     add("--compile", action="store_true")
     add("--activation-checkpoint", default="selective", choices=["none", "selective", "full"])
     add("--breakdown", action="store_true", help="profile a second run, on a GPU")
     options = parser.parse_args()
+    if options.stage2_seq_len is None:
+        options.stage2_seq_len = options.seq_len // 4
     if options.breakdown and not torch.cuda.is_available():
         parser.error("--breakdown needs a GPU, and there is none here; leave it out")
     result = run(options)
@@ -61,8 +67,10 @@ def main() -> None:
         print_breakdown(result["breakdown_ms"])
     print(
         f"{options.flavor}, {options.seq_len:,} tokens: {result['lighthouse']:,.0f} tokens/s with "
-        f"Lighthouse, {result['dense']:,.0f} dense: {result['speed_up']:.2f}x; peak memory "
-        f"{result['memory_gib'][0]:.1f} and {result['memory_gib'][1]:.1f} GiB"
+        f"Lighthouse, {result['dense']:,.0f} dense: {result['speed_up']:.2f}x, "
+        f"{result['pieces']:,.0f} dense on pieces of {options.stage2_seq_len:,}; peak memory "
+        f"{', '.join(f'{size:.1f}' for size in result['memory_gib'])} GiB "
+        "(Lighthouse, pieces, dense)"
     )
     print(json.dumps(result))
 
@@ -73,21 +81,22 @@ def run(options: argparse.Namespace) -> dict:
         train(options, folder)
         lines = read_metrics(Path(folder), LOSS)
     rates, memory = [], []
-    for stage in (1, 2):
-        counted = [line for line in lines if line["stage"] == stage][WARM_UP:]
+    for phase in PHASES:
+        counted = [line for line in lines if line["phase"] == phase][WARM_UP:]
         rates.append(statistics.median(line[TOKENS_PER_SECOND] for line in counted))
         memory.append(max(line["memory/max_active(GiB)"] for line in counted))
     return {
         **vars(options),
         "lighthouse": rates[0],
-        "dense": rates[1],
-        "speed_up": rates[0] / rates[1],
+        "pieces": rates[1],
+        "dense": rates[2],
+        "speed_up": rates[0] / rates[2],
         "memory_gib": memory,
     }
 
 
 def profiled(options: argparse.Namespace) -> list[dict[str, float]]:
-    """Milliseconds of the kernels of the last step of each stage, by kind."""
+    """Milliseconds of the kernels of the last step of each phase, by kind."""
     profiling = [
         "--profiling.enable_profiling", "--profiling.profile_freq", str(options.steps),
         "--profiling.profiler_warmup", "1",
@@ -97,7 +106,7 @@ def profiled(options: argparse.Namespace) -> list[dict[str, float]]:
         traces = Path(folder) / "profile_traces"
         return [
             kernel_times(traces / f"iteration_{step}" / "rank0_trace.json")
-            for step in (options.steps, 2 * options.steps)
+            for step in (options.steps, 2 * options.steps, 3 * options.steps)
         ]
 
 
@@ -111,22 +120,24 @@ def kernel_times(trace: Path) -> dict[str, float]:
     return times
 
 
-def print_breakdown(stages: list[dict[str, float]]) -> None:
-    print(f"{'ms of a step':<24}{'Lighthouse':>12}{'dense':>12}")
-    for kind in stages[0]:
-        print(f"{kind:<24}" + "".join(f"{times[kind]:12.2f}" for times in stages))
-    print(f"{'in all':<24}" + "".join(f"{sum(times.values()):12.2f}" for times in stages))
+def print_breakdown(phases: list[dict[str, float]]) -> None:
+    print(f"{'ms of a step':<24}{'Lighthouse':>12}{'pieces':>12}{'dense':>12}")
+    for kind in phases[0]:
+        print(f"{kind:<24}" + "".join(f"{times[kind]:12.2f}" for times in phases))
+    print(f"{'in all':<24}" + "".join(f"{sum(times.values()):12.2f}" for times in phases))
 
 
 def train(options: argparse.Namespace, folder: str, *overrides: str) -> None:
-    """As many steps of stage 1 as of stage 2."""
+    """As many steps of each phase."""
     command = [
         sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
         "--job.dump_folder", folder, "--model.flavor", options.flavor,
         "--training.seq_len", str(options.seq_len), "--training.local_batch_size", "1",
-        "--training.steps", str(2 * options.steps), "--training.mixed_precision_param",
+        "--training.steps", str(3 * options.steps), "--training.mixed_precision_param",
         options.dtype, "--lighthouse.topk", str(options.topk),
         "--lighthouse.stage1_steps", str(options.steps),
+        "--lighthouse.stage2_seq_len", str(options.stage2_seq_len),
+        "--lighthouse.stage2_full_steps", str(options.steps),
         "--activation_checkpoint.mode", options.activation_checkpoint,
         "--activation_checkpoint.selective_ac_option", "op",
         "--optimizer.implementation", "foreach", "--metrics.log_freq", "1",

@@ -42,6 +42,9 @@ for part in $parts; do
                 keep "share-$chunk" "$python" scripts/bench_share.py train_configs/1m_context.toml \
                     --world-size 32 --training.loss_chunk_size "$chunk"
             done
+            # The same in stage 2 on pieces.
+            keep share-pieces "$python" scripts/bench_share.py \
+                train_configs/1m_context_pieces.toml --ranks 32 --lighthouse.stage1_steps 0
             ;;
         attention)
             keep attention "$python" -m lighthouse_cli bench --backends cudnn flash \
@@ -58,7 +61,7 @@ done
     "$python" -c 'import torch, triton; print(torch.cuda.get_device_name(), "torch", torch.__version__,
         "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version(), "triton", triton.__version__)' \
         || echo "no GPU"
-    for text in kernels tests training training-compile share-2048 share-0 attention; do
+    for text in kernels tests training training-compile share-2048 share-0 share-pieces attention; do
         [[ -f $output/$text.txt ]] || continue
         printf '\n## %s\n\n```\n' "$text"
         # The last line of a benchmark is its JSON.

@@ -74,6 +74,7 @@ def test_figures_of_a_run(tmp_path):
         "crossing_step": 35,
         "stage_1_tokens_per_second": 200.0,
         "stage_2_tokens_per_second": 100.0,
+        "pieces_tokens_per_second": None,
         "stage_1_speed_up": 2.5,
         # 15 s against 25 s.
         "whole_run_speed_up": pytest.approx(25 / 15),
@@ -84,6 +85,16 @@ def test_figures_of_a_run(tmp_path):
     assert alone["crossing_step"] is None and alone["whole_run_speed_up"] is None
 
 
+def test_pieces_are_no_measure_of_dense_attention(tmp_path):
+    lines = [trained(1, 1, 5.0, 300.0), trained(2, 2, 4.0, 250.0) | {"phase": "pieces"}]
+    found = summarize_run(read_run(write(tmp_path / "pieces", *lines)))
+    assert found["pieces_tokens_per_second"] == 250.0
+    assert found["stage_2_tokens_per_second"] is None and found["stage_1_speed_up"] is None
+    lines.append(trained(3, 2, 4.0, 100.0) | {"phase": "full"})
+    found = summarize_run(read_run(write(tmp_path / "finish", *lines)))
+    assert found["stage_2_tokens_per_second"] == 100.0 and found["stage_1_speed_up"] == 3.0
+
+
 def test_a_run_without_a_switch_or_validation(tmp_path):
     run = read_run(write(tmp_path, trained(1, 1, 5.0), trained(5, 1, 4.0)))
     found = summarize_run(run)
@@ -91,6 +102,7 @@ def test_a_run_without_a_switch_or_validation(tmp_path):
     assert {key for key, value in found.items() if value is None} == {
         *["final_held_out_loss", "switch_step", "held_out_before_switch", "held_out_after_switch"],
         *["spike_nats", "recovery_step", "crossing_step", "stage_2_tokens_per_second"],
+        "pieces_tokens_per_second",
         *["stage_1_speed_up", "whole_run_speed_up"],
     }
     assert summarize_run(run, run)["crossing_step"] is None

@@ -140,7 +140,7 @@ def test_run_and_collect(ablate, tmp_path, capsys):
         assert [row["final_held_out_loss"] for row in csv.DictReader(file)] == ["2.25", "2.5"]
     table = (tmp_path / "grid" / "table.md").read_text().splitlines()
     assert table[2].startswith(
-        "| norm | 4 | 3 | 128 | 4 | averaged | 15 | 0 | finished | 2.2500 | 3.0000 |"
+        "| norm | 4 | 3 | 128 | 4 | averaged | 15 | 0 | 0 | 0 | finished | 2.2500 | 3.0000 |"
     )
     assert (tmp_path / "grid" / "fields.png").read_bytes().startswith(b"\x89PNG")
 
@@ -262,8 +262,33 @@ def test_seeds_and_dense_runs_are_cells_and_seeds_are_averaged(ablate, tmp_path)
     table = (tmp_path / "grid" / "table.md").read_text()
     dense, two_stages = table.split("\n\n")[1].splitlines()[2:]
     shared = "| norm | 4 | 3 | 128 | 4 | averaged |"
-    assert dense.startswith(f"{shared} 0 | 3 | 2.6000 (2.0000 to 3.3000) |")
-    assert two_stages.startswith(f"{shared} 30 | 2 | 2.5000 (2.5000 to 2.5000) |")
+    assert dense.startswith(f"{shared} 0 | 0 | 0 | 3 | 2.6000 (2.0000 to 3.3000) |")
+    assert two_stages.startswith(f"{shared} 30 | 0 | 0 | 2 | 2.5000 (2.5000 to 2.5000) |")
+
+
+def test_pieces_are_cells(ablate, tmp_path, capsys):
+    grid = "{stage1_share = [0.5], stage2_seq_len = [0, 512, 600], stage2_full_steps = [0, 5]}"
+    assert ablate("--run", "--list", grid=grid) == 0
+    lines = capsys.readouterr().out.splitlines()
+    stages = "norm-p4-L3-k128-30+30"
+    assert [line.split()[0] for line in lines[:6]] == [
+        f"{stages}-n{seq_len}-full{steps}" for seq_len in (0, 512, 600) for steps in (0, 5)
+    ]
+    assert ["illegal" in line for line in lines[:6]] == [False, True, False, False, True, True]
+    cell = tmp_path / "grid" / f"{stages}-n512-full5"
+    (((arguments, _)),) = starts(cell)
+    assert arguments["--lighthouse.stage2_seq_len"] == "512"
+    assert arguments["--lighthouse.stage2_full_steps"] == "5"
+    # A cell from before the fields is one at full length.
+    path = tmp_path / "grid" / f"{stages}-n0-full0" / "cell.json"
+    settings = json.loads(path.read_text())
+    old = {name: value for name, value in settings["fields"].items() if "stage2" not in name}
+    path.write_text(json.dumps(settings | {"fields": old}))
+    assert ablate("--run", "--collect", grid=grid) == 0
+    rows = json.loads((tmp_path / "grid" / "table.json").read_text())
+    assert sorted((row["stage2_seq_len"], row["stage2_full_steps"]) for row in rows) == [
+        *[(0, 0), (512, 0), (512, 5)]
+    ]
 
 
 def test_a_grid_from_a_file(ablate, tmp_path, capsys):

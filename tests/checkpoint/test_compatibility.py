@@ -43,7 +43,7 @@ def test_the_same_configuration_goes_on(run, tmp_path):
 
 def test_every_checkpoint_says_what_it_was_trained_with(run):
     record = json.loads((run[0] / "checkpoint" / "step-2" / FILE_NAME).read_text())
-    assert record.keys() == set(FIELDS)
+    assert record.keys() == {*FIELDS, "training.steps"}
     assert record["model.flavor"]["dim"] == 128 and record["model.flavor"]["vocab_size"] == 320
     assert len(record["model.hf_assets_path"]) == 64
     assert record["optimizer.name"] == "AdamW"
@@ -185,6 +185,86 @@ def test_the_switch_may_move_as_long_as_nothing_was_trained_beyond_it(run, tmp_p
     config = load_config(command_line(folder, run[1]))
     with pytest.raises(ValueError, match=r"lighthouse\.stage1_steps must be that of .* 1, got 3"):
         check_config(config, world_size=1)
+
+
+PIECES = {"lighthouse__stage1_steps": 1, "lighthouse__stage2_seq_len": 256}
+
+
+def trained_with(run, tmp_path, **values) -> tuple[Path, Path]:
+    """A copy of the run that has a record with other values."""
+    folder = tmp_path / "trained"
+    shutil.copytree(run[0], folder)
+    path = folder / "checkpoint" / "step-2"
+    record = json.loads((path / FILE_NAME).read_text())
+    names = {name.replace("__", "."): value for name, value in values.items()}
+    write_record(path, record | names)
+    return folder, run[1]
+
+
+@pytest.mark.parametrize(
+    ("trained", "now", "part"),
+    [
+        # Step 2 was trained on pieces, and others are to come.
+        (PIECES, {"lighthouse__stage2_seq_len": 384}, r"stage2_seq_len must .* 256, got 384; set"),
+        (
+            {**PIECES, "training__steps": 7},
+            {"lighthouse__stage2_seq_len": 0},
+            r"stage2_seq_len must .* 256, got 0; set it to 256",
+        ),
+        ({**PIECES, "lighthouse__stage2_seq_len": 0}, {}, r"stage2_seq_len .* 0, got 256; set it"),
+        # It was trained at full length and is now to be a piece, and the other way round.
+        (
+            {**PIECES, "lighthouse__stage2_full_steps": 6, "training__steps": 7},
+            {},
+            r"stage2_full_steps must .* last step on pieces is 1, got 7; set it to 6",
+        ),
+        (
+            {**PIECES, "training__steps": 2},
+            {"lighthouse__stage2_full_steps": 6},
+            r"stage2_full_steps must .* last step on pieces is 2, got 1; set it to 5",
+        ),
+        # As many steps at full length at the end of a longer run are others.
+        (
+            {**PIECES, "training__steps": 2, "lighthouse__stage2_full_steps": 1},
+            {"lighthouse__stage2_full_steps": 1},
+            r"stage2_full_steps must .* last step on pieces is 1, got 6; set it to 6",
+        ),
+    ],
+)
+def test_pieces_that_would_be_others_stop_the_run(run, tmp_path, trained, now, part):
+    old = trained_with(run, tmp_path, **trained)
+    with pytest.raises(ValueError, match=r"lighthouse\." + part):
+        check(old, tmp_path / "refused", **{**PIECES, **now})
+    names = ",".join(f"lighthouse.{name}" for name in ("stage2_seq_len", "stage2_full_steps"))
+    args = ("--checkpoint.accept_changes", names)
+    check(old, tmp_path / "accepted", *args, **{**PIECES, **now})
+
+
+def test_pieces_may_change_where_no_step_is_felt(run, tmp_path):
+    # Stage 2 has not begun.
+    for seq_len in (0, 256):
+        options = {"lighthouse__stage1_steps": 2, "lighthouse__stage2_seq_len": seq_len}
+        check(run, tmp_path / f"before-{seq_len}", **options)
+    # All pieces were trained before, and the end of the others may move while none is passed.
+    full = {**PIECES, "lighthouse__stage2_full_steps": 5, "training__steps": 7}
+    old = trained_with(run, tmp_path, **full)
+    check(old, tmp_path / "over", **{**full, "lighthouse__stage2_seq_len": 384})
+    moved = trained_with(run, tmp_path / "moved", **PIECES, training__steps=7)
+    check(moved, tmp_path / "later", **PIECES, lighthouse__stage2_full_steps=3)
+
+
+def test_checkpoints_from_before_the_fields_were_trained_at_full_length(run, tmp_path):
+    old = trained_with(run, tmp_path, lighthouse__stage1_steps=1)
+    path = old[0] / "checkpoint" / "step-2" / FILE_NAME
+    record = json.loads(path.read_text())
+    for name in ("lighthouse.stage2_seq_len", "lighthouse.stage2_full_steps", "training.steps"):
+        del record[name]
+    path.write_text(json.dumps(record))
+    check(old, tmp_path / "full", lighthouse__stage1_steps=1)
+    # 768 is all of the sequence.
+    check(old, tmp_path / "whole", lighthouse__stage1_steps=1, lighthouse__stage2_seq_len=768)
+    with pytest.raises(ValueError, match=r"lighthouse\.stage2_seq_len must .* 0, got 256"):
+        check(old, tmp_path / "pieces", **PIECES)
 
 
 def test_another_run_may_go_on_otherwise_with_the_same_model_and_optimizer(run, tmp_path):

@@ -116,7 +116,7 @@ def test_a_workers_position_is_unknown(num_workers):
 
 def test_the_record_is_written_whole_and_over_an_older_one(tmp_path):
     for step in (1, 2):
-        path = write_handover(str(tmp_path / "new"), {"step": step})
+        path = write_handover(str(tmp_path / "new"), {"from": "lighthouse", "step": step})
         assert path == tmp_path / "new" / "handover.json"
-        assert json.loads(path.read_text()) == {"step": step}
+        assert json.loads(path.read_text()) == {"from": "lighthouse", "step": step}
     assert [file.name for file in path.parent.iterdir()] == ["handover.json"]

@@ -217,6 +217,14 @@ COMMAND_LINES = [
     run("--lighthouse.full_attn_layers 0 4", "full_attn_layers must be", "got 4", "remove it"),
     run("--lighthouse.stage1_steps 61", "lighthouse.stage1_steps must", "got 61", "raise training"),
     run("--lighthouse.stage1_steps -2", "lighthouse.stage1_steps must", "got -2", "lower it"),
+    run(
+        "--lighthouse.stage2_seq_len 768", "stage2_seq_len must", "got 768", "nearest: 512 or 1024"
+    ),
+    run("--lighthouse.stage2_full_steps 2", "stage2_full_steps must be 0", "got 2", "set it to 0"),
+    run(
+        "--lighthouse.stage2_seq_len 512 --lighthouse.stage2_full_steps 21",
+        *("stage2_full_steps must be from 0", "got 21", "use 20"),
+    ),
     run("--lighthouse.telemetry_freq -1", "lighthouse.telemetry_freq", "got -1", "use 0 or more"),
     # Parallelism.
     run("--parallelism.tensor_parallel_degree 0", "tensor_parallel_degree", "got 0", "use 1"),

@@ -26,6 +26,11 @@ CP2 = (
     "--lighthouse.pooling_factor 2 --lighthouse.topk 256"
 )
 
+RING4 = (
+    "--parallelism.context_parallel_degree 4 --lighthouse.context_parallel ring "
+    "--lighthouse.stage1_steps 0 "
+)
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
@@ -121,6 +126,9 @@ dataset_path = "{corpus}"
         "--lighthouse.stage1_steps 0",
         "--lighthouse.stage1_steps -1",
         "--lighthouse.stage1_steps 60",
+        "--lighthouse.stage2_seq_len 2048",
+        "--lighthouse.stage2_seq_len 1 --lighthouse.stage2_full_steps 20",
+        "--lighthouse.stage2_seq_len 512 --lighthouse.stage1_steps -1",
         "--lighthouse.stage1-steps=60",
         "--lighthouse.full_attn_layers -4 0 3",
         "--training.global_batch_size 3",
@@ -188,6 +196,33 @@ COMMAND_LINES = [
     ("--training.seq_len 2047", ("training.seq_len", "= 16", "got 2047", "topk 128: 2048")),
     ("--training.seq_len 1024", ("lighthouse.topk", "seq_len 1024", "or seq_len 2048")),
     ("--validation.enable --validation.seq_len 1024", ("lighthouse.topk", "seq_len 1024")),
+    (
+        "--lighthouse.stage2_seq_len 500",
+        ("stage2_seq_len must be 0 or a divisor of training.seq_len, 2048, got 500", "256 or 512"),
+    ),
+    ("--lighthouse.stage2_seq_len -1", ("lighthouse.stage2_seq_len", "got -1", "nearest: 1")),
+    ("--lighthouse.stage2_seq_len 4096", ("stage2_seq_len", "got 4096", "nearest: 2048")),
+    (
+        "--lighthouse.stage2_full_steps 1",
+        ("stage2_full_steps must be 0 unless lighthouse.stage2_seq_len", "got 1", "set it to 0"),
+    ),
+    (
+        "--lighthouse.stage2_full_steps 1 --lighthouse.stage2_seq_len 2048",
+        ("stage2_full_steps must be 0 unless", "training.seq_len, 2048", "got 1"),
+    ),
+    (
+        "--lighthouse.stage2_full_steps 21 --lighthouse.stage2_seq_len 512",
+        ("stage2_full_steps must be from 0 to the steps of stage 2, 20, got 21", "use 20"),
+    ),
+    (
+        "--lighthouse.stage2_full_steps 1 --lighthouse.stage2_seq_len 512 "
+        "--lighthouse.stage1_steps -1",
+        ("stage2_full_steps must be from 0 to the steps of stage 2, 0, got 1", "use 0"),
+    ),
+    (
+        "--lighthouse.stage2_full_steps -1 --lighthouse.stage2_seq_len 512",
+        ("lighthouse.stage2_full_steps", "got -1", "use 0"),
+    ),
     ("--lighthouse.full_attn_layers -5", ("full_attn_layers must be from -4 to 3", "got -5")),
     # Checkpoints.
     ("--checkpoint.enable --checkpoint.keep_latest_k -1", ("keep_latest_k", "got -1", "use 2")),
@@ -323,6 +358,9 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(place, world_size, a
         (2, CP2),
         (2, CP2 + " --lighthouse.scorer gla --lighthouse.stage1_steps 0"),
         (2, CP2 + " --lighthouse.context_parallel ring --lighthouse.topk 512"),
+        (2, CP2 + " --lighthouse.stage2_seq_len 1024 --lighthouse.stage2_full_steps 1"),
+        # Two batches of two pieces are a piece for each rank.
+        (4, RING4 + "--lighthouse.stage2_seq_len 1024 --training.local_batch_size 2"),
     ],
 )
 def test_a_number_of_processes_that_fits_passes(place, world_size, args):
@@ -360,6 +398,21 @@ def test_a_number_of_processes_that_fits_passes(place, world_size, args):
             4,
             CP2 + " --parallelism.tensor_parallel_degree 2",
             ("context_parallel_degree must be a divisor", "rank, 1,", "got 2", "use 1, or 'ring'"),
+        ),
+        (
+            4,
+            RING4 + "--lighthouse.stage2_seq_len 1024",
+            ("stage2_seq_len", "batch of 1 into whole pieces for 4", "got 1024", "512 or 2048"),
+        ),
+        (
+            2,
+            "--parallelism.tensor_parallel_degree 2 --lighthouse.stage2_seq_len 1",
+            (
+                "stage2_seq_len",
+                "a multiple of the tensor-parallel degree, 2",
+                "got 1",
+                "nearest: 2",
+            ),
         ),
         (
             2,

@@ -9,7 +9,13 @@ from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.preflight import check_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
-RANKS = {"1m_context": 32, "cp_smoke_cpu": 2, "cp_smoke_gpu": 2, "llama3_8b_128k": 16}
+RANKS = {
+    "1m_context": 32,
+    "1m_context_pieces": 32,
+    "cp_smoke_cpu": 2,
+    "cp_smoke_gpu": 2,
+    "llama3_8b_128k": 16,
+}
 IDS = [path.stem for path in CONFIGS]
 
 
@@ -45,6 +51,9 @@ def test_it_trains_two_steps_made_small(path, tmp_path, corpus, monkeypatch):
         layer for layer in lighthouse.full_attn_layers if layer in (0, -1)
     ]
     lighthouse.stage1_steps = min(1, lighthouse.stage1_steps)
+    if lighthouse.stage2_seq_len:
+        # A step on pieces, then none or one at full length.
+        lighthouse.stage2_seq_len, lighthouse.stage2_full_steps = seq_len // 2, 0
     config.model.flavor = "quickstart"
     config.parallelism.context_parallel_degree = 1
     config.training.steps = config.lr_scheduler.warmup_steps = 2

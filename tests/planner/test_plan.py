@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.planner import render as plan_script
-from torchtitan.experiments.lighthouse.planner.estimate import checkpoint_facts, plan
+from torchtitan.experiments.lighthouse.planner.estimate import checkpoint_facts, pieces_plan, plan
 from torchtitan.experiments.lighthouse.planner.flops import (
     flops_per_token,
     logged_flops_per_token,
@@ -320,6 +320,42 @@ def test_seconds_follow_from_bytes_flops_and_rates():
     assert found.dense.gpu_hours == pytest.approx(1500 * step * 32 / 3600)
 
 
+def test_stage_2_on_pieces_by_hand():
+    """At 98K and at 1M tokens on 32 B200; the whole of stage 2 on pieces, and with a finish."""
+    configs = ROOT / "train_configs"
+    c4 = sizes_of(configs / "c4_530m_98k_pieces.toml", 32, "--lighthouse.stage2_full_steps", "0")
+    found = plan(c4.config, 32, GPUS["B200"])
+    assert found.stages.keys() == {"1", "2"} and found.stages["2"].steps == 6000
+    assert found.gpu_hours == pytest.approx(91, abs=0.5)
+    whole = plan(sizes_of(configs / "c4_530m_98k.toml", 32).config, 32, GPUS["B200"])
+    assert whole.gpu_hours == pytest.approx(165, abs=0.5)
+    assert found.dense == whole.dense and found.stages["1"] == whole.stages["1"]
+    pieces, full = found.stages["2"], whole.stages["2"]
+    # A quarter of attention, nothing else.
+    assert pieces.flops_per_token["attention"] == full.flops_per_token["attention"] / 4
+    assert pieces.flops_per_token["linear"] == full.flops_per_token["linear"]
+    assert pieces.seconds["attend"] == pytest.approx(full.seconds["attend"] / 4)
+    logged = full.logged_flops_per_token - pieces.logged_flops_per_token
+    assert logged == 12 * 30 * 1024 * (98304 - 24576)
+    assert pieces.memory.peak == full.memory.peak
+
+    million = sizes_of(configs / "1m_context_pieces.toml", 32)
+    found = plan(million.config, 32, GPUS["B200"])
+    assert {name: stage.steps for name, stage in found.stages.items()} == {
+        **{"1": 1000, "2": 450, "2 full": 50}
+    }
+    assert sum(found.stages["2"].seconds.values()) == pytest.approx(4.46, abs=0.01)
+    assert sum(found.stages["2 full"].seconds.values()) == pytest.approx(33.1, abs=0.1)
+    assert not any("exchange" in name for name in found.stages["2"].traffic_per_step)
+    assert found.stages["2 full"].traffic_per_step["exchange"] > 0
+    # The table of rotations and the loader's batch are whole.
+    assert found.stages["2"].memory.always == found.stages["1"].memory.always
+    tokens = {
+        stage.flops_per_step / stage.flops_per_token["total"] for stage in [*found.stages.values()]
+    }
+    assert tokens == {4 * 1048576}
+
+
 def test_checkpoints_by_hand():
     options = "--training.steps 25 --lighthouse.stage1_steps 12 --checkpoint.interval 5"
     sizes = sizes_of(DEBUG, 1, *options.split(), "--checkpoint.keep_latest_k", "2")
@@ -411,6 +447,13 @@ def sent_in_run(args: list[str]) -> list[dict[str, int]]:
 
 SHARED = {"training__seq_len": 2048, "parallelism__context_parallel_degree": 2}
 RUNS = {
+    "ulysses, pieces": {**SHARED, "lighthouse__topk": 256, "lighthouse__stage2_seq_len": 512},
+    "ring, pieces": {
+        **SHARED,
+        "lighthouse__context_parallel": "ring",
+        "lighthouse__topk": 512,
+        "lighthouse__stage2_seq_len": 1024,
+    },
     "ulysses": {**SHARED, "lighthouse__topk": 256},
     "ring, full checkpointing": {
         **SHARED,
@@ -432,9 +475,13 @@ def test_bytes_sent_are_those_that_two_ranks_send(corpus, tmp_path):
         sizes = Sizes(load_config(options_of(folder, corpus, **overrides)), 2, "cpu")
         for stage in (1, 2):
             planned = {}
-            for purpose, size in step_traffic(sizes, stage).items():
+            on_pieces = sizes.config.has_pieces and stage == 2
+            planned_sizes = sizes.in_pieces() if on_pieces else sizes
+            for purpose, size in step_traffic(planned_sizes, stage).items():
                 kind = "exchange" if purpose.startswith("edges") else purpose.split()[0]
                 planned[kind] = planned.get(kind, 0) + size
+            # Ranks that hold whole pieces exchange nothing to attend to them.
+            assert ("exchange" in planned) == (sizes.scheme is not None and not on_pieces)
             for rank in sent:
                 assert rank[name][stage - 1] == planned, name
 
@@ -508,6 +555,7 @@ def test_dear_scores_are_kept(checkpointing, corpus, tmp_path):
     "overrides",
     [
         pytest.param({**LIGHTHOUSE, "training__seq_len": 8192}, id="lighthouse"),
+        pytest.param({**DENSE, **FULL, "lighthouse__stage2_seq_len": 1024}, id="pieces, full"),
         pytest.param({**LIGHTHOUSE, **FULL, **CHUNKED}, id="lighthouse, full, chunked loss"),
         pytest.param({**DENSE, **FULL}, id="dense, full"),
         pytest.param({**LIGHTHOUSE, **BY_OP}, id="lighthouse, by op"),
@@ -539,7 +587,8 @@ def test_memory_is_within_5_percent_of_what_is_measured(overrides, corpus, tmp_p
     args = options_of(tmp_path / "dump", corpus, **(defaults | overrides))
     sizes = Sizes(load_config(args), 1, "cpu")
     (stage,) = sizes.stages
-    memory = stage_memory(sizes, stage)
+    pieces = pieces_plan(sizes, None, 1) if sizes.config.has_pieces else None
+    memory = pieces.memory if pieces else stage_memory(sizes, stage)
     peak = measured_peak(args)
     # Activations and what comes on top, not the model.
     assert memory.peak > 5 * sum(memory.always.values())

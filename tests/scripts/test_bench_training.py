@@ -6,13 +6,14 @@ import bench_training
 import pytest
 
 
-def test_both_stages_are_measured(capsys, monkeypatch):
+def test_all_phases_are_measured(capsys, monkeypatch):
     options = ["--flavor", "debugmodel", "--seq-len", "2048", "--topk", "128", "--steps", "3"]
     monkeypatch.setattr("sys.argv", ["bench_training.py", *options, "--dtype", "float32"])
     bench_training.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["speed_up"] == result["lighthouse"] / result["dense"] > 0
-    assert len(result["memory_gib"]) == 2
+    assert result["stage2_seq_len"] == 512 and result["pieces"] > 0
+    assert len(result["memory_gib"]) == 3
 
 
 def test_a_failed_run_tells_why(monkeypatch):

@@ -36,7 +36,7 @@ def test_all_parts_run_and_are_collected(check, tmp_path):
     done = check()
     assert done.returncode == 0, done.stderr
     calls = [line for line in done.stdout.splitlines() if line.startswith("called")]
-    assert len(calls) == 7 and "lighthouse_cli bench" in calls[-1]
+    assert len(calls) == 8 and "lighthouse_cli bench" in calls[-1]
     report = (tmp_path / "out" / "gpu.md").read_text()
     assert all(call in report for call in calls) and "json" not in report
 
@@ -49,7 +49,7 @@ def test_a_part_that_fails_is_told_and_stops_no_other(check):
 
 
 def test_parts_can_be_chosen(check):
-    assert check("share").stdout.count("called") == 2
+    assert check("share").stdout.count("called") == 3
     done = check("share", "shares")
     assert done.returncode == 2 and "got shares" in done.stderr
     assert "called" not in done.stdout

@@ -469,11 +469,12 @@ def watched_trainer(watch: Watch) -> type:
                 watch.hold()
             return super().should_continue_training()
 
-        def _enter_stage(self, stage):
-            if stage == 2:
+        def _enter_phase(self, phase):
+            # The switch to stage 2, and the change from pieces to whole sequences.
+            if phase != "lighthouse":
                 watch.reach("before the switch", self.step)
-            super()._enter_stage(stage)
-            if stage == 2:
+            super()._enter_phase(phase)
+            if phase != "lighthouse":
                 watch.reach("after the switch", self.step)
 
         def train(self):

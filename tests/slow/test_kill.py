@@ -130,6 +130,11 @@ def all_chains(seed: int) -> list[Chain]:
         switch = [(name, SWITCH) for name in MOMENTS if "switch" in name or "handover" in name]
         chain("switch", [kill(*when) for when in switch])
         chain("switch, async", [kill(*when) for when in switch[::2]], options=ASYNC)
+        # Stage 2 in pieces of which the last is that of step 8; a checkpoint there, and not.
+        some = [("before the switch", SWITCH), ("after the switch", SWITCH), ("in a step", 7)]
+        some += [("before the switch", 8), ("after the switch", 8), ("in a step", 9)]
+        chain("pieces", [kill(*when) for when in some], data="pieces")
+        chain("pieces, async", [kill(*when) for when in some[::2]], data="pieces", options=ASYNC)
         steps = [("at the start", None), ("while the corpus is read", None)]
         steps += [("in a step", 1), ("in a line of metrics", 3), ("after the load", None)]
         steps += [("between optimizer and scheduler", 3), ("in the load", None), ("in a step", 5)]
@@ -209,6 +214,10 @@ class World:
             "text": {},
             "worker": {"training__dataloader__num_workers": 1},
             "accumulated": {"training__global_batch_size": 4},
+            "pieces": {
+                "lighthouse__stage2_seq_len": 256,
+                "lighthouse__stage2_full_steps": 4,
+            },
             "prepared": {
                 "training__dataset": "prepared",
                 "training__dataset_path": folder / "prepared",

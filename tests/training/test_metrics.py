@@ -26,6 +26,9 @@ def write(folder, *lines) -> None:
     (folder / "metrics.jsonl").write_text("".join(texts))
 
 
+PHASES = {1: "lighthouse", 2: "pieces"}
+
+
 def line_of(step: int, stage: int, loss: float, metric: str = LOSS) -> dict:
     return {"step": step, "stage": stage, metric: loss}
 
@@ -76,13 +79,13 @@ def test_the_logger_adds_the_stage_and_hands_on(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     logger = StagedLogger(inner, path)
     for stage in (1, 2):
-        logger.stage = stage
+        logger.stage, logger.phase = stage, PHASES[stage]
         logger.log({LOSS: 0.1}, 7)
         # Read while the run goes on.
         assert len(path.read_text().splitlines()) == stage
     logger.close()
     lines = [json.loads(text) for text in path.read_text().splitlines()]
-    assert lines == [line_of(7, stage, 0.1) for stage in (1, 2)]
+    assert lines == [line_of(7, stage, 0.1) | {"phase": PHASES[stage]} for stage in (1, 2)]
     # The stage that trained the step; the line after the switch does not take its place.
     assert logged == [({LOSS: 0.1, "lighthouse/stage": 1}, 7), ({LOSS: 0.1}, 7), "closed"]
 
@@ -126,8 +129,9 @@ def test_a_stage_starts_with_nothing_of_the_one_before():
     processor.logger = SimpleNamespace(stage=1)
     processor.ntokens_since_last_log, processor.data_loading_times = 4096, [0.5]
     processor.num_flops_per_token, processor.time_last_log = 1.0, 0.0
-    processor.enter_stage(2, 7.0)
-    assert processor.logger.stage == 2 and processor.num_flops_per_token == 7.0
+    processor.enter_phase(2, "full", 7.0)
+    assert vars(processor.logger) == {"stage": 2, "phase": "full"}
+    assert processor.num_flops_per_token == 7.0
     assert processor.ntokens_since_last_log == 0 and processor.data_loading_times == []
     assert processor.time_last_log > 0.0
 

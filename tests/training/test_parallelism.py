@@ -48,8 +48,17 @@ ACCUMULATED = {
     "lighthouse__stage1_steps": 2,
 }
 CHUNKS8 = {"lighthouse__topk": 1024, "training__seq_len": 2 * SEQ_LEN}
+PIECES = {
+    "lighthouse__stage2_seq_len": SEQ_LEN // 4,
+    "lighthouse__stage2_full_steps": 2,
+    "training__steps": 8,
+    "lighthouse__stage1_steps": 2,
+    # At full length, in the midst of the pieces too.
+    "validation__enable": True,
+    "validation__freq": 2,
+}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one": {}, "batch of 4": ACCUMULATED, "8 chunks": CHUNKS8},
+    1: {"one": {}, "batch of 4": ACCUMULATED, "8 chunks": CHUNKS8, "pieces": PIECES},
     2: {
         "ulysses": ULYSSES,
         "ring": {**RING, "parallelism__context_parallel_rotate_method": "alltoall"},
@@ -63,6 +72,11 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         },
         "ring, full checkpointing": {**RING, "activation_checkpoint__mode": "full"},
         "ulysses, loss in chunks": {**ULYSSES, "training__loss_chunk_size": 200},
+        "ulysses, pieces": {**ULYSSES, **PIECES},
+        "ring, pieces, full checkpointing": {
+            **RING, **PIECES, "activation_checkpoint__mode": "full",
+        },
+        "tensor, pieces": {"parallelism__tensor_parallel_degree": 2, **PIECES},
         "tensor": {"parallelism__tensor_parallel_degree": 2},
         "fsdp 2": ACCUMULATED,
         "ulysses, batch of 4": {**ACCUMULATED, **ULYSSES},
@@ -88,6 +102,7 @@ SAME = {
         "fsdp 4, ulysses",
     ],
     "8 chunks": ["ring 4"],
+    "pieces": ["ulysses, pieces", "ring, pieces, full checkpointing", "tensor, pieces"],
 }  # fmt: skip
 
 
@@ -134,6 +149,10 @@ def run_layouts(num_ranks: int, folder: Path, corpus: Path) -> dict[str, dict[st
             "grad_norms": {line["step"]: line["grad_norm"] for line in lines},
             "tokens": lines[-1]["n_tokens_seen"],
             "attention": run.attention,
+            "held_out": {
+                line["step"]: line[metrics.VALIDATION_LOSS]
+                for line in metrics.read_metrics(dump_folder, metrics.VALIDATION_LOSS)
+            },
         }
     return results
 
@@ -200,6 +219,7 @@ def test_every_layout_trains_as_one_process(layouts, one, layout):
     assert_same_losses(actual["losses"], expected["losses"])
     assert actual["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-2)
     assert actual["tokens"] == expected["tokens"]
+    assert actual["held_out"] == pytest.approx(expected["held_out"], rel=1e-3)
 
 
 @pytest.mark.slow

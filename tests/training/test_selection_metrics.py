@@ -31,6 +31,7 @@ def telemetry_of(folder: Path) -> dict[int, dict]:
     """By step, without what belongs to every line."""
     lines = metrics.read_metrics(folder, "telemetry/layer_1/attention_on_level_0")
     assert all(line.pop("stage") == 1 for line in lines)
+    assert all(line.pop("phase") == "lighthouse" for line in lines)
     return {line.pop("step"): line for line in lines}
 
 

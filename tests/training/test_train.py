@@ -109,6 +109,7 @@ def test_the_handover_record(undisturbed, folder, corpus):
     assert record.pop("before") == record["after"]
     assert record.pop("after").keys() == {"parameters", "optimizer"}
     assert record == {
+        **{"from": "lighthouse", "to": "full", "seq_len": SEQ_LEN},
         "step": STAGE1_STEPS,
         # The rate of the next step.
         "learning_rate": lines[STAGE1_STEPS]["lr"],

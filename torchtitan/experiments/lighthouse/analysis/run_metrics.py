@@ -175,8 +175,8 @@ def crossing_step(run: Run, dense: Run) -> int | None:
 def summarize_run(run: Run, dense: Run | None = None) -> dict[str, Any]:
     """The figures of a run, and against a dense one; None for what is not there.
 
-    The rate of stage 2 is that of its steps at full length. Stage 1 is compared with the
-    dense run if there is one, else with stage 2; the whole run with a dense run alone.
+    The rate of stage 2 is that of its steps at full length. The speed-up of stage 1 is that over
+    the dense run if there is one, else over stage 2; the whole run has one over a dense run alone.
     """
     switch = switch_of(run)
     rates = {phase: run.rate(phase) for phase in (LIGHTHOUSE, PIECES, FULL)}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torchtitan.experiments.lighthouse.config.job_config import FULL, PIECES
+from torchtitan.experiments.lighthouse.config.job_config import PIECES
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 
 FILE_NAME = "handover.json"
@@ -69,7 +69,7 @@ def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
     path = Path(dump_folder) / FILE_NAME
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (record["from"], record["to"]) == (PIECES, FULL):
+        if record["from"] == PIECES:
             record = {**_read_record(path), "full_length": record}
         write_json(path, record)
     return path

@@ -28,6 +28,7 @@ def main(args: list[str] | None = None) -> None:
     add("--dataset", help=f"what to prepare: {', '.join(SOURCES)}")
     add("--dataset-path", help="its folder or file")
     add("--output", "--out", required=True, help="folder for the shards")
+    add("--text-field", default="text", help="key or column of the text, default text")
     add("--tokenizer", default=BYTE_TOKENIZER_PATH, help="folder of tokenizer.json")
     add("--split", choices=["train", "validation", "both"], default="both")
     add("--shard-size", type=int, default=SHARD_SIZE, help="tokens of a shard")

@@ -134,7 +134,8 @@ def facts(result: Plan) -> str:
 
 def columns(result: Plan) -> dict[str, StagePlan]:
     """What the tables have a column for."""
-    return {f"stage {name}": stage for name, stage in result.stages.items()}
+    titles = {"2 full": "full length"}
+    return {titles.get(name, f"stage {name}"): stage for name, stage in result.stages.items()}
 
 
 def flops_table(result: Plan) -> str:

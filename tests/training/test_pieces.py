@@ -1,0 +1,235 @@
+"""Stage 2 on pieces of a sequence: the same as training on short sequences, and as exact to resume.
+
+Losses, gradients, parameters and moments are compared to the last bit, on one rank and on two. That
+ranks which share a batch train as one process does is in `test_parallelism.py`, and that they
+exchange nothing in attention in `tests/planner/test_plan.py`.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from ranks import launch
+from runs import (
+    N_LAYERS,
+    SEQ_LEN,
+    STAGE1_STEPS,
+    STEPS,
+    RecordedTrainer,
+    Run,
+    assert_same_state,
+    command_line,
+    train,
+    trainer_of,
+)
+from torchtitan.experiments.lighthouse import metrics
+from torchtitan.experiments.lighthouse.config.load import load_config
+
+PIECE_LEN, FULL_STEPS = 256, 2
+LAST_PIECE_STEP = STEPS - FULL_STEPS
+OPTIONS = {"lighthouse__stage2_seq_len": PIECE_LEN, "lighthouse__stage2_full_steps": FULL_STEPS}
+PHASES = [
+    *["lighthouse"] * STAGE1_STEPS,
+    *["pieces"] * (LAST_PIECE_STEP - STAGE1_STEPS),
+    *["full"] * FULL_STEPS,
+]
+
+
+# ---- as short sequences
+
+
+class WindowsTrainer(RecordedTrainer):
+    """Reads the same random windows whatever the sequence length; keeps the gradients."""
+
+    def batch_generator(self, data_iterable):
+        dims, seq_len = self.parallel_dims, self.job_config.training.seq_len
+        degree = dims.dp_replicate * dims.dp_shard
+        rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
+        dice = torch.Generator().manual_seed(0)
+        for i in itertools.count():
+            window = torch.randint(0, 256, (SEQ_LEN + 1,), generator=dice)
+            if i % degree == rank:
+                starts = range(0, SEQ_LEN, seq_len)
+                inputs = torch.stack([window[start : start + seq_len] for start in starts])
+                labels = torch.stack([window[start + 1 : start + 1 + seq_len] for start in starts])
+                self.ntokens_seen += labels.numel()
+                self.metrics_processor.ntokens_since_last_log += labels.numel()
+                self.metrics_processor.data_loading_times.append(0.0)
+                yield {"input": inputs}, labels
+
+    def forward_backward_step(self, **batch):
+        loss = super().forward_backward_step(**batch)
+        for name, parameter in self.model_parts[0].named_parameters():
+            gradient = parameter.grad
+            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+            self.gradients.setdefault(f"{self.step} {name}", []).append(local.clone())
+        return loss
+
+
+def train_on_pieces_and_short(folder: Path, corpus: Path) -> dict[str, tuple[Run, dict]]:
+    """Two micro-batches a step and rank: of pieces, and of sequences that are as short."""
+    num_pieces = SEQ_LEN // PIECE_LEN
+    num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    dense = {"lighthouse__stage1_steps": 0, "training__steps": 3, "checkpoint__enable": False}
+    layouts = {
+        "pieces": {
+            "lighthouse__stage2_seq_len": PIECE_LEN,
+            "training__global_batch_size": 2 * num_ranks,
+        },
+        "short": {
+            "training__seq_len": PIECE_LEN,
+            "validation__seq_len": PIECE_LEN,
+            "training__local_batch_size": num_pieces,
+            "training__global_batch_size": 2 * num_ranks * num_pieces,
+        },
+    }
+    results = {}
+    for name, layout in layouts.items():
+        gradients = {}
+        with mock.patch.object(WindowsTrainer, "gradients", gradients, create=True):
+            args = command_line(folder / name, corpus, **dense, **layout)
+            results[name] = train(args, WindowsTrainer), gradients
+    return results
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_pieces_are_trained_as_short_sequences(corpus, tmp_path, num_ranks):
+    args = tmp_path / "runs", corpus
+    if num_ranks == 1:
+        ranks = [train_on_pieces_and_short(*args)]
+    else:
+        ranks = launch(train_on_pieces_and_short, num_ranks, tmp_path / "ranks", *args)
+    for results in ranks:
+        (pieces, gradients), (short, expected) = results["pieces"], results["short"]
+        assert pieces.losses == short.losses and len(pieces.losses) == 3
+        assert gradients.keys() == expected.keys() and len(gradients) > 3 * N_LAYERS
+        for name, found in gradients.items():
+            assert len(found) == 2 and found[1].any()
+            assert all(map(torch.equal, found, expected[name])), name
+        assert_same_state(pieces, short)
+        assert pieces.flops_per_token == short.flops_per_token
+
+
+# ---- changes of the phase
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Dump folder of the undisturbed run."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, corpus) -> Run:
+    return train(command_line(folder, corpus, **OPTIONS))
+
+
+def handover_of(folder: Path) -> dict:
+    return json.loads((folder / "handover.json").read_text())
+
+
+def phases_of(folder: Path) -> list[str]:
+    return [line["phase"] for line in metrics.read_metrics(folder, metrics.LOSS)]
+
+
+def test_each_change_is_recorded(undisturbed, folder, corpus, tmp_path):
+    assert phases_of(folder) == PHASES
+    for metric, step in (
+        (metrics.SWITCH, STAGE1_STEPS),
+        (metrics.FULL_LENGTH, LAST_PIECE_STEP),
+    ):
+        assert [line["step"] for line in metrics.read_metrics(folder, metric)] == [step]
+    record = handover_of(folder)
+    finish = record.pop("full_length")
+    for change, phases, seq_len, step in (
+        (record, ("lighthouse", "pieces"), PIECE_LEN, STAGE1_STEPS),
+        (finish, ("pieces", "full"), SEQ_LEN, LAST_PIECE_STEP),
+    ):
+        assert (change["from"], change["to"]) == phases
+        assert (change["seq_len"], change["step"]) == (seq_len, step)
+        assert change["tokens_seen_per_rank"] == step * SEQ_LEN
+        assert change["before"] == change["after"]
+    assert finish["after"] != record["after"]
+    # Pieces are another thing than whole sequences, of the same batches and stage 1.
+    whole = train(command_line(tmp_path, corpus))
+    assert whole.batches == undisturbed.batches
+    for step, loss in whole.losses.items():
+        assert (loss == undisturbed.losses[step]) == (step <= STAGE1_STEPS)
+    # Attention over a third of the length is a third of that part.
+    attention = 6 * 2 * 128 * N_LAYERS
+    for step, flops in whole.flops_per_token.items():
+        saved = attention * (SEQ_LEN - PIECE_LEN) if PHASES[step - 1] == "pieces" else 0
+        assert undisturbed.flops_per_token[step] == flops - saved
+
+
+@pytest.mark.parametrize("stops", [(STAGE1_STEPS,), (LAST_PIECE_STEP,), (4, 6)], ids=str)
+def test_a_stopped_run_goes_on_in_its_phase(undisturbed, folder, corpus, tmp_path, stops):
+    runs = []
+    for steps in (*stops, STEPS):
+        options = {
+            "training__steps": steps,
+            "lighthouse__stage2_seq_len": PIECE_LEN,
+            "lighthouse__stage2_full_steps": max(0, steps - LAST_PIECE_STEP),
+        }
+        runs.append(train(command_line(tmp_path, corpus, **options)))
+    for what in ("batches", "attention", "flops_per_token"):
+        steps = [item for run in runs for item in getattr(run, what).items()]
+        assert steps == list(getattr(undisturbed, what).items())
+    assert runs[-1].losses == undisturbed.losses
+    assert_same_state(runs[-1], undisturbed)
+    assert phases_of(tmp_path) == PHASES
+    assert handover_of(tmp_path) == handover_of(folder)
+
+
+def test_the_finish_is_recorded_without_a_record_of_the_switch(corpus, tmp_path):
+    (tmp_path / "handover.json").write_text("[1, 2")
+    options = {"lighthouse__stage1_steps": 0, "training__steps": 2, "checkpoint__enable": False}
+    args = command_line(tmp_path, corpus, **options, lighthouse__stage2_seq_len=PIECE_LEN)
+    train([*args, "--lighthouse.stage2_full_steps", "1"])
+    record = handover_of(tmp_path)
+    assert record.keys() == {"full_length"} and record["full_length"]["step"] == 1
+
+
+def test_each_phase_compiles_once_and_validation_keeps_its_length(corpus, tmp_path):
+    options = {
+        **OPTIONS,
+        "lighthouse__full_attn_layers": [],
+        "compile__enable": True,
+        "compile__backend": "aot_eager",
+        "checkpoint__enable": False,
+        "validation__enable": True,
+        "validation__freq": 1,
+        # With two sequences a batch no dimension is 1, which is never dynamic.
+        "training__local_batch_size": 2,
+    }
+    graphs, shapes = [], set()
+    counters = torch._dynamo.utils.counters["stats"]
+    with (
+        torch._dynamo.config.patch(automatic_dynamic_shapes=True),
+        trainer_of(load_config(command_line(tmp_path, corpus, **options))) as trainer,
+    ):
+        torch._dynamo.reset()
+        counters.clear()
+        (model,) = trainer.model_parts
+        model.register_forward_pre_hook(
+            lambda model, args: shapes.add((model.training, *args[0].shape))
+        )
+        batches = trainer.batch_generator(trainer.dataloader)
+        while trainer.should_continue_training():
+            trainer.step += 1
+            trainer.train_step(batches)
+            trainer.validator.validate(trainer.model_parts, trainer.step)
+            graphs.append(counters["unique_graphs"])
+        torch._dynamo.reset()
+    assert shapes == {
+        (True, 2, SEQ_LEN),
+        (True, 2 * SEQ_LEN // PIECE_LEN, PIECE_LEN),
+        (False, 2, SEQ_LEN),
+    }
+    new = [after - before for before, after in itertools.pairwise([0, *graphs])]
+    # A layer and the loss, in training and, of both attentions, in validation.
+    firsts = {1: 4, STAGE1_STEPS + 1: 3, LAST_PIECE_STEP + 1: 1}
+    assert new == [firsts.get(step, 0) for step in range(1, STEPS + 1)], new
