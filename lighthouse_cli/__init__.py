@@ -41,8 +41,12 @@ def main() -> None:
         refuse(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}; {remedy}")
     # The program reads its arguments, and its help says its name, from here.
     sys.argv = [f"lighthouse {name}", *args]
+    module, _ = COMMANDS[name]
     try:
-        program = importlib.import_module(COMMANDS[name][0])
+        if module.startswith(_TRAINER):
+            # Our own package imports torch first, which warns where NumPy is missing.
+            importlib.import_module("torchtitan.components")
+        program = importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing.startswith((_TRAINER, "lighthouse")):

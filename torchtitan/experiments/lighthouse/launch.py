@@ -43,8 +43,8 @@ def main() -> None:
     args = sys.argv[1:]
     if {"-h", "--help"} & set(args):
         print(__doc__)
-        train.main(args)
-        return
+        # Prints the fields, and exits.
+        load_config(["--help"])
     with exit_on_value_error():
         args, nproc = split(args)
         is_launched = "WORLD_SIZE" in os.environ
