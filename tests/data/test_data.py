@@ -605,7 +605,7 @@ def test_refuses_several_workers(tmp_path, tokenizer, section):
 def test_config_check_covers_validation_where_it_is_enabled():
     config = make_config("python_stdlib", None)
     check_data(config)
-    config.validation.enable = True
+    config.validation.enable, config.validation.dataset = True, "c4_validation"
     with pytest.raises(ValueError, match=re.escape("validation.dataset must be one of")):
         check_data(config)
     config.validation.dataset = "python_stdlib"
