@@ -15,7 +15,7 @@ import pytest
 import torch
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.config import JobConfig
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import (
     DATASETS,
@@ -564,7 +564,7 @@ def test_refuses_tables_without_the_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", "content", ["x"])
     with pytest.raises(ValueError) as error:
         check_dataset("parquet", str(tmp_path))
-    assert_one_line(error, "training.dataset_path", "'text'", "a.parquet", "rename")
+    assert_one_line(error, "training.dataset_path", "'text'", "a.parquet", "text_field")
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
@@ -608,7 +608,7 @@ def test_refuses_several_workers(tmp_path, tokenizer, section):
 def test_config_check_covers_validation_where_it_is_enabled():
     config = make_config("python_stdlib", None)
     check_data(config)
-    config.validation.enable = True
+    config.validation.enable, config.validation.dataset = True, "c4_validation"
     with pytest.raises(ValueError, match=re.escape("validation.dataset must be one of")):
         check_data(config)
     config.validation.dataset = "python_stdlib"

@@ -1,7 +1,7 @@
 """What a run prints while it trains: a line for each logged step, on a terminal a progress bar too.
 
-step 120/288 | stage 1, switch in 88 steps | loss 2.8123 | lr 5.00e-03 | grad norm 0.53 |
-12,345 tokens/s | elapsed 0:01:23, left 0:02:05
+step 6/12 | stage 1, switch in 2 steps | loss 3.7636 | lr 3.00e-03 | grad norm 2.13 |
+2,241 tokens/s (1,120 a rank) | elapsed 0:00:04, left 0:00:02
 """
 
 import contextlib
