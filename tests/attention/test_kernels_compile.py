@@ -18,8 +18,8 @@ PARKED = {
     ("3.6", "bf16-D64-L3-p8-gqa4-halves"): 8,
     ("3.8", "fp16-D80-L4-p8-odd"): 24,
 }
-"""Bytes of stack at most, by version of Triton and run, that ptxas uses of its own accord to fit one
-more program on an SM."""
+"""Bytes of stack, by version of Triton and run, that ptxas uses of its own accord to fit one more
+program on an SM."""
 
 CAPABILITIES = ["90", "100"]
 KERNELS = {
