@@ -12,6 +12,7 @@ from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
 )
+from transformers.masking_utils import create_causal_mask
 
 from lighthouse.context_parallel import ContextParallel
 from lighthouse.huggingface import (
@@ -69,6 +70,14 @@ def test_a_batch_that_is_not_whole_sequences(name, model):
         model(input_ids=TOKENS, **batch)
     use_dense(model)
     model(input_ids=TOKENS, **batch)
+
+
+def test_packing_is_seen_in_the_mask_of_models_that_do_not_pass_positions_on(model):
+    embeddings = torch.zeros(2, SEQ_LEN, 8)
+    positions = torch.arange(SEQ_LEN)[None]
+    assert create_causal_mask(model.config, embeddings, None, None, positions) is None
+    with pytest.raises(ValueError, match="position_ids must rise by 1"):
+        create_causal_mask(model.config, embeddings, None, None, PACKED)
 
 
 def test_padding_without_gradients(model):
