@@ -20,6 +20,7 @@ sub-sequence are on each rank, in the layout of the tokens. Three things concern
 One collective does both, an all-to-all whose backward pass is itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,9 +38,19 @@ CHUNKS_PER_RANK = {"ulysses": 1, "ring": 2}
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """This rank's place among the ranks that share a sequence."""
+    """This rank's place among the ranks that share a sequence.
+
+        context = ContextParallel.of(group, "ulysses")
+        tokens = context.shard(tokens, 1)
+        attend = UlyssesAttention(causal_sdpa, context)
+        out = lighthouse_attention(q, k, v, config, attend=attend, context=context)
+
+    Stage 2 calls `attend(q, k, v, enable_gqa=...)` on the same shards.
+    """
 
     group_name: str
+    """Name of the process group."""
+
     rank: int
     degree: int
     """Ranks of the group, W."""
@@ -143,14 +154,15 @@ class UlyssesAttention(nn.Module):
     """Causal attention over a sequence that lies in contiguous shards on the ranks of a group.
 
     Args:
-        inner: causal attention over whole sequences, called as `inner(q, k, v, enable_gqa=...)`.
-        cp: of the scheme `ulysses`; its degree divides Hkv.
+        inner: causal attention over whole sequences, a module or function such as `causal_sdpa`,
+            called as `inner(q, k, v, enable_gqa=...)`.
+        context: of the scheme `ulysses`; its degree divides Hkv.
     """
 
-    def __init__(self, inner: nn.Module, cp: ContextParallel):
+    def __init__(self, inner: Callable[..., torch.Tensor], context: ContextParallel):
         super().__init__()
         self.inner = inner
-        self.cp = cp
+        self.cp = context
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False

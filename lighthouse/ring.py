@@ -4,7 +4,7 @@ torch's context parallelism turns attention on a GPU into a ring: each rank keep
 keys and values go round, and the partial results are merged by their log-sum-exp. On the CPU it
 has the ring, but does not dispatch to it (torch 2.13). `RingAttention` calls that ring with the
 CPU's fused kernel in the place of the GPU's; layout, rotation and merging are the same code. That
-code is private: it is in torch 2.11 to 2.13, which are the versions this library is for.
+code is private: it is in torch 2.11 to 2.14, which are the versions this library is for.
 """
 
 import torch

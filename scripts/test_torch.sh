@@ -8,8 +8,9 @@ case $version in
     2.11.*) triton=3.6.0 ;;
     2.12.0) triton=3.7.0 ;;
     2.12.* | 2.13.*) triton=3.7.1 ;;
+    2.14.*) triton=3.8.0 ;;
     *)
-        echo "error: the version of torch must be 2.11 to 2.13, got $version; give it first" >&2
+        echo "error: the version of torch must be 2.11 to 2.14, got $version; give it first" >&2
         exit 2
         ;;
 esac

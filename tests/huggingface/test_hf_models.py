@@ -58,7 +58,9 @@ def losses_of(model, logits_of, dense):
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize("pool_rotary", ["averaged", "aligned"])
+@pytest.mark.parametrize(
+    "pool_rotary", [pytest.param("averaged", marks=pytest.mark.slow), "aligned"]
+)
 def test_the_loss_curve_is_that_of_torchtitan(pool_rotary):
     ours, theirs = pair_of_models(pool_rotary)
     expected = losses_of(ours, ours, apply_lighthouse.use_dense)

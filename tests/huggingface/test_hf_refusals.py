@@ -12,6 +12,7 @@ from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
 )
+from transformers.masking_utils import create_causal_mask
 
 from lighthouse.context_parallel import ContextParallel
 from lighthouse.huggingface import (
@@ -71,6 +72,14 @@ def test_a_batch_that_is_not_whole_sequences(name, model):
     model(input_ids=TOKENS, **batch)
 
 
+def test_packing_is_seen_in_the_mask_of_models_that_do_not_pass_positions_on(model):
+    embeddings = torch.zeros(2, SEQ_LEN, 8)
+    positions = torch.arange(SEQ_LEN)[None]
+    assert create_causal_mask(model.config, embeddings, None, None, positions) is None
+    with pytest.raises(ValueError, match="position_ids must rise by 1"):
+        create_causal_mask(model.config, embeddings, None, None, PACKED)
+
+
 def test_padding_without_gradients(model):
     """No gradients, but in training mode: the mask reaches the layer."""
     with torch.no_grad(), pytest.raises(ValueError, match="attention_mask must be all ones"):
@@ -87,7 +96,9 @@ def test_a_mask_without_padding_is_none(model):
 
 
 @pytest.mark.parametrize("name", ["padding", "packing", "packing-with-mask"])
-def test_the_same_under_compile(name, model):
+def test_the_same_under_compile(name):
+    model = make_model(num_hidden_layers=1)
+    use_lighthouse(model)
     batch, message = BATCHES[name]
     batch = {"attention_mask": ONES, "position_ids": torch.arange(SEQ_LEN)[None]} | batch
     if name == "packing":
@@ -108,13 +119,6 @@ def test_checkpointing_that_does_not_keep_the_selections(kwargs, model):
     model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match="must keep the selections"):
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-
-
-def test_checkpointing_that_does_not_keep_the_selections_under_compile(model):
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    compiled = torch.compile(model, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="must keep the selections"):
-        compiled(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
 
 
 @pytest.mark.parametrize("family", [*QK_NORM, "phi"])

@@ -32,5 +32,5 @@ def test_an_old_python_is_refused(tmp_path):
 def test_a_torch_that_is_not_supported_is_refused():
     done = run("test_torch.sh", "2.10.0")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the version of torch must be 2.11 to 2.13, got 2.10.0")
+    assert done.stderr.startswith("error: the version of torch must be 2.11 to 2.14, got 2.10.0")
     assert run("test_torch.sh").returncode == 2

@@ -105,6 +105,14 @@ def read_metadata(path: str | Path) -> Metadata:
             metadata = _Unpickler(file).load()
     except (EOFError, pickle.UnpicklingError, AttributeError, IndexError, TypeError) as error:
         raise ValueError(f"{METADATA}: {error!r}") from None
+    except ValueError as error:
+        if "too many values to unpack" in str(error):
+            # A field more in the properties of a tensor.
+            raise ValueError(
+                f"{METADATA} was written by torch 2.15 or newer, which torch {torch.__version__} "
+                "cannot read; use the torch that wrote it, or a newer one"
+            ) from None
+        raise
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{METADATA} holds {type(metadata).__name__}")
     return metadata
