@@ -81,7 +81,9 @@ def probe(qkv, config, rotary) -> dict[str, float]:
     is_leaf = torch.zeros_like(level, dtype=torch.bool)
     for above in range(1, config.num_levels):
         first_child = config.level_offset(above - 1, seq_len) + index * config.pooling_factor
-        children = selection.slot.gather(-1, first_child.clamp(max=selection.slot.shape[-1] - 1))
+        children = selection.entry_to_slot.gather(
+            -1, first_child.clamp(max=selection.entry_to_slot.shape[-1] - 1)
+        )
         is_leaf |= (level == above) & (children < 0)
     is_token = level == 0
     # Pairs of a rotary embedding: neighbours, from the fastest frequency to the slowest.

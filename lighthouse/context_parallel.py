@@ -141,7 +141,7 @@ def _last_outputs(sub_out: torch.Tensor, selection: Selection, cp: ContextParall
             chunk_len = config.level_len(level, seq_len) // cp.chunks_per_rank
             last = config.level_offset(level, seq_len) + (place + 1) * chunk_len - 1
             is_end = chunk == cp.num_chunks - 1
-            slot = selection.slot[..., last]
+            slot = selection.entry_to_slot[..., last]
             slots.append(torch.full_like(slot, -1) if is_end else slot)
     slots = torch.stack(slots, -1).long()  # [B, Hkv, chunks * (L-1)]
     slots = slots.repeat_interleave(sub_out.shape[1] // slots.shape[1], 1)[..., None]

@@ -50,7 +50,7 @@ def gather(
     """
     config = selection.config
     return _gather(
-        q, k, v, *coarsest, selection.entry, selection.slot,
+        q, k, v, *coarsest, selection.slot_to_entry, selection.entry_to_slot,
         config.num_levels, config.pooling_factor, *table_arguments(rotary),
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def scatter_back(
     """
     config = selection.config
     return _scatter_back(
-        sub_out, edges, selection.entry, selection.slot,
+        sub_out, edges, selection.slot_to_entry, selection.entry_to_slot,
         config.num_levels, config.pooling_factor, selection.seq_len,
     )  # fmt: skip
 

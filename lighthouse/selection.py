@@ -39,10 +39,10 @@ class Selection:
     An entry has one flat id: entry i of level l has `config.level_offset(l, seq_len) + i`.
     """
 
-    entry: torch.Tensor
+    slot_to_entry: torch.Tensor
     """Id of the entry in each slot, [B, Hkv, S], int32."""
 
-    slot: torch.Tensor
+    entry_to_slot: torch.Tensor
     """Slot of each entry, -1 for one that is not in the sub-sequence, [B, Hkv, E], int32."""
 
     config: LighthouseConfig
@@ -51,17 +51,17 @@ class Selection:
     @property
     def level(self) -> torch.Tensor:
         """Level of the entry in each slot, [B, Hkv, S], int32."""
-        level = torch.zeros_like(self.entry)
+        level = torch.zeros_like(self.slot_to_entry)
         for coarser in range(1, self.config.num_levels):
-            level += self.entry >= self.config.level_offset(coarser, self.seq_len)
+            level += self.slot_to_entry >= self.config.level_offset(coarser, self.seq_len)
         return level
 
     @property
     def index(self) -> torch.Tensor:
         """Index within its level of the entry in each slot, [B, Hkv, S], int32."""
-        index = self.entry.clone()
+        index = self.slot_to_entry.clone()
         for level in range(1, self.config.num_levels):
-            above = self.entry >= self.config.level_offset(level, self.seq_len)
+            above = self.slot_to_entry >= self.config.level_offset(level, self.seq_len)
             index -= above * self.config.level_len(level - 1, self.seq_len)
         return index
 

@@ -76,7 +76,7 @@ def head_overlap(selection: Selection) -> torch.Tensor:
     Returns:
         [L-1], fp64: the mean over sequences and over pairs of different heads.
     """
-    num_heads = selection.slot.shape[1]
+    num_heads = selection.entry_to_slot.shape[1]
     assert num_heads > 1
     overlaps = []
     for level in range(1, selection.config.num_levels):
@@ -125,7 +125,7 @@ def _is_present(selection: Selection, level: int) -> torch.Tensor:
     """Whether each entry of a level is in the sub-sequence, [B, Hkv, N/p**l]."""
     start = selection.config.level_offset(level, selection.seq_len)
     length = selection.config.level_len(level, selection.seq_len)
-    return selection.slot[..., start : start + length] >= 0
+    return selection.entry_to_slot[..., start : start + length] >= 0
 
 
 def _is_refined(selection: Selection, level: int) -> torch.Tensor:

@@ -79,7 +79,7 @@ def whole_layer(dtype, heads):
     out, gradients = run(
         lambda *x: lighthouse_attention(*x, CONFIG, rotary=ROTARY[heads]), q, k, v, dout
     )
-    return Result(out, gradients, selection.entry, selection.slot)
+    return Result(out, gradients, selection.slot_to_entry, selection.entry_to_slot)
 
 
 def on_rank():
@@ -94,7 +94,9 @@ def on_rank():
         config = context.shard_config(CONFIG, q.shape[2])
         scores, _ = score(q, k, v, config)
         selection = select_spans(scores, config, q.shape[2], context.rank == 0)
-        result = Result(*run(layer, q, k, v, dout), selection.entry, selection.slot)
+        result = Result(
+            *run(layer, q, k, v, dout), selection.slot_to_entry, selection.entry_to_slot
+        )
         results[scheme, dtype, heads] = result
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     results["compiled"] = run(compiled, q, k, v, dout)
@@ -117,10 +119,10 @@ def without_edges(context):
     q, k, v, _ = (context.shard(x, 2) for x in inputs_of(torch.float64, "MHA"))
     config = context.shard_config(CONFIG, q.shape[2])
     selection = select_spans(score(q, k, v, config)[0], config, q.shape[2], context.rank == 0)
-    sub_out = torch.rand(1, 4, selection.entry.shape[-1], HEAD_DIM, dtype=torch.float64) + 1
+    sub_out = torch.rand(1, 4, selection.slot_to_entry.shape[-1], HEAD_DIM, dtype=torch.float64) + 1
     edges = exchange_edges(sub_out, selection, context)
     outs = [scatter_back(sub_out, selection, x) for x in (edges, torch.zeros_like(edges))]
-    return (outs[0] != outs[1]).any(-1)[0], selection.slot, edges
+    return (outs[0] != outs[1]).any(-1)[0], selection.entry_to_slot, edges
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["W2", "W4"])

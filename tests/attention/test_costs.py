@@ -80,10 +80,10 @@ def test_outputs_counted_are_the_tensors(n_kv_heads):
 
     assert costs["score"].bytes == size(q, k, k, *scores, *coarsest)
     read = 512 * row * (4 + 2 * n_kv_heads) * (1 + 2)  # level 0 and level 1
-    assert costs["gather"].bytes == read + size(*coarsest, *subs, selection.entry)
+    assert costs["gather"].bytes == read + size(*coarsest, *subs, selection.slot_to_entry)
     out = scatter_back(subs[0], selection)
-    assert costs["scatter back"].bytes == size(subs[0], out, selection.slot)
-    assert costs["gather backward"].bytes == size(*subs, q, k, k, selection.slot)
+    assert costs["scatter back"].bytes == size(subs[0], out, selection.entry_to_slot)
+    assert costs["gather backward"].bytes == size(*subs, q, k, k, selection.entry_to_slot)
 
 
 def test_phases_add_their_table():

@@ -52,7 +52,7 @@ def test_scatter_back_equals_loops(case):
     q, k, *_, selection = setup(case)
     seq_len, p = case[2], case[4]
     group = q.shape[1] // k.shape[1]
-    sub_out = torch.randn(2, q.shape[1], selection.entry.shape[-1], 4, dtype=torch.float64)
+    sub_out = torch.randn(2, q.shape[1], selection.slot_to_entry.shape[-1], 4, dtype=torch.float64)
     out = scatter_back(sub_out, selection)
     expected = torch.zeros(2, q.shape[1], seq_len, 4, dtype=torch.float64)
     for b in range(2):
@@ -72,7 +72,7 @@ def test_scatter_back_of_chunks_equals_loops(case):
     num_chunks = seq_len // p ** (num_levels - 1) // 64
     chunk_len = seq_len // num_chunks
     group = q.shape[1] // k.shape[1]
-    sub_out = torch.randn(2, q.shape[1], selection.entry.shape[-1], 4, dtype=torch.float64)
+    sub_out = torch.randn(2, q.shape[1], selection.slot_to_entry.shape[-1], 4, dtype=torch.float64)
     edges = torch.randn(2, q.shape[1], num_chunks, num_levels - 1, 4, dtype=torch.float64)
     leaves = [sub_out.requires_grad_(), edges.requires_grad_()]
     out = scatter_back(sub_out, selection, edges)
@@ -120,9 +120,9 @@ def test_coarsest_level_is_taken_from_its_buffer():
 
 def test_ops():
     q, k, v, coarsest, selection = setup(CASES[1], torch.float32)
-    maps = selection.entry, selection.slot
+    maps = selection.slot_to_entry, selection.entry_to_slot
     torch.library.opcheck(_gather, (q, k, v, *coarsest, *maps, 2, 4))
-    sub_out = torch.randn(2, 4, selection.entry.shape[-1], 4, requires_grad=True)
+    sub_out = torch.randn(2, 4, selection.slot_to_entry.shape[-1], 4, requires_grad=True)
     edges = torch.randn(2, 4, 4, 1, 4, requires_grad=True)
     for chunks in (None, edges):
         torch.library.opcheck(_scatter_back, (sub_out, chunks, *maps, 2, 4, 1024))

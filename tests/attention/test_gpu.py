@@ -49,8 +49,8 @@ def test_selection_at_98k_is_that_of_the_cpu(n_kv_heads):
     scores, _ = score(q, k, v, PAPER)
     selection = select_spans(scores, PAPER, 98304)
     expected = select_spans(type(scores)(*(x.cpu() for x in scores)), PAPER, 98304)
-    assert torch.equal(selection.entry.cpu(), expected.entry)
-    assert torch.equal(selection.slot.cpu(), expected.slot)
+    assert torch.equal(selection.slot_to_entry.cpu(), expected.slot_to_entry)
+    assert torch.equal(selection.entry_to_slot.cpu(), expected.entry_to_slot)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -62,8 +62,8 @@ def test_selection_of_many_ties_is_that_of_the_cpu(seed):
     scores = score(*(torch.zeros(2, 3, seq_len, 16) for _ in range(3)), config)[0]
     expected = select_spans(type(scores)(*tied), config, seq_len)
     selection = select_spans(type(scores)(*tied.cuda()), config, seq_len)
-    assert torch.equal(selection.entry.cpu(), expected.entry)
-    assert torch.equal(selection.slot.cpu(), expected.slot)
+    assert torch.equal(selection.slot_to_entry.cpu(), expected.slot_to_entry)
+    assert torch.equal(selection.entry_to_slot.cpu(), expected.entry_to_slot)
 
 
 @pytest.mark.parametrize("pairs", [None, "interleaved", "halves"])
@@ -125,7 +125,7 @@ def test_data_path_is_bitwise_repeatable():
         selection = select_spans(scores, PAPER, 98304)
         subs = gather(q, k, v, coarsest, selection)
         out = scatter_back(subs[2], selection)
-        return [*scores, selection.entry, out, *torch.autograd.grad(out.sum(), (v,))]
+        return [*scores, selection.slot_to_entry, out, *torch.autograd.grad(out.sum(), (v,))]
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
@@ -160,7 +160,9 @@ def test_offsets_beyond_int32():
     expected = torch.zeros(8, seq_len, device="cuda")
     for level in range(4):
         offset, span = config.level_offset(level, seq_len), config.span(level)
-        present = selection.slot[0, :, offset : offset + config.level_len(level, seq_len)] >= 0
+        present = (
+            selection.entry_to_slot[0, :, offset : offset + config.level_len(level, seq_len)] >= 0
+        )
         covered = present.float().repeat_interleave(span, -1)
         expected[:, span - 1 :] += covered[:, : seq_len - span + 1]
     assert torch.equal(out[0, :, :, 0].float(), expected)

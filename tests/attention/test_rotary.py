@@ -236,7 +236,7 @@ def test_ops(interleaved):
     _, coarsest = score(q, k, v, config, rotary)
     selection = select(*(squared_norms(x, 2) for x in (q, k)), config)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    maps = selection.entry, selection.slot
+    maps = selection.slot_to_entry, selection.entry_to_slot
     torch.library.opcheck(_gather, (*leaves, *coarsest, *maps, *arguments))
 
 

@@ -176,7 +176,7 @@ def test_by_attention_ties_go_to_the_lowest_index(config):
     selection, expected = (
         select_spans(x, CONFIG, SEQ_LEN) for x in (scores, score(q, k, v, CONFIG)[0])
     )
-    assert torch.equal(selection.entry, expected.entry)
+    assert torch.equal(selection.slot_to_entry, expected.slot_to_entry)
 
 
 @pytest.mark.parametrize("scorer", SCORERS)

@@ -64,14 +64,14 @@ def test_maps_are_mutual_inverses(case):
     num_levels, p, topk, seq_len = case
     config = LighthouseConfig(num_levels, p, topk)
     selection = select(torch.rand(1, 3, seq_len), torch.rand(1, 3, seq_len), config)
-    assert selection.entry.dtype == selection.slot.dtype == torch.int32
-    assert selection.entry.shape == (1, 3, config.sub_seq_len(seq_len))
-    assert selection.slot.shape == (1, 3, config.num_entries(seq_len))
+    assert selection.slot_to_entry.dtype == selection.entry_to_slot.dtype == torch.int32
+    assert selection.slot_to_entry.shape == (1, 3, config.sub_seq_len(seq_len))
+    assert selection.entry_to_slot.shape == (1, 3, config.num_entries(seq_len))
     slots = torch.arange(config.sub_seq_len(seq_len), dtype=torch.int32).expand(1, 3, -1)
-    assert torch.equal(selection.slot.gather(-1, selection.entry.long()), slots)
-    present = selection.slot >= 0
+    assert torch.equal(selection.entry_to_slot.gather(-1, selection.slot_to_entry.long()), slots)
+    present = selection.entry_to_slot >= 0
     assert (present.sum(-1) == config.sub_seq_len(seq_len)).all()
-    assert (selection.slot[~present] == -1).all()
+    assert (selection.entry_to_slot[~present] == -1).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -95,7 +95,7 @@ def test_entry_zero_is_selected_on_every_level_with_the_lowest_scores():
     scores[..., :64] = 0
     selection = select(scores, scores, config)
     for level in range(4):
-        assert selection.slot[0, 0, config.level_offset(level, 4096)] >= 0
+        assert selection.entry_to_slot[0, 0, config.level_offset(level, 4096)] >= 0
 
 
 def test_every_position_has_a_contributor():
@@ -131,8 +131,8 @@ def test_strata_are_independent():
     changed[..., 1024:] = torch.rand(1024)
     other = select(changed, k_scores, config)
     half = config.sub_seq_len(2048) // 2
-    assert torch.equal(selection.entry[..., :half], other.entry[..., :half])
-    assert not torch.equal(selection.entry, other.entry)
+    assert torch.equal(selection.slot_to_entry[..., :half], other.slot_to_entry[..., :half])
+    assert not torch.equal(selection.slot_to_entry, other.slot_to_entry)
 
 
 def test_illegal_length():

@@ -40,7 +40,9 @@ def setup(case):
 def entries(selection) -> dict[tuple[int, int], dict[int, set[int]]]:
     """Indices of the entries in the sub-sequence, by level, for each sequence and kv head."""
     found = {}
-    for b, g in torch.cartesian_prod(*map(torch.arange, selection.entry.shape[:2])).tolist():
+    for b, g in torch.cartesian_prod(
+        *map(torch.arange, selection.slot_to_entry.shape[:2])
+    ).tolist():
         levels = found[b, g] = {level: set() for level in range(selection.config.num_levels)}
         pairs = zip(selection.level[b, g].tolist(), selection.index[b, g].tolist(), strict=True)
         for level, index in pairs:

@@ -203,7 +203,7 @@ def test_illegal_values_end_it_with_one_line_and_code_2():
         ),
         (
             "--world-size 32 --parallelism.tensor_parallel_degree 2",
-            ("tensor_parallel_degree must be 1,",),
+            ("training.loss_chunk_size must be 0 with tensor parallelism",),
         ),
         ("--world-size 32 --activation_checkpoint.mode memory_budget", ("the compiler decides",)),
     ],

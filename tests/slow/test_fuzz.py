@@ -155,12 +155,12 @@ def runs_unchecked(config: LighthouseConfig, seq_len: int) -> bool:
             selection = select_spans(Scores(*scores), config, seq_len)
         except (RuntimeError, IndexError, ValueError):
             return False
-    entry = selection.entry[0, 0]
+    entry = selection.slot_to_entry[0, 0]
     is_entry = bool(((entry >= 0) & (entry < config.num_entries(seq_len))).all())
     if not is_entry or len(entry.unique()) < len(entry):
         return False
     # Of every stratum and level, 128 are refined, and all their children are there.
-    return len(entry) == config.sub_seq_len(seq_len) and bool((selection.slot >= 0).any())
+    return len(entry) == config.sub_seq_len(seq_len) and bool((selection.entry_to_slot >= 0).any())
 
 
 # ---- the rules of the attention alone

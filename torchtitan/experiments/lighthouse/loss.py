@@ -66,7 +66,8 @@ class ChunkedCrossEntropy:
         """Take over the head of a Transformer, after torchtitan has parallelised it."""
         self.head = model.output
         assert self.head.bias is None
-        # The hooks of the module still run: FSDP gathers the weight and counts on the head's call.
+        # An attribute of this one module: a subclass would be lost where a converter replaces the
+        # head. The hooks of the module still run: FSDP gathers the weight and counts on its call.
         self.head.forward = lambda hidden: hidden
 
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
