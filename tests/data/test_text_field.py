@@ -8,10 +8,12 @@ import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.data.datasets import check_dataset, fingerprint
-from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset, build_dataloader
+from torchtitan.experiments.lighthouse.data.datasets import check_dataset
+from torchtitan.experiments.lighthouse.data.documents import fingerprint
+from torchtitan.experiments.lighthouse.data.loaders import build_dataloader
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
-from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
+from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataset
 
 ROWS = [{"text": "no", "content": f"document {i} " * 9} for i in range(8)]
 
@@ -59,9 +61,9 @@ def test_a_corpus_is_tokenized_by_the_field(corpus, tmp_path):
     name, path = corpus
     out = tmp_path / "out"
     prepare(name, path, out, BYTE_TOKENIZER_PATH, text_field="content")
-    window, _ = next(iter(PreparedDataset(str(out), 32, infinite=False)))
+    window, _ = next(iter(TokenizedDataset(str(out), 32, infinite=False)))
     assert "document" in text_of(window)
-    with pytest.raises(ValueError, match=r"^--out must be a new folder or one begun with this --d"):
+    with pytest.raises(ValueError, match=r"^--output must be a new folder or one begun with this --d"):
         prepare(name, path, out, BYTE_TOKENIZER_PATH)
 
 

@@ -481,7 +481,7 @@ def test_bytes_sent_are_those_that_two_ranks_send(corpus, tmp_path):
                 kind = "exchange" if purpose.startswith("edges") else purpose.split()[0]
                 planned[kind] = planned.get(kind, 0) + size
             # Ranks that hold whole pieces exchange nothing to attend to them.
-            assert ("exchange" in planned) == (sizes.scheme is not None and not on_pieces)
+            assert ("exchange" in planned) == (sizes.cp_scheme is not None and not on_pieces)
             for rank in sent:
                 assert rank[name][stage - 1] == planned, name
 

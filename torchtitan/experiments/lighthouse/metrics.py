@@ -22,6 +22,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.experiments.lighthouse.runtime.console import (
     Console,
+    Phase,
     is_terminal,
     without_info,
 )
@@ -53,6 +54,8 @@ class StagedMetricsProcessor(MetricsProcessor):
         if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
             path = Path(job_config.job.dump_folder) / FILE_NAME
             self.console = Console(torch.distributed.get_world_size())
+            # What the trainer knows of stages, it tells the console later.
+            self.console.clock.phases = [Phase("training", job_config.training.steps, 1.0)]
         if not is_terminal():
             self.color = utils.NoColor()
         self.logger = StagedLogger(self.logger, path)

@@ -251,7 +251,7 @@ def rates(result: Plan) -> str:
         f"{gpu.attention_flops / 1e12:,.0f} and {gpu.attention_backward_flops / 1e12:,.0f} "
         f"TFLOP/s, memory {gpu.bandwidth / 1e12:.1f} TB/s,\n            GPUs "
         f"{gpu.nvlink / 1e9:.0f} and network {gpu.network / 1e9:.0f} GB/s one way; what is assumed "
-        "is in torchtitan/experiments/\n            lighthouse/{gpus,plan,memory}.py"
+        "is in torchtitan/experiments/\n            lighthouse/planner/{gpus,step_time,memory}.py"
     )
 
 

@@ -47,7 +47,7 @@ class StepClock:
         self._seconds_per_cost: float | None = None
 
     def phase_of(self, step: int) -> Phase:
-        """The phase that trains `step`."""
+        """The phase that trains `step`; the last one after its end."""
         return next((p for p in self.phases if step <= p.last_step), self.phases[-1])
 
     def times(self, step: int) -> tuple[float, float | None]:
