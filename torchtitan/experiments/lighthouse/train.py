@@ -87,6 +87,7 @@ class TwoStageTrainer(Trainer):
             apply_lighthouse.save_selections(part)
             if utils.device_type == "cpu":
                 cpu_device.sum_gradients_on_gloo(part)
+                cpu_device.draw_initial_weights(part)
         if job_config.has_pieces:
             # Each phase has one shape and gets kernels of its own, not one set for any shape.
             torch._dynamo.config.automatic_dynamic_shapes = False

@@ -322,7 +322,9 @@ def results(summary: dict) -> str:
     recovery = switch["steps_to_recover"]
     recovered = "did not recover within the run" if recovery is None else f"{recovery} steps"
     crossing = layer["crossing"]
-    crossed = "" if crossing is None else f" They take as long at {crossing:,.0f} tokens."
+    crossed = "One of them is faster at every length measured."
+    if crossing is not None:
+        crossed = f"They take as long at {crossing:,.0f} tokens."
     rates = "\n".join(f"| {name} | {v:,.0f} |" for name, v in summary["tokens_per_second"].items())
     layers = "\n".join(
         f"| {n:,} | {d:,.1f} | {s:,.1f} | {d / s:.2f} |"
@@ -352,7 +354,7 @@ may still be in stage 1, where validation attends with Lighthouse.
 
 ## One layer
 
-Attention of one layer, forward and backward, in milliseconds.{crossed}
+Attention of one layer, forward and backward, in milliseconds. {crossed}
 
 | tokens | dense | Lighthouse | dense / Lighthouse |
 |---|---|---|---|

@@ -20,7 +20,10 @@ import warnings
 from types import SimpleNamespace
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torchtitan.models.llama3 import Transformer
 from torchtitan.tools import utils
 
 
@@ -36,6 +39,8 @@ def use_cpu_device() -> None:
     """Make the CPU torchtitan's device, also in modules of it that are imported already."""
     # Autocast to fp32 on the CPU is none, and warns that it is.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
+    # `draw_initial_weights` does what the operators cannot.
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete")
     replacements = {
         "device_type": (utils.device_type, "cpu"),
         "device_module": (utils.device_module, CpuDevice),
@@ -53,6 +58,24 @@ def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def draw_initial_weights(model: Transformer) -> None:
+    """Give the parameters of a sharded model the values that one process draws.
+
+    On a CPU, each rank would draw its own shard of a DTensor from the same seed: the shards would
+    be copies of each other.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return
+    with torch.device("meta"):
+        whole = Transformer(model.model_args)
+    whole.to_empty(device="cpu")
+    torch.manual_seed(torch.initial_seed())
+    whole.init_weights()
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, whole.state_dict(), options=options)
 
 
 def measure_peak_flops() -> float:

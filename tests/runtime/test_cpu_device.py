@@ -1,0 +1,26 @@
+"""The CPU as torchtitan's device: what ranks start with."""
+
+import torch
+from ranks import launch
+from runs import command_line, trainer_of
+from torch.distributed.tensor import DTensor
+from torchtitan.experiments.lighthouse.config.load import load_config
+
+
+def initial_weights(args: list[str]) -> dict[str, torch.Tensor]:
+    """All parameters, whole, of a trainer that has just been built."""
+    with trainer_of(load_config(args)) as trainer:
+        (model,) = trainer.model_parts
+        return {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for name, p in model.named_parameters()
+        }
+
+
+def test_ranks_start_from_the_parameters_of_one_process(corpus, tmp_path):
+    """Without the mend, both halves of each sharded parameter are the same."""
+    args = command_line(tmp_path / "run", corpus, debug__seed=3)
+    one = launch(initial_weights, 1, tmp_path / "one", args)[0]
+    for rank in launch(initial_weights, 2, tmp_path / "two", args):
+        assert rank.keys() == one.keys()
+        assert all(torch.equal(rank[name], one[name]) for name in one)
