@@ -15,8 +15,8 @@ PACKAGE = "torchtitan.experiments.lighthouse"
 # From the ground up. Modules beside the rooms have a floor of their own; what stands on one floor
 # does not import each other.
 FLOORS = [
-    ["runtime", "flavors", "metrics"],
-    ["data"],
+    ["runtime", "flavors"],
+    ["data", "metrics"],
     ["config"],
     ["context_parallel", "apply_lighthouse", "loss"],
     ["checkpoint", "validate"],

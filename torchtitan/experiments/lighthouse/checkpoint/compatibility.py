@@ -15,15 +15,18 @@ it, is compared by the shapes of its parameters.
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torchtitan.experiments.lighthouse.checkpoint.files import METADATA, read_metadata
 from torchtitan.experiments.lighthouse.config.job_config import POOL_ROTARY_BEFORE, JobConfig
+from torchtitan.experiments.lighthouse.data.source_changes import ACCEPT_FILES
 from torchtitan.experiments.lighthouse.data.tokenized import tokenizer_digest
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
+from torchtitan.experiments.lighthouse.runtime.read_files import is_a, read_json
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 FILE_NAME = "trained_with.json"
@@ -39,14 +42,20 @@ OF_STAGE_1 = tuple(
 )
 OF_STAGES = ("lighthouse.stage1_steps", *OF_STAGE_1)
 OF_RUN = (
-    *("training.seq_len", "training.global_batch_size"),
+    *("training.seq_len", "training.global_batch_size", "training.max_norm"),
     *(f"optimizer.{name}" for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
     *("lr_scheduler.total_steps", "lr_scheduler.warmup_steps", "lr_scheduler.decay_ratio"),
     *("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor"),
     *OF_STAGES,
 )
 FIELDS = (*OF_MODEL, *OF_STATE, *OF_RUN)
+"""What is compared, by name."""
+
+ACCEPTABLE = (*FIELDS, ACCEPT_FILES)
 """What `checkpoint.accept_changes` may name."""
+
+_KINDS = {"lr_scheduler.decay_ratio": float | None, "training.max_norm": float}
+"""Types of fields that are not those of every value."""
 
 
 def record_of(config: JobConfig, data_parallel_degree: int) -> dict[str, Any]:
@@ -107,31 +116,46 @@ def check_checkpoint(
                 "name the flavor it was trained with"
             )
     file = path / FILE_NAME
-    if not file.is_file():
+    if not os.path.lexists(file):
         return
-    try:
-        was = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{file} must be JSON, got {error}; remove it to go on without comparing"
-        ) from None
+    now = record_of(config, data_parallel_degree)
+    was = _read_record(file, now)
     was.setdefault("lighthouse.pool_rotary", POOL_ROTARY_BEFORE)
     names = [*OF_MODEL]
     if not model_only:
         left_out = config.checkpoint.exclude_from_loading
         names += OF_STATE if "optimizer" not in left_out else ()
         names += OF_RUN if step is not None else ()
-    now = record_of(config, data_parallel_degree)
     accepted = config.checkpoint.accept_changes
     for name in names:
         if name not in was or was[name] == now[name] or name in accepted:
             continue
         if name in OF_STAGES and not _affects_remaining_steps(name, was, now, step):
             continue
+        field = name
+        if name == "lr_scheduler.total_steps" and config.lr_scheduler.total_steps is None:
+            field = "training.steps, which lr_scheduler.total_steps follows,"
+        elsewhere = "start another job.dump_folder, or " if step is not None else ""
         raise ValueError(
-            f"{name} must be that of {path}, {_said(name, was, now)}; {_set_back(name, was)}, or "
-            f'accept the change with checkpoint.accept_changes = ["{name}"]'
+            f"{field} must be that of {path}, {_said(name, was, now)}; {_set_back(name, was)}, "
+            f'{elsewhere}accept the change with checkpoint.accept_changes = ["{name}"]'
         )
+
+
+def _read_record(file: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The record in a file, whose fields have the types of `now`."""
+    try:
+        was = read_json(file)
+        for name in now.keys() & was.keys():
+            kinds = _KINDS.get(name, type(now[name]))
+            if not is_a(was[name], float if kinds is int else kinds):
+                raise ValueError(f"{name} is {repr(was[name])[:60]}")
+    except ValueError as error:
+        raise ValueError(
+            f"{file} must tell what the checkpoint was trained with, got {error}; remove it to go "
+            "on without comparing"
+        ) from None
+    return was
 
 
 def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None:
@@ -142,8 +166,9 @@ def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None
     for name, shape in shapes.items():
         if name not in metadata:
             return f"{name} is not in the checkpoint"
-        if metadata[name].size != shape:
-            return f"{name} is {list(shape)} and in the checkpoint {list(metadata[name].size)}"
+        found = getattr(metadata[name], "size", ())
+        if found != shape:
+            return f"{name} is {list(shape)} and in the checkpoint {list(found)}"
     layers = {name for name in metadata if name.startswith("layers.")}
     if layers - shapes.keys():
         return f"layers are {args.n_layers}, fewer than in the checkpoint"

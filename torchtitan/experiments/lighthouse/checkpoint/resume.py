@@ -6,21 +6,27 @@ from pathlib import Path
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
-from torchtitan.experiments.lighthouse.checkpoint.compatibility import FIELDS, check_checkpoint
+from torchtitan.experiments.lighthouse.checkpoint.compatibility import (
+    ACCEPTABLE,
+    check_checkpoint,
+)
 from torchtitan.experiments.lighthouse.checkpoint.files import (
     check_folder,
     check_safe,
-    corpus_fingerprint,
+    checkpoint_faults,
     damage_reason,
     data_parallel_degree,
+    documents_position,
     holds_training_state,
     is_whole,
     prepared_position,
+    saved_step,
     whole_steps,
 )
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.rule_helpers import check_at_least, check_choice
-from torchtitan.experiments.lighthouse.data.datasets import DATASETS, fingerprint
+from torchtitan.experiments.lighthouse.data.datasets import DATASETS, open_documents
+from torchtitan.experiments.lighthouse.data.source_changes import ACCEPT_FILES
 from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.metrics import FILE_NAME as METRICS
@@ -31,10 +37,15 @@ TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """What a checkpoint holds beside the model, by torchtitan's names."""
 
 
+BEGIN_DATA_ANEW = 'begin the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
+
+
 def check_checkpointing(config: JobConfig, world_size: int, is_start: bool) -> None:
     """Check the fields of checkpoints and, for a run that starts, what is on disk."""
     checkpoint = config.checkpoint
     if not checkpoint.enable:
+        if is_start:
+            _check_not_superseded(config)
         if checkpoint.create_seed_checkpoint:
             raise ValueError(
                 "checkpoint.enable must be true for checkpoint.create_seed_checkpoint, got false; "
@@ -70,14 +81,14 @@ def _check_fields(config: JobConfig) -> None:
             "true: the dense stage could not go on without the optimizer; set it to false"
         )
     for name in checkpoint.accept_changes:
-        check_choice("checkpoint.accept_changes", name, list(FIELDS))
+        check_choice("checkpoint.accept_changes", name, list(ACCEPTABLE))
     for name in checkpoint.exclude_from_loading:
         check_choice("checkpoint.exclude_from_loading", name, sorted({*TRAINING_STATE, "model"}))
-    lost = TRAINING_STATE & set(checkpoint.exclude_from_loading)
+    lost = TRAINING_STATE - {"dataloader"} & set(checkpoint.exclude_from_loading)
     if lost and 0 < lighthouse.stage1_steps < config.training.steps:
         raise ValueError(
             "checkpoint.exclude_from_loading must keep the training state in a run of two stages, "
-            f"got {', '.join(sorted(lost))}; remove it"
+            f"but for dataloader, got {', '.join(sorted(lost))}; remove it"
         )
 
 
@@ -96,10 +107,7 @@ def _check_start(config: JobConfig, world_size: int) -> None:
     initial = checkpoint.initial_load_path
     if initial is None and checkpoint.initial_load_in_hf:
         initial = config.model.hf_assets_path
-    parallelism = config.parallelism
-    degree = world_size // (
-        parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
-    )
+    degree = _data_parallel_degree(config, world_size)
     if folder.exists():
         whole = whole_steps(folder)
         newest = whole[-1]
@@ -110,17 +118,18 @@ def _check_start(config: JobConfig, world_size: int) -> None:
                 f"saved before that would be purged first, got {step}; move newer ones away, or "
                 "start another job.dump_folder with checkpoint.initial_load_path"
             )
-        # Of a seed checkpoint, step 0, the model alone is loaded.
-        _check_load(config, folder / f"step-{step}", degree, step or None, model_only=not step)
+        check_own_step(config, world_size, step)
         _check_space(config, folder, len(whole))
         return
     _check_space(config, folder, 0)
     if initial is None:
         return
-    if not Path(initial).is_dir():
+    steps = whole_steps(initial) or whole_steps(Path(initial) / "checkpoint")
+    if not Path(initial).is_dir() or steps:
+        remedy = f"name {' or '.join(f'step-{step}' for step in steps)} in it"
         raise ValueError(
             "checkpoint.initial_load_path must be the folder of a checkpoint, step number "
-            f"included, got {initial!r}, which is none; correct the path"
+            f"included, got {initial!r}, which is none; {remedy if steps else 'correct the path'}"
         )
     if checkpoint.initial_load_in_hf:
         flavor = config.model.flavor
@@ -132,6 +141,38 @@ def _check_start(config: JobConfig, world_size: int) -> None:
             "name an older one"
         )
     _check_load(config, Path(initial), degree, None, checkpoint.initial_load_model_only)
+
+
+def check_own_step(config: JobConfig, world_size: int, step: int) -> None:
+    """Check that the run can go on from its own whole checkpoint of `step`.
+
+    Raises:
+        ValueError: in one line, what speaks against it.
+    """
+    path = Path(config.job.dump_folder) / config.checkpoint.folder / f"step-{step}"
+    # Of a seed checkpoint, step 0, the model alone is loaded.
+    degree = _data_parallel_degree(config, world_size)
+    _check_load(config, path, degree, step or None, model_only=not step)
+
+
+def _data_parallel_degree(config: JobConfig, world_size: int) -> int:
+    parallelism = config.parallelism
+    return world_size // (parallelism.context_parallel_degree * parallelism.tensor_parallel_degree)
+
+
+def _check_not_superseded(config: JobConfig) -> None:
+    """A run that saves nothing would begin at step 0, and its metrics count for those of a run
+    whose checkpoints stay."""
+    dump_folder = Path(config.job.dump_folder)
+    if not (dump_folder / METRICS).is_file():
+        return
+    for folder in sorted(dump_folder.iterdir()):
+        if folder.is_dir() and (steps := checkpoint_faults(folder)):
+            raise ValueError(
+                f"checkpoint.enable must be true in the folder of a run that was saved, got false "
+                f"for {str(dump_folder)!r} with {folder.name}/step-{max(steps)}, whose metrics "
+                "would be superseded; set it to true to go on, or name another job.dump_folder"
+            )
 
 
 def _check_not_lost(config: JobConfig, folder: Path) -> None:
@@ -189,6 +230,12 @@ def _check_load(
         model_only: whether the parameters alone are loaded.
     """
     check_safe(path)
+    found = saved_step(path)
+    if step is not None and found not in (None, step):
+        raise ValueError(
+            f"the checkpoint {str(path)!r} must be of the step in its name, got one of step "
+            f"{found}; give it its name step-{found} back, or move it away"
+        )
     if not model_only and not holds_training_state(path):
         raise ValueError(
             f"the checkpoint {str(path)!r} must hold the state of training to go on from it, got "
@@ -212,11 +259,14 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
         rule = "a corpus of documents" if is_prepared else "'prepared'"
         raise ValueError(
             f"training.dataset must be {rule} to go on at the data position of {path}, got "
-            f"{training.dataset!r}; set it back, or begin the data anew with "
-            'checkpoint.exclude_from_loading = ["dataloader"]'
+            f"{training.dataset!r}; set it back, or {BEGIN_DATA_ANEW}"
         )
+    accepts_changes = ACCEPT_FILES in config.checkpoint.accept_changes
     if position is not None:
-        PreparedDataset(training.dataset_path, training.seq_len).load_state_dict(position)
+        dataset = PreparedDataset(
+            training.dataset_path, training.seq_len, accepts_changes=accepts_changes
+        )
+        dataset.load_state_dict(position)
         return
     if saved not in (None, degree):
         parallelism = config.parallelism
@@ -225,14 +275,10 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
             f"the data-parallel degree must be that of {path}, {saved}, to go on at its data "
             f"position, got {degree}: {degree * model_parallel} processes over context times "
             f"tensor parallel {model_parallel}; start {saved * model_parallel} processes or change "
-            "those degrees, or begin the data anew with "
-            'checkpoint.exclude_from_loading = ["dataloader"]'
+            f"those degrees, or {BEGIN_DATA_ANEW}"
         )
     # That of the hub is not asked before the run starts.
-    found = None if DATASETS[training.dataset].reader == "hub" else corpus_fingerprint(path)
-    if found is not None and found != fingerprint(training.dataset, training.dataset_path):
-        raise ValueError(
-            f"training.dataset must be the corpus of the data position of {path}, got "
-            f"{training.dataset!r} with other documents; restore them, or begin the data anew with "
-            'checkpoint.exclude_from_loading = ["dataloader"]'
-        )
+    is_here = DATASETS[training.dataset].reader != "hub"
+    if is_here and (state := documents_position(path)) is not None:
+        documents = open_documents(training.dataset, training.dataset_path, "train", 0, 1)
+        documents.check_position(state, accepts_changes)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
+from torchtitan.tools.logging import logger
 
 FILE_NAME = "handover.json"
 
@@ -61,9 +62,15 @@ def data_positions(trainer) -> list[Any]:
 
 
 def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
-    """Write the record on rank 0, whole or not at all."""
+    """Write the record on rank 0, whole or not at all.
+
+    The run does not need it: where it cannot be written, a warning says so.
+    """
     path = Path(dump_folder) / FILE_NAME
     if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, record)
+        except OSError as error:
+            logger.warning(f"{path} could not be written ({error}); training goes on")
     return path

@@ -105,6 +105,15 @@ def check_lighthouse(config: JobConfig) -> None:
                 f"lighthouse.full_attn_layers must be from {-n_layers} to {n_layers - 1} for the "
                 f"{n_layers} layers of {config.model.flavor}, got {layer}; remove it"
             )
+    dense_layers = {layer % n_layers for layer in lighthouse.full_attn_layers}
+    require(
+        len(dense_layers) < n_layers or lighthouse.stage1_steps == 0,
+        "lighthouse.full_attn_layers",
+        f"fewer than all {n_layers} layers of {config.model.flavor}: nothing would be trained with "
+        "Lighthouse",
+        lighthouse.full_attn_layers,
+        "leave some out, or set lighthouse.stage1_steps to 0 for a dense run",
+    )
     degree = config.parallelism.context_parallel_degree
     num_chunks = degree * CHUNKS_PER_RANK[lighthouse.context_parallel] if degree > 1 else 1
     # torchtitan asks for the factor of two, in training, whatever the scheme and the degrees.

@@ -14,19 +14,19 @@ as it was when the corpus was opened ends the run.
 
 import difflib
 import fnmatch
+import functools
 import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN, SourceFile, stat_files
 from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
-from torchtitan.tools.logging import logger
+from torchtitan.experiments.lighthouse.data.source_changes import check_prints, file_prints
 
 # About 3 % of the documents: enough for a stable loss, little taken from a small corpus.
 HELD_OUT_MODULUS = 32
@@ -218,17 +218,6 @@ def open_documents(
     return FileDocuments(name, corpus_root(name, path), files, split, *share)
 
 
-def fingerprint(name: str, path: str | None, split: str = "train") -> int:
-    """Returns what the data position of a checkpoint must have as `corpus` to go on in this corpus.
-
-    It reads the files of `python_stdlib` and `text`, and only lists those of the others.
-
-    Raises:
-        ValueError: what `open_documents` raises.
-    """
-    return open_documents(name, path, split, 0, 1).fingerprint
-
-
 class ShuffledDocuments:
     """A map-style corpus: each epoch a permutation drawn from (seed, epoch), dealt to the ranks.
 
@@ -238,11 +227,12 @@ class ShuffledDocuments:
     def __init__(
         self, name: str, files: list[SourceFile], split: str, dp_rank: int, dp_world_size: int
     ) -> None:
+        self._name, self._section = name, SECTIONS[split]
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self._files = []
         self.fingerprint = zlib.crc32(name.encode())
         """Changes whenever a document, or the order of the documents, does."""
-        for text, number in retrying(partial(_texts, files), 0):
+        for text, number in retrying(functools.partial(_texts, files), 0):
             if text and is_held_out(text) == (split == "validation"):
                 self._files.append(files[number - 1])
                 self.fingerprint = zlib.crc32(text.encode(), self.fingerprint)
@@ -253,13 +243,27 @@ class ShuffledDocuments:
                 f"of {name!r}: add documents or lower the data-parallel degree"
             )
 
+    @functools.cached_property
+    def prints(self) -> bytes:
+        """See `source_changes.py`."""
+        return file_prints(self._files)
+
+    def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
+        """Raise ValueError unless a data position belongs to these documents.
+
+        A change cannot be accepted: the order is one of all documents.
+        """
+        if position["corpus"] != self.fingerprint:
+            check_prints(self._files, self.prints, position.get("files", b""), None)
+            raise _other_documents(self._section, self._name)
+
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: None
     ) -> Iterator[tuple[str, None]]:
         """Yields this rank's documents of an epoch but for the first `consumed`."""
         order = permutation(len(self._files), seed, epoch)[self._dp_rank :: self._dp_world_size]
         files = [self._files[index] for index in order[consumed:]]
-        for text, _ in retrying(partial(_texts, files), 0):
+        for text, _ in retrying(functools.partial(_texts, files), 0):
             yield text, None
 
 
@@ -277,9 +281,8 @@ class FileDocuments:
     otherwise row i of file f is read by rank (f + i) % W. Neither depends on what other files
     hold, so that a broken file can be repaired before a run goes on, however many rows it has then.
 
-    A cursor is a file, the number of its rows that are read, the CRC-32 of those among them that
-    are this rank's, and that of the sizes of all files. Who goes on from it reads the rows again
-    and refuses other ones; other sizes alone are those of files that lie ahead, or behind for good.
+    A cursor is a file, the number of its rows that are read, and the CRC-32 of those among them
+    that are this rank's. Who goes on from it reads the rows again and refuses other ones.
     """
 
     def __init__(
@@ -297,8 +300,22 @@ class FileDocuments:
         self._whole_files = len(files) % dp_world_size == 0
         names = [os.path.relpath(file.path, root) for file in files]
         self.fingerprint = zlib.crc32(repr((name, names)).encode())
-        """Changes whenever the name of a file does. A cursor tells what was read of them."""
-        self._sizes = zlib.crc32(repr([file.size for file in files]).encode())
+        """Changes whenever the name of a file does."""
+
+    @functools.cached_property
+    def prints(self) -> bytes:
+        """See `source_changes.py`."""
+        return file_prints(self._files)
+
+    def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
+        """Raise ValueError unless a data position belongs to these files, as they are now.
+
+        Where changes are accepted, files may hold others than they did, but for the rows that were
+        read of the file that the position is in.
+        """
+        if position["corpus"] != self.fingerprint:
+            raise _other_documents(SECTIONS[self._split], self._name)
+        check_prints(self._files, self.prints, position.get("files", b""), accepts_changes)
 
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: dict[str, int] | None
@@ -313,11 +330,6 @@ class FileDocuments:
 
     def _read(self, cursor: dict[str, int] | None) -> Iterator[tuple[str, dict[str, int]]]:
         first, size = cursor["file"] if cursor else 0, self._dp_world_size
-        if cursor and cursor["sizes"] != self._sizes:
-            logger.warning(
-                f"{SECTIONS[self._split]}.dataset_path has files of other sizes than at the "
-                "checkpoint's data position: what is ahead of it is read as it is now"
-            )
         for index, file in enumerate(self._files[first:], first):
             if self._whole_files and index % size != self._dp_rank:
                 continue
@@ -334,8 +346,7 @@ class FileDocuments:
                     continue
                 text = file.text(number, row)
                 if text and (self._all_rows or is_held_out(text) == (self._split == "validation")):
-                    at = {"file": index, "rows": number, "crc": crc, "sizes": self._sizes}
-                    yield text, at
+                    yield text, {"file": index, "rows": number, "crc": crc}
             if number < skipped:
                 self._refuse_position(file)
 
@@ -363,6 +374,12 @@ class HubDocuments:
         self._rows = None
         self.fingerprint = zlib.crc32(repr((name, [])).encode())
         """Of the name alone."""
+        self.prints = b""
+
+    def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
+        """Raise ValueError unless a data position is one in this stream."""
+        if position["corpus"] != self.fingerprint:
+            raise _other_documents(SECTIONS[self._split], self._name)
 
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: dict[str, Any] | None
@@ -441,6 +458,14 @@ def corpus_root(name: str, path: str | None) -> Path:
     if name == "python_stdlib":
         return Path(sysconfig.get_path("stdlib"))
     return Path(path).expanduser()
+
+
+def _other_documents(section: str, name: str) -> ValueError:
+    return ValueError(
+        f"{section}.dataset must be the one of the checkpoint's data position, got {name!r} with "
+        "other documents: restore the files, or start anew with "
+        'checkpoint.exclude_from_loading = ["dataloader"]'
+    )
 
 
 def _raise(error: OSError) -> NoReturn:

@@ -8,10 +8,11 @@
                 buffer = buffer[seq_len:]           # the last label is the next first input
 
 so that every token but a rank's very first is a label exactly once. What an epoch leaves in the
-buffer opens the next one. A position is (epoch, documents consumed, buffer) and, where the corpus
-is streamed, the stream's own state; a run that is resumed, any number of times and in any epoch,
-sees the windows that it would have seen. Data that was tokenized beforehand is read by
-`tokenized.py` instead.
+buffer opens the next one. A long document is taken up in parts (`long_documents.py`). A position is
+(epoch, documents consumed, parts of the next one, buffer) and, where the corpus is streamed, the
+stream's own state; it has prints of all files (`source_changes.py`). A run that is resumed, any
+number of times and in any epoch, sees the windows that it would have seen. Data that was tokenized
+beforehand is read by `tokenized.py` instead.
 """
 
 from collections.abc import Iterator
@@ -33,7 +34,10 @@ from torchtitan.experiments.lighthouse.data.datasets import (
     is_held_out,
     open_documents,
 )
+from torchtitan.experiments.lighthouse.data.long_documents import parts_of
+from torchtitan.experiments.lighthouse.data.readers import MAX_WORKERS
 from torchtitan.experiments.lighthouse.data.retry import in_one_line
+from torchtitan.experiments.lighthouse.data.source_changes import ACCEPT_FILES
 from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataloader, PreparedDataset
 
 __all__ = [
@@ -66,6 +70,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         split: "train", or "validation" for the held-out documents alone.
         seed: of the order of the documents, where the corpus is map-style.
         dp_rank, dp_world_size: which share of the documents to read.
+        accepts_changes: whether a data position may be one of files that have changed since.
         infinite: start the next epoch after the last document, rather than stop. The tokens that
             do not fill a window are dropped when it stops.
 
@@ -87,12 +92,14 @@ class PackedTextDataset(IterableDataset, Stateful):
         dp_rank: int = 0,
         dp_world_size: int = 1,
         infinite: bool = True,
+        accepts_changes: bool = False,
     ) -> None:
         self._section = SECTIONS[split]
         check_dataset(dataset, dataset_path, self._section)
         self.dataset, self.split, self.seq_len = dataset, split, seq_len
         self.seed, self.infinite = seed, infinite
         self._tokenizer = tokenizer
+        self._accepts_changes = accepts_changes
         self._documents = open_documents(dataset, dataset_path, split, dp_rank, dp_world_size)
         self._resumed = False
         self._rewind()
@@ -125,6 +132,8 @@ class PackedTextDataset(IterableDataset, Stateful):
             "epoch_tokens": self._epoch_tokens,
             "buffer": b"".join(tokens.tobytes() for tokens in self._buffer),
             "cursor": self._cursor,
+            "parts": self._parts,
+            "files": self._documents.prints,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,18 +142,14 @@ class PackedTextDataset(IterableDataset, Stateful):
         Raises:
             ValueError: where the position belongs to other documents.
         """
-        if state_dict["corpus"] != self._documents.fingerprint:
-            raise ValueError(
-                f"{self._section}.dataset must be the one of the checkpoint's data position, got "
-                f"{self.dataset!r} with other files: restore the files, or start anew with "
-                'checkpoint.exclude_from_loading = ["dataloader"]'
-            )
+        self._documents.check_position(state_dict, self._accepts_changes)
         self.seed = state_dict["seed"]
         self._epoch = state_dict["epoch"]
         self._consumed = state_dict["documents"]
         self._epoch_tokens = state_dict["epoch_tokens"]
         self._buffer = [np.frombuffer(state_dict["buffer"], dtype=_TOKEN_DTYPE)]
         self._cursor = state_dict["cursor"]
+        self._parts = state_dict.get("parts", 0)
         self._resumed = True
 
     def _rewind(self) -> None:
@@ -154,6 +159,8 @@ class PackedTextDataset(IterableDataset, Stateful):
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._consumed = self._epoch_tokens = 0
+        # Parts, of the document after those consumed, that are in the buffer or behind it.
+        self._parts = 0
         self._cursor: dict[str, Any] | None = None
 
     def _windows(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
@@ -162,16 +169,27 @@ class PackedTextDataset(IterableDataset, Stateful):
         while True:
             documents = self._documents.read(self.seed, self._epoch, self._consumed, self._cursor)
             for text, cursor in documents:
-                tokens = self._tokenizer.encode(text, add_bos=True, add_eos=True)
-                self._cursor = cursor
-                self._buffer.append(np.array(tokens, dtype=_TOKEN_DTYPE))
-                self._consumed += 1
-                self._epoch_tokens += len(tokens)
-                yield from self._cut()
+                yield from self._windows_of(text, cursor)
             self._check_epoch()
             if not self.infinite:
                 return
             self._start_epoch(self._epoch + 1)
+
+    def _windows_of(
+        self, text: str, cursor: Any
+    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """Takes up a document, part by part, but for the parts that are taken up already."""
+        parts = list(parts_of(text))
+        for number, part in enumerate(parts[self._parts :], self._parts + 1):
+            is_last = number == len(parts)
+            tokens = self._tokenizer.encode(part, add_bos=number == 1, add_eos=is_last)
+            self._buffer.append(np.array(tokens, dtype=_TOKEN_DTYPE))
+            self._epoch_tokens += len(tokens)
+            self._parts = number
+            if is_last:
+                self._cursor, self._parts = cursor, 0
+                self._consumed += 1
+            yield from self._cut()
 
     def _cut(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Yields the whole windows of the buffer; each is out of it before it is yielded."""
@@ -271,6 +289,7 @@ def _build(
     options = getattr(job_config, SECTIONS[split])
     _check_num_workers(options.dataloader.num_workers, SECTIONS[split], options.dataset)
     seed = job_config.debug.seed or 0
+    accepts_changes = ACCEPT_FILES in job_config.checkpoint.accept_changes
     loading = {
         "dp_rank": dp_rank,
         "dp_world_size": dp_world_size,
@@ -281,7 +300,12 @@ def _build(
         # Held-out windows are the same for runs of different seeds, whose losses are compared.
         seed = 0 if split == "validation" else seed
         prepared = PreparedDataset(
-            options.dataset_path, options.seq_len, split=split, seed=seed, infinite=infinite
+            options.dataset_path,
+            options.seq_len,
+            split=split,
+            seed=seed,
+            infinite=infinite,
+            accepts_changes=accepts_changes,
         )
         return PreparedDataloader(prepared, **loading)
     dataset = PackedTextDataset(
@@ -294,15 +318,17 @@ def _build(
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         infinite=infinite,
+        accepts_changes=accepts_changes,
     )
     return TextDataloader(dataset, **loading)
 
 
 def _check_num_workers(num_workers: int, section: str, dataset: str) -> None:
     if dataset == "prepared":
-        if num_workers < 0:
+        if not 0 <= num_workers <= MAX_WORKERS:
             raise ValueError(
-                f"{section}.dataloader.num_workers must be at least 0, got {num_workers}; use 0"
+                f"{section}.dataloader.num_workers must be from 0 to {MAX_WORKERS} on this "
+                f"machine, got {num_workers}; use 0"
             )
     elif num_workers not in (0, 1):
         raise ValueError(

@@ -18,6 +18,7 @@ of a place takes the same time everywhere in the stream.
 """
 
 import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -34,6 +35,8 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.experiments.lighthouse.data.datasets import SECTIONS
 from torchtitan.experiments.lighthouse.data.readers import read_error, stat_files
 from torchtitan.experiments.lighthouse.data.retry import in_one_line, retrying
+from torchtitan.experiments.lighthouse.data.source_changes import check_prints, file_prints
+from torchtitan.experiments.lighthouse.runtime.read_files import read_json, read_record
 
 FORMAT = 1
 """Version of the files; another one is refused."""
@@ -130,22 +133,34 @@ def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST
             )
         )
     try:
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
-        version = values["format"]
+        values = read_json(folder / name)
+        version = values.get("format")
         if version == FORMAT:
-            shards = [Shard(**shard) for shard in values.pop("shards")]
-            if name == MANIFEST and not shards:
-                raise ValueError("it names no shard")
-            return Manifest(**values, shards=shards)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            values["shards"] = [read_record(shard, Shard) for shard in values["shards"]]
+            manifest = read_record(values, Manifest)
+            _check_manifest(manifest, is_whole=name == MANIFEST)
+            return manifest
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{field} must hold a readable manifest, got {str(folder / name)!r}: {error!r}: "
+            f"{field} must hold a readable manifest, got {str(folder / name)!r}: {error}: "
             f"restore it, or remove {folder} and prepare the corpus anew"
-        ) from error
+        ) from None
     raise ValueError(
         f"{field} must hold data of format {FORMAT}, got {version!r} in {str(folder / name)!r}: "
         "prepare the corpus anew, in another folder"
     )
+
+
+def _check_manifest(manifest: Manifest, is_whole: bool) -> None:
+    if is_whole and not manifest.shards:
+        raise ValueError("it names no shard")
+    if manifest.dtype not in ("<u2", "<u4"):
+        raise ValueError(f"dtype is {manifest.dtype!r}")
+    for shard in manifest.shards:
+        if Path(shard.file).name != shard.file or shard.tokens < 1 or shard.max_id < 0:
+            raise ValueError(f"it names the shard {str(shard)[:100]}")
+        if len(shard.next) != 2 or min(shard.next) < 0:
+            raise ValueError(f"next of a shard is {shard.next}")
 
 
 def has_size(folder: Path, shard: Shard, itemsize: int) -> bool:
@@ -237,6 +252,7 @@ class PreparedDataset(Dataset, Stateful):
         seed: of the order.
         infinite: if not, the order ends after one epoch, of the windows that lie within the corpus;
             the tokens that do not fill one are left out.
+        accepts_changes: whether a data position may be one of shards that have changed since.
 
     Raises:
         ValueError: what `read_manifest` raises; a shard that is missing; where not `infinite`, an
@@ -252,8 +268,10 @@ class PreparedDataset(Dataset, Stateful):
         split: str = "train",
         seed: int = 0,
         infinite: bool = True,
+        accepts_changes: bool = False,
     ) -> None:
         self._section = SECTIONS[split]
+        self._accepts_changes = accepts_changes
         self._folder = Path(path).expanduser() / split
         field = f"{self._section}.dataset_path"
         self._manifest = read_manifest(path, split, field)
@@ -285,7 +303,8 @@ class PreparedDataset(Dataset, Stateful):
     def state_dict(self) -> dict[str, Any]:
         """Returns the position, the same on every rank, and what it belongs to."""
         return {
-            "corpus": self._manifest.digest,
+            # One string: a checkpoint with a further key could not be loaded from an older one.
+            "corpus": f"{self._manifest.digest}:{self._prints.hex()}",
             "seq_len": self.seq_len,
             "seed": self.seed,
             "windows": self.consumed,
@@ -298,7 +317,8 @@ class PreparedDataset(Dataset, Stateful):
             ValueError: where the position belongs to other tokens or to other windows.
         """
         anew = 'start anew with checkpoint.exclude_from_loading = ["dataloader"]'
-        if state_dict["corpus"] != self._manifest.digest:
+        digest, _, prints = state_dict["corpus"].partition(":")
+        if digest != self._manifest.digest:
             raise ValueError(
                 f"{self._section}.dataset_path must hold the tokens of the checkpoint's data "
                 f"position, got other ones in {str(self._folder)!r}: restore the folder, or {anew}"
@@ -309,7 +329,12 @@ class PreparedDataset(Dataset, Stateful):
                 "windows that the checkpoint's data position counts, got "
                 f"{self.seq_len}: set it to that, or {anew}"
             )
+        check_prints(self._files, self._prints, bytes.fromhex(prints), self._accepts_changes)
         self.seed, self.consumed = state_dict["seed"], state_dict["windows"]
+
+    @functools.cached_property
+    def _prints(self) -> bytes:
+        return file_prints(self._files)
 
     def _epoch(self, place: int) -> int:
         return place * self.seq_len // self._ends[-1]
@@ -359,7 +384,14 @@ class PreparedDataset(Dataset, Stateful):
                 f"{self._manifest.shards[number].tokens * itemsize} of {str(file.path)!r}: restore "
                 "the file, or start the same scripts/prepare_data.py again, which makes it anew"
             )
-        return np.frombuffer(content, self._manifest.dtype)
+        tokens = np.frombuffer(content, self._manifest.dtype)
+        if tokens.max() > self._manifest.shards[number].max_id:
+            raise ValueError(
+                f"{file.field} must hold token ids up to {self._manifest.shards[number].max_id}, "
+                f"got {tokens.max()} in {str(file.path)!r}: compare the shards with "
+                "scripts/prepare_data.py --verify, and prepare those that differ anew"
+            )
+        return tokens
 
 
 class PreparedDataloader(ParallelAwareDataloader):

@@ -19,6 +19,7 @@ import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
 from torchtitan.experiments.lighthouse.inference.load_model import ModelSource
+from torchtitan.experiments.lighthouse.runtime.read_files import read_json
 from torchtitan.models.llama3 import Transformer
 
 TOLERANCE = 1e-4
@@ -79,7 +80,7 @@ def export(
         if (Path(trained.tokenizer_path) / name).is_file():
             shutil.copyfile(Path(trained.tokenizer_path) / name, folder / name)
     path = folder / "tokenizer_config.json"
-    tokenizer_config = json.loads(path.read_text()) if path.is_file() else {}
+    tokenizer_config = read_json(path) if path.is_file() else {}
     if "tokenizer_class" not in tokenizer_config:
         # transformers would take one that goes by the kind of model, and wants other files.
         _write(path, {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer_config})
@@ -138,7 +139,7 @@ def check_export(trained: ModelSource, folder: str | Path) -> Comparison:
 
 
 def _dtype_of(folder: str | Path) -> torch.dtype:
-    config = json.loads((Path(folder) / hf_llama.CONFIG).read_text())
+    config = read_json(Path(folder) / hf_llama.CONFIG)
     return TORCH_DTYPE_MAP[config["torch_dtype"]]
 
 

@@ -10,7 +10,6 @@ the parameters, and the others are to be named.
 
 import argparse
 import dataclasses
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,14 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_fused_attention
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
+from torchtitan.experiments.lighthouse.checkpoint.checksums import checksum_fault
 from torchtitan.experiments.lighthouse.checkpoint.compatibility import shape_difference
-from torchtitan.experiments.lighthouse.checkpoint.files import METADATA, check_safe, whole_steps
+from torchtitan.experiments.lighthouse.checkpoint.files import (
+    METADATA,
+    check_safe,
+    damage_reason,
+    whole_steps,
+)
 from torchtitan.experiments.lighthouse.config.job_config import (
     POOL_ROTARY,
     POOL_ROTARY_BEFORE,
@@ -31,6 +36,7 @@ from torchtitan.experiments.lighthouse.config.job_config import (
 )
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.runtime.command_line import open_tokenizer
+from torchtitan.experiments.lighthouse.runtime.read_files import is_a, read_json
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 from lighthouse import LighthouseConfig
@@ -40,6 +46,14 @@ LIGHTHOUSE_FIELDS = [
     *("pool_rotary", "full_attn_layers"),
 ]
 """What `given_fields` takes."""
+
+
+_READ_FIELDS = {
+    "model": {"flavor": str, "hf_assets_path": str},
+    "training": {"seq_len": int},
+    "lighthouse": {f.name: f.type for f in dataclasses.fields(Lighthouse)},
+}
+"""Fields of the configuration of a run that are read here, with their types."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,10 @@ def open_trained(
     """
     folder = Path(folder)
     if (folder / METADATA).is_file():
+        if damage := damage_reason(folder) or checksum_fault(folder):
+            raise ValueError(
+                f"a model must be a whole checkpoint, got {str(folder)!r}: {damage}; name another"
+            )
         check_safe(folder)
         settings = _saved_config(folder)
         model = settings.get("model", {})
@@ -143,6 +161,7 @@ def open_trained(
             )
         hf_llama.check_installed()
         args = hf_llama.from_config(folder)
+        hf_llama.check_weights("a model", folder, args)
         max_seq_len = args.max_seq_len if max_seq_len is None else max_seq_len
         tokenizer_path = tokenizer_path or str(folder)
     else:
@@ -189,11 +208,17 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        settings = read_json(path)
+        for section, kinds in _READ_FIELDS.items():
+            found = settings.setdefault(section, {})
+            for name, kind in kinds.items():
+                if not is_a(found, dict) or not is_a(found.get(name), kind | None):
+                    raise ValueError(f"[{section}] is {repr(found)[:60]}")
     except ValueError as error:
         raise ValueError(
             f"{path} must be the configuration of the run ({error}); repair it or move it away"
         ) from None
+    return settings
 
 
 def _flavor_of(checkpoint: Path, flavor: str | None) -> str:
