@@ -136,7 +136,7 @@ class TwoStageCheckpointManager(CheckpointManager):
         is_loaded, fault = False, None
         try:
             is_loaded = super().load(step)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             if isinstance(error, torch.OutOfMemoryError) or is_of_communication(error):
                 raise
             fault = _reason(error)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
+from torchtitan.experiments.lighthouse.checkpoint.checksums import checksum_fault
 from torchtitan.experiments.lighthouse.checkpoint.compatibility import (
     ACCEPTABLE,
     check_checkpoint,
@@ -118,7 +119,8 @@ def _check_start(config: JobConfig, world_size: int) -> None:
                 f"saved before that would be purged first, got {step}; move newer ones away, or "
                 "start another job.dump_folder with checkpoint.initial_load_path"
             )
-        check_own_step(config, world_size, step)
+        older = [] if checkpoint.load_step != -1 else [s for s in whole if s < step]
+        _check_own_steps(config, world_size, [*older, step])
         _check_space(config, folder, len(whole))
         return
     _check_space(config, folder, 0)
@@ -143,16 +145,34 @@ def _check_start(config: JobConfig, world_size: int) -> None:
     _check_load(config, Path(initial), degree, None, checkpoint.initial_load_model_only)
 
 
+def _check_own_steps(config: JobConfig, world_size: int, steps: list[int]) -> None:
+    """Check the newest of the run's own checkpoints that is as it was written.
+
+    Others are passed over here as they are when a checkpoint is loaded.
+    """
+    while True:
+        step = steps.pop()
+        try:
+            return check_own_step(config, world_size, step)
+        except ValueError:
+            if not steps or checksum_fault(_own_path(config, step)) is None:
+                raise
+
+
 def check_own_step(config: JobConfig, world_size: int, step: int) -> None:
     """Check that the run can go on from its own whole checkpoint of `step`.
 
     Raises:
         ValueError: in one line, what speaks against it.
     """
-    path = Path(config.job.dump_folder) / config.checkpoint.folder / f"step-{step}"
+    path = _own_path(config, step)
     # Of a seed checkpoint, step 0, the model alone is loaded.
     degree = _data_parallel_degree(config, world_size)
     _check_load(config, path, degree, step or None, model_only=not step)
+
+
+def _own_path(config: JobConfig, step: int) -> Path:
+    return Path(config.job.dump_folder) / config.checkpoint.folder / f"step-{step}"
 
 
 def _data_parallel_degree(config: JobConfig, world_size: int) -> int:

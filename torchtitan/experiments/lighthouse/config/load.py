@@ -83,7 +83,7 @@ def _check_flags(args: list[str]) -> None:
         if arg.startswith("--") and flag not in known:
             raise ValueError(
                 f"command line: {arg.split('=')[0]} is not a field; "
-                f"{_elsewhere(flag.rpartition('.')[2], '--') or did_you_mean(flag, known)}"
+                f"{_elsewhere(flag, '--') or did_you_mean(flag, known)}"
             )
         if arg.startswith("--"):
             value = arg.partition("=")[2] or ("" if following.startswith("--") else following)
@@ -107,9 +107,13 @@ def _check_value(name: str, value: str, annotations: dict[str, Any]) -> None:
         )
 
 
-def _elsewhere(leaf: str, prefix: str = "") -> str | None:
-    """Where a field of this name stands, if it stands in another section."""
-    names = [name for name, _ in leaves(JobConfig) if name.rpartition(".")[2] == leaf]
+def _elsewhere(name: str, prefix: str = "") -> str | None:
+    """Where a field stands that is in the wrong section, or in none."""
+    section, _, leaf = name.removeprefix(prefix).rpartition(".")
+    fields = [field for field, _ in leaves(JobConfig)]
+    if section and not any(field.startswith(f"{section}.") for field in fields):
+        return None
+    names = [field for field in fields if field.rpartition(".")[2] == leaf]
     return f"did you mean {' or '.join(prefix + name for name in names)}?" if names else None
 
 
@@ -137,7 +141,7 @@ def _check_toml(path: str) -> None:
         values = read_toml(path)
     except ValueError as error:
         raise ValueError(
-            f"job.config_file must be a readable TOML file, got {error}; correct it, or the path"
+            f"job.config_file must be a readable TOML file, got {error}; correct the file or path"
         ) from None
     if not values:
         raise ValueError(
@@ -152,7 +156,7 @@ def _check_section(prefix: str, values: dict[str, Any], section: type, path: str
     for key, value in values.items():
         name = prefix + key
         if key not in known:
-            remedy = _elsewhere(key) or did_you_mean(key, known)
+            remedy = _elsewhere(name) or did_you_mean(key, known)
             raise ValueError(f"{path}: {name} is not a field; {remedy}")
         if is_dataclass(known[key]):
             if not isinstance(value, dict):

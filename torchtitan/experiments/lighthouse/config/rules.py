@@ -95,15 +95,14 @@ TRAINING_RULES = [
     one_of("model.flavor", lambda: list(FLAVORS)),
     at_least("training.steps", 1),
     at_least("training.local_batch_size", 1),
+    at_least("training.seq_len", 1),
     Rule(
         "training.local_batch_size",
         lambda x, config: x * config.training.seq_len < MOST_TOKENS,
-        lambda config: (
-            f"less than {MOST_TOKENS // max(1, config.training.seq_len)} at this training.seq_len"
-        ),
+        lambda config: f"less than {MOST_TOKENS // config.training.seq_len} at this seq_len",
         "lower it; training.global_batch_size may be larger",
+        applies=lambda config, _: config.training.seq_len < MOST_TOKENS,
     ),
-    at_least("training.seq_len", 1),
     at_least("training.loss_chunk_size", 0),
     at_least("training.max_skipped_steps", 0),
     Rule(

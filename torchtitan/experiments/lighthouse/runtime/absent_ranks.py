@@ -20,7 +20,7 @@ PREFIX = "lighthouse/rank"
 REPORT_SECONDS = 15
 """How long to wait for the reports of the other ranks, which may give up a little later."""
 
-_SIGNS = ("gloo", "nccl", "timed out", "timeout", "connection", "store")
+_SIGNS = ("gloo", "nccl", "timed out", "timeout", "connection closed", "connection reset")
 """Words in the message of an error of communication; torch has no one type for them."""
 
 
@@ -50,10 +50,10 @@ def absent_ranks(step: int, seconds: float = REPORT_SECONDS) -> dict[int, str]:
         store.set_timeout(timedelta(seconds=seconds))
         store.set(_key(dist.get_rank(), step), "here")
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while True:
             absent = [rank for rank in range(world_size) if not store.check([_key(rank, step)])]
-            if not absent:
-                return {}
+            if not absent or time.monotonic() > end:
+                break
             time.sleep(0.2)
         return {rank: store.get(f"{PREFIX}/{rank}/place").decode() for rank in absent}
     except RuntimeError:
