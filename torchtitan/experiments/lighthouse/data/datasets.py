@@ -26,7 +26,11 @@ from typing import Any, NoReturn
 import numpy as np
 from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN, SourceFile, stat_files
 from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
-from torchtitan.experiments.lighthouse.data.source_changes import check_prints, file_prints
+from torchtitan.experiments.lighthouse.data.source_changes import (
+    check_prints,
+    file_prints,
+    pack_prints,
+)
 
 # About 3 % of the documents: enough for a stable loss, little taken from a small corpus.
 HELD_OUT_MODULUS = 32
@@ -232,21 +236,19 @@ class ShuffledDocuments:
         self._files = []
         self.fingerprint = zlib.crc32(name.encode())
         """Changes whenever a document, or the order of the documents, does."""
+        prints = []
         for text, number in retrying(functools.partial(_texts, files), 0):
             if text and is_held_out(text) == (split == "validation"):
                 self._files.append(files[number - 1])
                 self.fingerprint = zlib.crc32(text.encode(), self.fingerprint)
+                prints.append(zlib.crc32(text.encode()))
+        self.prints = pack_prints(prints)
         if len(self._files) < dp_world_size:
             raise ValueError(
                 f"{SECTIONS[split]}.dataset must have a document for each of {dp_world_size} "
                 f"data-parallel ranks, got {len(self._files)} of {len(files)} in the {split} split "
                 f"of {name!r}: add documents or lower the data-parallel degree"
             )
-
-    @functools.cached_property
-    def prints(self) -> bytes:
-        """See `source_changes.py`."""
-        return file_prints(self._files)
 
     def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
         """Raise ValueError unless a data position belongs to these documents.
@@ -301,11 +303,8 @@ class FileDocuments:
         names = [os.path.relpath(file.path, root) for file in files]
         self.fingerprint = zlib.crc32(repr((name, names)).encode())
         """Changes whenever the name of a file does."""
-
-    @functools.cached_property
-    def prints(self) -> bytes:
-        """See `source_changes.py`."""
-        return file_prints(self._files)
+        # No position is saved of held-out documents.
+        self.prints = file_prints(files) if split == "train" else b""
 
     def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
         """Raise ValueError unless a data position belongs to these files, as they are now.

@@ -1,6 +1,6 @@
 """Whether the files of a corpus are still those that a data position was saved with.
 
-    print of a file     4 bytes: CRC-32 of its size and of samples of its content
+    print of a file     4 bytes: CRC-32 of its size and of samples of its content, or of its text
 
 The samples are the whole of a file of up to 192 KiB, and the first, middle and last 64 KiB of a
 longer one: a compressed file or a table that differs anywhere differs there.
@@ -36,7 +36,11 @@ def file_prints(files: list[SourceFile]) -> bytes:
             except OSError as error:
                 raise read_error(error, file.field, f" in {str(file.path)!r}") from error
 
-    return np.array([crc for crc, _ in retrying(read, 0)], dtype=_PRINT).tobytes()
+    return pack_prints([crc for crc, _ in retrying(read, 0)])
+
+
+def pack_prints(prints: list[int]) -> bytes:
+    return np.array(prints, dtype=_PRINT).tobytes()
 
 
 def _print(file: SourceFile) -> int:

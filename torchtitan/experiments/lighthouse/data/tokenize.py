@@ -63,6 +63,7 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     open_tokenizer,
 )
 from torchtitan.experiments.lighthouse.runtime.read_files import check_regular
+from torchtitan.experiments.lighthouse.runtime.run_lock import FILE_NAME as LOCK
 from torchtitan.experiments.lighthouse.runtime.run_lock import FolderLock
 from tqdm import tqdm
 
@@ -151,13 +152,14 @@ def prepare(
     encoding = _Encoding(
         corpus.reader, split, not corpus.held_out_by_content, tokenizer_path, manifest.dtype
     )
-    is_new = not folder.exists()
-    with _writing(out), FolderLock("--out", Path(out).expanduser()):
+    with _writing(out), FolderLock("--out", folder.parent):
+        is_new = not folder.exists()
         try:
             return _prepare_locked(out, manifest, files, encoding, workers)
-        finally:
+        except ValueError:
             if is_new:
                 _remove_empty(folder)
+            raise
 
 
 def _prepare_locked(
@@ -199,6 +201,9 @@ def _remove_empty(folder: Path) -> None:
         for file in (*folder.glob("*.partial"), folder / PARTIAL_MANIFEST):
             file.unlink(missing_ok=True)
         folder.rmdir()
+        if [file.name for file in folder.parent.iterdir()] == [LOCK]:
+            (folder.parent / LOCK).unlink()
+            folder.parent.rmdir()
 
 
 def source_files(dataset: str, dataset_path: str | None, split: str) -> list[Path]:

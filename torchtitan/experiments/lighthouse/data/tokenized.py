@@ -18,7 +18,6 @@ of a place takes the same time everywhere in the stream.
 """
 
 import bisect
-import functools
 import hashlib
 import itertools
 import json
@@ -278,6 +277,8 @@ class PreparedDataset(Dataset, Stateful):
         shards = [self._folder / shard.file for shard in self._manifest.shards]
         self._files = stat_files(shards, "shard", field)
         self._ends = list(itertools.accumulate(shard.tokens for shard in self._manifest.shards))
+        # No position is saved of held-out windows.
+        self._prints = file_prints(self._files) if split == "train" else b""
         self.seq_len, self.seed = seq_len, seed
         self.consumed = 0
         """Windows that all ranks together have taken; their loader counts."""
@@ -331,10 +332,6 @@ class PreparedDataset(Dataset, Stateful):
             )
         check_prints(self._files, self._prints, bytes.fromhex(prints), self._accepts_changes)
         self.seed, self.consumed = state_dict["seed"], state_dict["windows"]
-
-    @functools.cached_property
-    def _prints(self) -> bytes:
-        return file_prints(self._files)
 
     def _epoch(self, place: int) -> int:
         return place * self.seq_len // self._ends[-1]
