@@ -21,6 +21,7 @@ from torchtitan.experiments.lighthouse.checkpoint import hf_llama
 from torchtitan.experiments.lighthouse.inference.load_model import ModelSource
 from torchtitan.experiments.lighthouse.runtime.read_files import read_json
 from torchtitan.models.llama3 import Transformer
+from torchtitan.tools.logging import logger
 
 TOLERANCE = 1e-4
 """Largest difference of two logits in fp32 that rounding explains."""
@@ -59,6 +60,11 @@ def export(
         raise ValueError(
             f"OUT must be a new or an empty folder, got {str(folder)!r}, which holds something; "
             "name another one or remove it"
+        )
+    if trained.stage == 1:
+        logger.warning(
+            f"{trained.folder} was saved in stage 1: made dense, such a model has a clearly higher "
+            "loss; export a checkpoint of stage 2"
         )
     model = trained.load(dtype=TORCH_DTYPE_MAP[dtype])
     adapter = hf_llama.Llama3Adapter(model.model_args, None)

@@ -10,6 +10,7 @@ the parameters, and the others are to be named.
 
 import argparse
 import dataclasses
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,9 @@ class ModelSource:
 
     flavor: str | None = None
     """None for a folder in Hugging Face's format."""
+
+    stage: int | None = None
+    """The stage that the model was last trained in, 1 or 2; None where it is not known."""
 
     def tokenizer(self) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer(self.tokenizer_path)
@@ -191,7 +195,16 @@ def open_trained(
         tokenizer_path=tokenizer_path,
         lighthouse=Lighthouse(**{f.name: saved[f.name] for f in known if f.name in saved}),
         flavor=flavor,
+        stage=_stage_of(folder, settings),
     )
+
+
+def _stage_of(checkpoint: Path, settings: dict[str, Any]) -> int | None:
+    match = re.fullmatch(r"step-([1-9]\d{0,17})", checkpoint.name, re.ASCII)
+    stage1_steps = settings.get("lighthouse", {}).get("stage1_steps")
+    if match is None or stage1_steps is None:
+        return None
+    return Lighthouse(stage1_steps=stage1_steps).stage_of(int(match.group(1)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
