@@ -117,7 +117,8 @@ def read_error(error: Exception, field: str, place: str) -> TransientReadError |
         )
     return ValueError(
         f"{field} must hold readable files, got an error{place}: {reason}: replace or remove the "
-        f"file; where a run has begun, replace it, and {_GO_ON}"
+        f"file; where a run has begun, replace it, and {_GO_ON}, with checkpoint.accept_changes = "
+        '["training.dataset_path"]'
     )
 
 
