@@ -289,7 +289,8 @@ def _build(
     options = getattr(job_config, SECTIONS[split])
     _check_num_workers(options.dataloader.num_workers, SECTIONS[split], options.dataset)
     seed = job_config.debug.seed or 0
-    accepts_changes = ACCEPT_FILES in job_config.checkpoint.accept_changes
+    # torchtitan's own configuration has no such field.
+    accepts_changes = ACCEPT_FILES in getattr(job_config.checkpoint, "accept_changes", ())
     loading = {
         "dp_rank": dp_rank,
         "dp_world_size": dp_world_size,

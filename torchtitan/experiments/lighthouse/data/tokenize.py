@@ -183,8 +183,8 @@ def _prepare_locked(
     if not manifest.shards:
         raise ValueError(
             f"--dataset-path must hold text, got none for the {manifest.split} split in the "
-            f"{len(files)} files of {manifest.dataset!r}: add documents, or leave this split out "
-            "with --split"
+            f"{len(files)} files in {os.path.commonpath(files)!r}: add documents, or leave this "
+            "split out with --split"
         )
     # A shard that is shorter than the others is the last: it is entered with the end.
     with _writing(out):

@@ -133,11 +133,13 @@ def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST
         )
     try:
         values = read_json(folder / name)
-        version = values.get("format")
+        version = values["format"]
         if version == FORMAT:
+            if name == MANIFEST and not values["shards"]:
+                raise ValueError("it names no shard")
             values["shards"] = [read_record(shard, Shard) for shard in values["shards"]]
             manifest = read_record(values, Manifest)
-            _check_manifest(manifest, is_whole=name == MANIFEST)
+            _check_manifest(manifest)
             return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -150,9 +152,7 @@ def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST
     )
 
 
-def _check_manifest(manifest: Manifest, is_whole: bool) -> None:
-    if is_whole and not manifest.shards:
-        raise ValueError("it names no shard")
+def _check_manifest(manifest: Manifest) -> None:
     if manifest.dtype not in ("<u2", "<u4"):
         raise ValueError(f"dtype is {manifest.dtype!r}")
     for shard in manifest.shards:

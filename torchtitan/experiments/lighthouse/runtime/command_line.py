@@ -102,7 +102,6 @@ def open_tokenizer(name: str, path: str | Path) -> HuggingFaceTokenizer:
         if os.path.lexists(settings):
             read_json(settings)
         tokenizer = HuggingFaceTokenizer(str(path))
-        tokenizer.encode("text", add_bos=True, add_eos=True)
     except (KeyboardInterrupt, SystemExit):
         raise
     # The tokenizers package has no type of its own, and tells some faults as a panic, which is no

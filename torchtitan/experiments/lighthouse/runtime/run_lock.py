@@ -61,7 +61,14 @@ class FolderLock:
         return self
 
     def __exit__(self, *exception) -> None:
-        with contextlib.suppress(OSError):
+        try:
+            # Who waits for the lock of a removed file looks for a new one.
+            if self._lock.is_locked and not self.is_gone():
+                self._path.unlink()
+        except OSError:
+            # It stays, and no one holds it.
+            pass
+        finally:
             self._lock.release()
 
     def is_gone(self) -> bool:
