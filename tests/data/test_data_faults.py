@@ -631,6 +631,15 @@ def test_the_error_of_a_worker_keeps_its_line(tmp_path, kind):
     assert (kind != "prepared") <= len(seen) < 12
     resumed = build_dataloader(1, 0, TOKENIZER, config)
     resumed.load_state_dict(state)
+    if kind != "prepared":
+        try:
+            take(resumed, 1)
+        except ValueError as error:
+            message = str(error)
+        assert "with other content; restore them" in message and "\n" not in message
+        config.checkpoint.accept_changes = ["training.dataset_path"]
+        resumed = build_dataloader(1, 0, TOKENIZER, config)
+        resumed.load_state_dict(state)
     assert_all_same(take(resumed, 12 - len(seen)), expected[len(seen) :])
 
 

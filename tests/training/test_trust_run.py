@@ -102,7 +102,7 @@ def test_a_second_run_in_the_folder_is_refused_by_the_program(tmp_path, corpus):
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"process {os.getpid()} on " in line and "Traceback" not in done.stderr
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == []
 
 
 # ---- what is accepted, and surely not meant

@@ -227,7 +227,7 @@ class TextDataloader(ParallelAwareDataloader):
     """Batches of one rank's windows; the error of a data-loading worker keeps its one line."""
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        return in_one_line(super().__iter__())
+        return in_one_line(super().__iter__)
 
 
 def check_data(job_config: JobConfig, must_exist: bool = True) -> None:

@@ -418,7 +418,7 @@ class PreparedDataloader(ParallelAwareDataloader):
         if not self._resumed:
             self.dataset.consumed = 0
         self._resumed = False
-        return self._counted(in_one_line(super().__iter__()))
+        return self._counted(in_one_line(super().__iter__))
 
     def _counted(self, batches: Iterator) -> Iterator:
         for batch in batches:
