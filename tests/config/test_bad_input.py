@@ -653,7 +653,7 @@ SCRIPTS = [
     script(
         "prepare_data",
         "--out {dump} --dataset text --dataset-path {place}/corpus --tokenizer {place}/not_json",
-        *("--tokenizer must hold a readable", "/not_json'", "correct the path"),
+        *("--tokenizer must hold a readable", "/not_json'", "download it"),
     ),
     script("prepare_data", "--out {dump} --split half", "--split", "'half'", "choose from"),
 ]

@@ -164,7 +164,7 @@ COMMAND_LINES = [
     ("--checkpoint.create_seed_checkpoint", ("checkpoint.enable", "false", "set it to true")),
     ("--debug.seed x", ("--debug.seed", "'x'", "--help")),
     ("stray", ("stray", "--help")),
-    ("--checkpoint.enable true", ("true", "--help")),
+    ("--checkpoint.enable true", ("without a value", "'true'", "--checkpoint.no_enable")),
     ("--job.config_file", ("--job.config_file must be followed by a file", "name one")),
     ("--job.config_file {nowhere}", ("job.config_file must be a readable", "{nowhere}", "correct")),
     ("--job.config-file={empty}", ("job.config_file must be a readable", "{empty}", "correct")),
@@ -256,7 +256,7 @@ COMMAND_LINES = [
     ),
     (
         "--checkpoint.enable --checkpoint.exclude_from_loading optimizer,dataloader",
-        ("checkpoint.exclude_from_loading must keep", "dataloader, optimizer", "remove it"),
+        ("checkpoint.exclude_from_loading must keep", "got optimizer", "remove it"),
     ),
     (
         "--checkpoint.enable --checkpoint.exclude_from_loading lr_scheduler",
@@ -483,7 +483,10 @@ def test_checkpoints_that_are_gone_are_missed(place, last_step, interval, is_los
         return
     parts = ("checkpoint.folder must be there", f"up to step {last_step}", "{dump}/checkpoint")
     assert_refused(place, (*parts, "move metrics.jsonl away"), args)
-    # A run without checkpoints keeps none.
+    # A run without checkpoints keeps none, and may not take the place of one that was saved.
+    parts = ("checkpoint.enable must be true", "later/step-9", "another job.dump_folder")
+    assert_refused(place, parts, "--checkpoint.no_enable")
+    shutil.rmtree(place.dump / "later")
     check(place, "--checkpoint.no_enable")
 
 
@@ -503,15 +506,18 @@ def test_a_global_batch_that_does_not_fit_the_processes_is_refused(place):
 @pytest.mark.parametrize(
     ("toml", "parts"),
     [
-        ("[training]\nsteps = \n", ("job.config_file must be valid TOML", "line 2", "correct")),
-        ("[training\n", ("job.config_file must be valid TOML", "line 1", "correct")),
+        (
+            "[training]\nsteps = \n",
+            ("job.config_file must be a readable TOML", "line 2", "correct"),
+        ),
+        ("[training\n", ("job.config_file must be a readable TOML", "line 1", "correct")),
         ("[training]\nstep = 4\n", ("training.step is not a field", "mean steps?")),
         ("[trainig]\nsteps = 4\n", ("trainig is not a field", "mean training?")),
         ("[quux]\n", ("quux is not a field", "--help")),
         ("[lighthouse]\ntop_k = 4\n", ("lighthouse.top_k is not a field", "mean topk?")),
         ("training = 4\n", ("training must be a section, got 4", "write [training]")),
         ("[training]\nsteps = '4'\n", ("training.steps must be int, got '4'", "change its type")),
-        ("[training]\nsteps = 4.0\n", ("training.steps must be int, got 4.0", "change")),
+        ("[training]\nsteps = 4.0\n", ("training.steps must be int, got 4.0", "write 4")),
         ("[training]\nsteps = true\n", ("training.steps must be int, got True", "change")),
         ("[optimizer]\nlr = '1'\n", ("optimizer.lr must be float, got '1'", "change")),
         ("[checkpoint]\nenable = 1\n", ("checkpoint.enable must be bool, got 1", "change")),
