@@ -236,6 +236,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point. A wrong configuration ends it with one line on stderr and exit code 2."""
     end_with_launcher()
     init_logger()
+    # torchrun would print what torchtitan writes there, tracebacks of all ranks, once more.
+    os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
     # A call inside torchdata that users cannot do anything about.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     with contextlib.ExitStack() as stack:
