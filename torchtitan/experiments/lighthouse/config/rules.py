@@ -29,6 +29,15 @@ from torchtitan.experiments.lighthouse.flavors import FLAVORS, MODEL_NAME
 
 from lighthouse.sdpa import LONGEST_EFFICIENT
 
+MOST_TOKENS = 2**31
+"""Of a micro-batch on one rank: no accelerator holds more."""
+
+LARGEST_FACTOR = 1000
+"""Of a learning rate, eps or weight decay: no optimizer trains with more."""
+
+RUN_FILES = ("metrics.jsonl", "handover.json", "config.json", ".lock")
+"""Files of a run in its dump folder, which no folder of its may take the name of."""
+
 
 def validates(config: JobConfig, device_type: str) -> bool:
     return config.validation.enable
@@ -87,7 +96,15 @@ TRAINING_RULES = [
     at_least("training.steps", 1),
     at_least("training.local_batch_size", 1),
     at_least("training.seq_len", 1),
+    Rule(
+        "training.local_batch_size",
+        lambda x, config: x * config.training.seq_len < MOST_TOKENS,
+        lambda config: f"less than {MOST_TOKENS // config.training.seq_len} at this seq_len",
+        "lower it; training.global_batch_size may be larger",
+        applies=lambda config, _: config.training.seq_len < MOST_TOKENS,
+    ),
     at_least("training.loss_chunk_size", 0),
+    at_least("training.max_skipped_steps", 0),
     Rule(
         "training.mixed_precision_param",
         lambda x, config: x != "float32" or config.training.seq_len <= LONGEST_EFFICIENT,
@@ -129,14 +146,14 @@ OPTIMIZER_RULES = [
     one_of("optimizer.name", ["Adam", "AdamW"]),
     Rule(
         "optimizer.lr",
-        lambda x, _: 0 < x < math.inf,
-        "a finite number above 0",
+        lambda x, _: 0 < x <= LARGEST_FACTOR,
+        f"a finite number above 0 and at most {LARGEST_FACTOR:g}",
         "1e-3 is common",
     ),
     Rule(
         "optimizer.eps",
-        lambda x, _: 0 < x < math.inf,
-        "a finite number above 0",
+        lambda x, _: 0 < x <= LARGEST_FACTOR,
+        f"a finite number above 0 and at most {LARGEST_FACTOR:g}",
         "1e-8 is common",
     ),
     Rule(
@@ -153,8 +170,8 @@ OPTIMIZER_RULES = [
     ),
     Rule(
         "optimizer.weight_decay",
-        lambda x, _: 0 <= x < math.inf,
-        "a finite number of at least 0",
+        lambda x, _: 0 <= x <= LARGEST_FACTOR,
+        f"a finite number of at least 0 and at most {LARGEST_FACTOR:g}",
         "0.1 is common",
     ),
     unset(
@@ -282,6 +299,21 @@ OUTPUT_RULES = [
             "checkpoint.folder",
             "comm.save_traces_folder",
             "job.save_config_file",
+            "metrics.save_tb_folder",
+            "profiling.save_memory_snapshot_folder",
+            "profiling.save_traces_folder",
+        )
+    ),
+    *(
+        Rule(
+            field,
+            lambda x, _: x is None or os.path.normpath(x).split(os.sep)[0] not in RUN_FILES,
+            f"another name than {', '.join(RUN_FILES)}, which are files of the run",
+            "name another folder",
+        )
+        for field in (
+            "checkpoint.folder",
+            "comm.save_traces_folder",
             "metrics.save_tb_folder",
             "profiling.save_memory_snapshot_folder",
             "profiling.save_traces_folder",
