@@ -9,14 +9,14 @@ import pytest
 from test_data import assert_same, make_dataset, make_texts, take
 from test_tokenized import SEQ_LEN, write_prepared
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.experiments.lighthouse.data import long_documents, packing, readers
+from torchtitan.experiments.lighthouse.data import loaders, long_documents, readers
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import check_dataset
 from torchtitan.experiments.lighthouse.data.long_documents import parts_of
 from torchtitan.experiments.lighthouse.data.readers import stat_files
 from torchtitan.experiments.lighthouse.data.source_changes import SAMPLE_BYTES, file_prints
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
-from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
+from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataset
 
 TOKENIZER = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
 
@@ -67,15 +67,15 @@ def test_an_unread_file_that_is_cut_short_stops_the_run(tmp_path):
 
 def test_prepared_shards_that_change_places_stop_the_run(tmp_path):
     path = write_prepared(tmp_path, 300)
-    dataset = PreparedDataset(path, SEQ_LEN)
+    dataset = TokenizedDataset(path, SEQ_LEN)
     state = dataset.state_dict()
-    PreparedDataset(path, SEQ_LEN).load_state_dict(state)
+    TokenizedDataset(path, SEQ_LEN).load_state_dict(state)
     # A checkpoint from before there were prints.
-    PreparedDataset(path, SEQ_LEN).load_state_dict(state | {"corpus": state["corpus"][:64]})
+    TokenizedDataset(path, SEQ_LEN).load_state_dict(state | {"corpus": state["corpus"][:64]})
     shards = sorted(Path(path, "train").glob("*.bin"))
     exchange(*shards[1:])
     with pytest.raises(ValueError, match=rf"{shards[1].name}' with other content, and 1 other"):
-        PreparedDataset(path, SEQ_LEN).load_state_dict(state)
+        TokenizedDataset(path, SEQ_LEN).load_state_dict(state)
 
 
 def test_ids_beyond_those_of_the_manifest_are_refused(tmp_path):
@@ -84,7 +84,7 @@ def test_ids_beyond_those_of_the_manifest_are_refused(tmp_path):
     tokens = np.fromfile(shard, "<u2")
     tokens[:] = 60_000
     tokens.tofile(shard)
-    dataset = PreparedDataset(path, SEQ_LEN)
+    dataset = TokenizedDataset(path, SEQ_LEN)
     with pytest.raises(ValueError, match=r"ids up to 199, got 60000 in .*00001\.bin'"):
         for place in range(300 // SEQ_LEN):
             dataset[place]
@@ -119,7 +119,7 @@ def test_a_document_in_parts_gives_the_same_windows_and_resumes_within(tmp_path,
     (tmp_path / "a.jsonl").write_text(f'{{"text": "{text}"}}\n{{"text": "{text[::-1]}"}}\n')
     name = "jsonl"
     monkeypatch.setattr(
-        "torchtitan.experiments.lighthouse.data.datasets.is_held_out", lambda text: False
+        "torchtitan.experiments.lighthouse.data.documents.is_held_out", lambda text: False
     )
     whole = take(make_dataset(name, str(tmp_path), TOKENIZER), 5000)
     monkeypatch.setattr(long_documents, "PART_CHARS", 1000)
@@ -168,7 +168,7 @@ def test_a_loop_of_links_is_refused_at_once(tmp_path, monkeypatch):
         check_dataset("text", str(tmp_path))
     (tmp_path / "b.txt").write_text("text")
     (tmp_path / "out").symlink_to(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"--out must be "):
+    with pytest.raises(ValueError, match=r"--output must be "):
         prepare("text", str(tmp_path / "b.txt"), tmp_path / "out", BYTE_TOKENIZER_PATH)
 
 
@@ -178,7 +178,7 @@ def test_more_workers_than_a_machine_has_are_refused(tmp_path):
         out = tmp_path.parent / "workers"
         prepare("text", str(tmp_path), out, BYTE_TOKENIZER_PATH, workers=100_000)
     with pytest.raises(ValueError, match=r"num_workers must be from 0 to \d+ on this machine"):
-        packing._check_num_workers(100_000, "training", "prepared")
+        loaders._check_num_workers(100_000, "training", "tokenized")
 
 
 def test_a_preparation_that_is_refused_leaves_nothing_behind(tmp_path):
@@ -197,8 +197,8 @@ def test_two_preparations_into_one_folder_are_refused(tmp_path, monkeypatch):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text(make_texts(1)[0])
     with (
-        run_lock.FolderLock("--out", tmp_path / "out"),
-        pytest.raises(ValueError, match=r"--out must be written by one run at a time"),
+        run_lock.FolderLock("--output", tmp_path / "out"),
+        pytest.raises(ValueError, match=r"--output must be written by one run at a time"),
     ):
         prepare("text", str(tmp_path / "corpus"), tmp_path / "out", BYTE_TOKENIZER_PATH)
     manifest = prepare("text", str(tmp_path / "corpus"), tmp_path / "out", BYTE_TOKENIZER_PATH)

@@ -8,10 +8,12 @@ import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.data.datasets import check_dataset, fingerprint
-from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset, build_dataloader
+from torchtitan.experiments.lighthouse.data.datasets import check_dataset
+from torchtitan.experiments.lighthouse.data.documents import open_documents
+from torchtitan.experiments.lighthouse.data.loaders import build_dataloader
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
-from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset
+from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataset
 
 ROWS = [{"text": "no", "content": f"document {i} " * 9} for i in range(8)]
 
@@ -52,16 +54,19 @@ def test_another_field_is_another_corpus(corpus):
     )
     with pytest.raises(ValueError, match=r"^training\.dataset must be the one of the checkpoint"):
         other.load_state_dict(position.state_dict())
-    assert fingerprint(name, path, text_field="content") == other.state_dict()["corpus"]
+    documents = open_documents(name, path, "train", 0, 1, "content")
+    assert documents.fingerprint == other.state_dict()["corpus"]
 
 
 def test_a_corpus_is_tokenized_by_the_field(corpus, tmp_path):
     name, path = corpus
     out = tmp_path / "out"
     prepare(name, path, out, BYTE_TOKENIZER_PATH, text_field="content")
-    window, _ = next(iter(PreparedDataset(str(out), 32, infinite=False)))
+    window, _ = next(iter(TokenizedDataset(str(out), 32, infinite=False)))
     assert "document" in text_of(window)
-    with pytest.raises(ValueError, match=r"^--out must be a new folder or one begun with this --d"):
+    with pytest.raises(
+        ValueError, match=r"^--output must be a new folder or one begun with this --d"
+    ):
         prepare(name, path, out, BYTE_TOKENIZER_PATH)
 
 

@@ -1,6 +1,6 @@
 """Files from outside, mutated: every outcome is a right run or one clear line.
 
-A mutation changes a file of a checkpoint, of prepared data, of a tokenizer, of a model in Hugging
+A mutation changes a file of a checkpoint, of tokenized data, of a tokenizer, of a model in Hugging
 Face's format or of a corpus: bytes are flipped, cut, inserted or replaced, a file is emptied,
 removed, or has a folder, a pipe or a link in its place, and a JSON value becomes one of another
 type. The reader of the folder then returns, or raises a `ValueError` of one line; nothing else.
@@ -26,9 +26,10 @@ from torchtitan.experiments.lighthouse.checkpoint import hf_llama
 from torchtitan.experiments.lighthouse.checkpoint.checksums import checksum_fault
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
-from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset, check_dataset
+from torchtitan.experiments.lighthouse.data.datasets import check_dataset
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
-from torchtitan.experiments.lighthouse.data.tokenized import PreparedDataset, check_prepared
+from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataset, check_tokenized
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.inference.hf_export import export
 from torchtitan.experiments.lighthouse.inference.load_model import open_trained
@@ -62,7 +63,7 @@ def originals(tmp_path_factory, corpus) -> dict[str, Path]:
     for number in range(2):
         lines = [json.dumps({"text": text}) + "\n" for text in texts[number::2]]
         (root / "jsonl" / f"{number}.jsonl").write_text("".join(lines))
-    prepare("text", str(corpus), root / "prepared", BYTE_TOKENIZER_PATH)
+    prepare("text", str(corpus), root / "tokenized", BYTE_TOKENIZER_PATH)
     trained = open_trained(
         save(random_model(FLAVORS["debugmodel"], 768), root / "hf_run", "debugmodel")
     )
@@ -98,9 +99,9 @@ def read_documents(name: str) -> Callable[[Path, Path], None]:
     return read
 
 
-def read_prepared(folder: Path, corpus: Path) -> None:
-    check_prepared(str(folder), "training", BYTE_TOKENIZER_PATH, 257)
-    dataset = PreparedDataset(str(folder), SEQ_LEN, infinite=False)
+def read_tokenized(folder: Path, corpus: Path) -> None:
+    check_tokenized(str(folder), "training", BYTE_TOKENIZER_PATH, 257)
+    dataset = TokenizedDataset(str(folder), SEQ_LEN, infinite=False)
     for place in range(min(20, dataset.num_places)):
         window, _ = dataset[place]
         assert window["input"].min() >= 0 and window["input"].max() < 257
@@ -116,7 +117,7 @@ READERS = {
     "tokenizer": read_tokenizer,
     "text": read_documents("text"),
     "jsonl": read_documents("jsonl"),
-    "prepared": read_prepared,
+    "tokenized": read_tokenized,
     "hf": read_hf,
 }
 
