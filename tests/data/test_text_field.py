@@ -64,9 +64,7 @@ def test_a_corpus_is_tokenized_by_the_field(corpus, tmp_path):
     prepare(name, path, out, BYTE_TOKENIZER_PATH, text_field="content")
     window, _ = next(iter(TokenizedDataset(str(out), 32, infinite=False)))
     assert "document" in text_of(window)
-    with pytest.raises(
-        ValueError, match=r"^--output must be a new folder or one begun with this --d"
-    ):
+    with pytest.raises(ValueError, match=r"^--output must be a new folder or one begun with"):
         prepare(name, path, out, BYTE_TOKENIZER_PATH)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_data import assert_one_line, make_corpus, make_texts, write_parquet, write_shards
-from torchtitan.experiments.lighthouse.data import readers
+from torchtitan.experiments.lighthouse.data import partial_shard, readers
 from torchtitan.experiments.lighthouse.data import tokenize as prepare_module
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import find_files, is_held_out
@@ -132,7 +132,7 @@ class Executioner:
         for owner, name in (
             (prepare_module.os, "replace"),
             (prepare_module.os, "fsync"),
-            (prepare_module._PartialShard, "add"),
+            (partial_shard.PartialShard, "add"),
             (prepare_module.Path, "unlink"),
         ):
             monkeypatch.setattr(owner, name, self._watched(getattr(owner, name)))
@@ -446,7 +446,7 @@ def test_a_full_disk_is_told_and_a_second_call_goes_on(tmp_path, corpus, file, m
         return open("/dev/full", "wb") if path.name == file else open_new(path)
 
     open_new = atomic_json.open_new
-    for module in (prepare_module, atomic_json):
+    for module in (partial_shard, atomic_json):
         monkeypatch.setattr(module, "open_new", open_full)
     with pytest.raises(ValueError) as error:
         make("jsonl", corpus, tmp_path / "out")

@@ -22,10 +22,10 @@ from torchtitan.experiments.lighthouse.config.rules import (
     COMPUTING_RULES,
     OPTIMIZER_RULES,
     OUTPUT_RULES,
-    STAGE2_RULES,
     TRAINING_RULES,
     check_numbers,
 )
+from torchtitan.experiments.lighthouse.config.stage2_rules import STAGE2_RULES
 from torchtitan.experiments.lighthouse.data.loaders import check_data
 from torchtitan.experiments.lighthouse.data.tokenized import check_tokenized
 from torchtitan.experiments.lighthouse.flavors import sizes_of

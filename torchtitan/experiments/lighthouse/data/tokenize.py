@@ -15,7 +15,6 @@ ends with the same bytes as one that was not.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import multiprocessing
 import os
@@ -48,6 +47,7 @@ from torchtitan.experiments.lighthouse.data.manifest import (
     resume_manifest,
     tokenizer_digest,
 )
+from torchtitan.experiments.lighthouse.data.partial_shard import PartialShard
 from torchtitan.experiments.lighthouse.data.readers import (
     MAX_WORKERS,
     READ_ERRORS,
@@ -57,7 +57,7 @@ from torchtitan.experiments.lighthouse.data.readers import (
     document_text,
     row_location,
 )
-from torchtitan.experiments.lighthouse.runtime.atomic_json import open_new, write_json
+from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     check_output_folder,
     open_tokenizer,
@@ -421,7 +421,7 @@ def _write_shards(
                     if not count:
                         continue
                     with _writing(out):
-                        shard = shard or _PartialShard(folder / f"{next(numbers):05d}.bin")
+                        shard = shard or PartialShard(folder / f"{next(numbers):05d}.bin")
                         shard.add(tokens[end - count : end])
                     if shard.tokens >= manifest.shard_size:
                         yield finish([rows.file, row])
@@ -431,44 +431,6 @@ def _write_shards(
         finally:
             if shard:
                 shard.close()
-
-
-class _PartialShard:
-    """A shard that is being written, under a partial name."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_suffix(".partial")
-        self._file = open_new(self._partial)
-        self._sha = hashlib.sha256()
-        self.tokens = self._documents = self._max_id = 0
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Adds a document."""
-        self._file.write(tokens)
-        self._sha.update(tokens)
-        self.tokens += len(tokens)
-        self._documents += 1
-        self._max_id = max(self._max_id, int(tokens.max()))
-
-    def finish(self, following: list[int]) -> Shard:
-        """Gives the shard its name, once its bytes are on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self._path)
-        return Shard(
-            file=self._path.name,
-            documents=self._documents,
-            tokens=self.tokens,
-            max_id=self._max_id,
-            sha256=self._sha.hexdigest(),
-            next=following,
-        )
-
-    def close(self) -> None:
-        # What could not be written is told of already.
-        with contextlib.suppress(OSError):
-            self._file.close()
 
 
 @contextlib.contextmanager
