@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_data import assert_same, make_dataset, make_texts, take
-from test_tokenized import SEQ_LEN, write_prepared
+from test_tokenized import SEQ_LEN, write_tokenized
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data import loaders, long_documents, readers
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
@@ -66,7 +66,7 @@ def test_an_unread_file_that_is_cut_short_stops_the_run(tmp_path):
 
 
 def test_prepared_shards_that_change_places_stop_the_run(tmp_path):
-    path = write_prepared(tmp_path, 300)
+    path = write_tokenized(tmp_path, 300)
     dataset = TokenizedDataset(path, SEQ_LEN)
     state = dataset.state_dict()
     TokenizedDataset(path, SEQ_LEN).load_state_dict(state)
@@ -79,7 +79,7 @@ def test_prepared_shards_that_change_places_stop_the_run(tmp_path):
 
 
 def test_ids_beyond_those_of_the_manifest_are_refused(tmp_path):
-    path = write_prepared(tmp_path, 300)
+    path = write_tokenized(tmp_path, 300)
     shard = Path(path, "train", "00001.bin")
     tokens = np.fromfile(shard, "<u2")
     tokens[:] = 60_000
