@@ -40,7 +40,7 @@ class FullDisk:
 def test_lines_that_meet_a_full_disk_are_written_when_there_is_room(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "propagate", True)
     logger = StagedLogger(BaseLogger(), tmp_path / "metrics.jsonl")
-    disk = logger._file = FullDisk(tmp_path / "metrics.jsonl", room=100)
+    disk = logger._file = FullDisk(tmp_path / "metrics.jsonl", room=110)
     for step in range(1, 8):
         logger.log({"loss": float(step)}, step)
     assert caplog.text.count("metrics.jsonl cannot be written") == 1

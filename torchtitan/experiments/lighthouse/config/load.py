@@ -92,7 +92,7 @@ def _check_flags(args: list[str]) -> None:
         if annotation is bool:
             known.add(f"--{section}.no_{leaf}")
     annotations = dict(leaves(JobConfig))
-    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+    for arg, following in zip(args, [*args[1:], "--"], strict=False):
         flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if arg.startswith("--") and flag not in known:
             raise ValueError(

@@ -1,7 +1,7 @@
 """What a process is told by its launcher, and its end with the launcher's.
 
-torchrun sets RANK, LOCAL_RANK and WORLD_SIZE and starts the ranks as its children. If it is killed
-with SIGKILL it cannot end them: each rank sees to that itself.
+`lighthouse train` and torchrun set RANK, LOCAL_RANK and WORLD_SIZE and start the ranks as their
+children. A launcher that is killed with SIGKILL cannot end them: each rank sees to that itself.
 """
 
 import ctypes
