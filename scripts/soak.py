@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS")
     options, overrides = parser.parse_known_args()
     for name in ("every", "minutes"):
-        if getattr(options, name) <= 0:
+        if not getattr(options, name) > 0:
             parser.error(f"--{name} must be above 0, got {getattr(options, name)}; leave it out")
     try:
         check_output_folder("--output", options.output)

@@ -6,6 +6,7 @@ import pickle
 import queue
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
+from torchtitan.experiments.lighthouse.checkpoint import files
 from torchtitan.experiments.lighthouse.checkpoint.files import (
     check_folder,
     check_safe,
@@ -68,14 +70,13 @@ def test_a_checkpoint_is_whole_if_every_byte_that_its_metadata_name_is_there(tmp
 
 def test_a_checkpoint_that_is_purged_meanwhile_is_torn(tmp_path, monkeypatch):
     make(tmp_path, 5)
-    stat = Path.stat
+    check_regular = files.check_regular
 
-    def racing(path, **kwargs):
-        if path.suffix == ".distcp":
-            shutil.rmtree(path.parent)
-        return stat(path, **kwargs)
+    def racing(path):
+        shutil.rmtree(path.parent)
+        return check_regular(path)
 
-    monkeypatch.setattr(Path, "stat", racing)
+    monkeypatch.setattr(files, "check_regular", racing)
     assert checkpoint_steps(tmp_path) == {5: False}
 
 
@@ -193,14 +194,16 @@ def one_rank():
 
 def manager_of(folder: Path, keep_latest_k: int = 0, switch_step: int | None = None, **attributes):
     """A manager of a folder, without the parts that save and load."""
-    manager = CheckpointManager.__new__(CheckpointManager)
+    manager = TwoStageCheckpointManager.__new__(TwoStageCheckpointManager)
     manager.enable, manager.load_only, manager.interval = True, False, 10
     manager.enable_first_step_checkpoint = False
     manager.folder, manager.keep_latest_k = str(folder), keep_latest_k
     manager.purge_queue, manager.stager = queue.Queue(), None
+    manager.switch_step, manager.record = switch_step, None
+    manager.states = {"model": SimpleNamespace(model=[torch.nn.Linear(1, 1)])}
+    manager._unloadable, manager._left_out_step = set(), None
+    manager._with_checksums, manager._check_step = True, lambda step: None
     vars(manager).update(attributes)
-    TwoStageCheckpointManager.adopt(manager, switch_step)
-    assert isinstance(manager, TwoStageCheckpointManager)
     return manager
 
 

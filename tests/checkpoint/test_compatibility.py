@@ -16,7 +16,7 @@ from torchtitan.experiments.lighthouse.checkpoint.compatibility import (
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
-from torchtitan.experiments.lighthouse.preflight import check_config
+from torchtitan.experiments.lighthouse.preflight import check_config, warnings_of
 from torchtitan.experiments.lighthouse.train import TwoStageTrainer
 from torchtitan.models.llama3 import Transformer
 
@@ -65,6 +65,7 @@ CHANGES = {
     "lighthouse.stage1_steps": ({"lighthouse__stage1_steps": 1}, "-1, got 1"),
     "training.seq_len": ({"training__seq_len": 1024}, "768, got 1024"),
     "training.global_batch_size": ({"training__local_batch_size": 2}, "1, got 2"),
+    "training.max_norm": ({"training__max_norm": 0.5}, "1.0, got 0.5; set it to 1.0"),
     "lr_scheduler.total_steps": ({"lr_scheduler__total_steps": 9}, "7, got 9"),
     "optimizer.name": ({"optimizer__name": "Adam"}, "'AdamW', got 'Adam'"),
     "optimizer.lr": ({"optimizer__lr": 5e-3}, "0.01, got 0.005; set it to 0.01"),
@@ -152,7 +153,7 @@ def test_a_longer_run_needs_the_length_of_its_schedule(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "run")
     check_config(load_config(args), world_size=1)
     config = load_config([*args, "--training.steps", "9"])
-    with pytest.raises(ValueError, match=r"lr_scheduler\.total_steps must be that of .* 7, got 9"):
+    with pytest.raises(ValueError, match=r"^training\.steps, which .* must be .* 7, got 9"):
         check_config(config, world_size=1)
 
 
@@ -314,7 +315,8 @@ def test_a_checkpoint_without_a_record_is_compared_by_its_shapes(run, tmp_path):
     args = command_line(tmp_path / "run", run[1], **options)
     check_config(load_config(args), world_size=1)
     with pytest.raises(ValueError, match=r"whose layers\.0\.feed_forward"):
-        check_config(load_config([*args, "--model.flavor", "quickstart"]), 1)
+        other = [*args, "--model.flavor", "quickstart", "--lighthouse.full_attn_layers", "0"]
+        check_config(load_config(other), 1)
     whole_state = [*args, "--checkpoint.no_initial_load_model_only"]
     with pytest.raises(ValueError, match=r"must hold the state of training .* the model alone"):
         check_config(load_config(whole_state), world_size=1)
@@ -326,16 +328,16 @@ def test_another_corpus_is_refused_unless_the_data_begin_anew(run, tmp_path):
     document = next(iter(sorted(other.glob("*.txt"))))
     document.write_text(document.read_text() + " ")
     for args in ({}, {"training__dataloader__num_workers": 1}):
-        with pytest.raises(ValueError, match=r"training\.dataset must be the corpus of the data "):
+        with pytest.raises(ValueError, match=rf"training\.dataset_path .*{document.name}' with"):
             check((run[0], other), tmp_path / f"refused-{len(args)}", **args)
-    # A run of two stages may not begin the data anew in its midst; a dense one may.
-    options = {
-        "checkpoint__initial_load_path": run[0] / "checkpoint" / "step-2",
-        "lighthouse__stage1_steps": 0,
-        "checkpoint__exclude_from_loading": ["dataloader"],
-    }
-    config = load_config(command_line(tmp_path / "dense", other, **options))
-    check_config(config, world_size=1)
+    anew = {"checkpoint__exclude_from_loading": ["dataloader"]}
+    check((run[0], other), tmp_path / "anew", **anew)
+    path = {"checkpoint__initial_load_path": run[0] / "checkpoint" / "step-2"}
+    for stage1_steps in (0, 3):
+        options = {**anew, **path, "lighthouse__stage1_steps": stage1_steps}
+        config = load_config(command_line(tmp_path / "new", other, **options))
+        check_config(config, world_size=1)
+        assert any("begins the data anew at every" in line for line in warnings_of(config))
 
 
 def test_a_record_that_cannot_be_read_is_named(run, tmp_path):
@@ -343,7 +345,7 @@ def test_a_record_that_cannot_be_read_is_named(run, tmp_path):
     shutil.copytree(run[0], folder)
     (folder / "checkpoint" / "step-2" / FILE_NAME).write_text("{")
     config = load_config(command_line(folder, run[1]))
-    with pytest.raises(ValueError, match=r"step-2/trained_with\.json must be JSON, got "):
+    with pytest.raises(ValueError, match=r"step-2/trained_with\.json must tell .* not valid JSON"):
         check_config(config, world_size=1)
 
 

@@ -10,6 +10,7 @@ import torch
 from models import GQA, random_model, save
 from ranks import launch
 from runs import STEPS, command_line, train, trainer_of
+from safetensors.torch import save_file
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
@@ -130,7 +131,8 @@ def test_no_scaling_of_rope_is_a_factor_of_one(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     args = hf_llama.from_config(tmp_path)
     assert args.rope_scaling_args.scaling_factor == 1
-    (tmp_path / "model.safetensors").touch()
+    weights = hf_llama.Llama3Adapter(GQA, None).to_hf(Transformer(GQA).state_dict())
+    save_file(weights, tmp_path / "model.safetensors")
     unscaled = RoPEScalingArgs(scaling_factor=1.0, low_freq_factor=2.0)
     flavor = dataclasses.replace(GQA, rope_scaling_args=unscaled)
     hf_llama.check_flavor(tmp_path, flavor, "gqa")

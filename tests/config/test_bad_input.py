@@ -99,9 +99,13 @@ COMMAND_LINES = [
     run("--training.steps ''", "--training.steps", "''", "see --help"),
     run("--training.steps", "--training.steps", "Missing value", "see --help"),
     run("--optimizer.lr 0,001", "--optimizer.lr", "'0,001'", "see --help"),
-    run("--checkpoint.enable false", "false", "see --help"),
+    run("--checkpoint.enable false", "--checkpoint.enable", "'false'", "--checkpoint.no_enable"),
+    run("--checkpoint.enable=true", "--checkpoint.enable", "'true'", "write --checkpoint.enable"),
+    Row("train", "", ("--job.config_file must name", "got no arguments", "debug.toml is a small")),
+    run("--optimizer.steps 4", "--optimizer.steps is not", "mean --training.steps or", "n.steps?"),
     run("--no-checkpoint.enable", "--no-checkpoint.enable", "is not a field", "?"),
-    run("--lighthouse.full_attn_layers [0,1]", "full-attn-layers", "'[0,1]'", "see --help"),
+    run("--lighthouse.full_attn_layers [0,1]", "full_attn_layers", "'[0,1]'", "layers 0 1"),
+    run("--lighthouse.full_attn_layers=0,-1", "full_attn_layers", "'0,-1'", "layers 0 -1"),
     run("--lighthouse.sdpa_backend math", "sdpa-backend", "'math'", "'cudnn', 'flash'"),
     run("--activation_checkpoint.mode half", "mode", "'half'", "'selective'"),
     run("--checkpoint.async_mode maybe", "async-mode", "'maybe'", "'disabled'"),
@@ -137,6 +141,12 @@ COMMAND_LINES = [
     run("--training.max_norm 0", "training.max_norm must be above 0", "got 0", "1.0 is common"),
     run("--training.max_norm -1.5", "training.max_norm must be above 0", "got -1.5", "1.0 is"),
     run("--training.max_norm nan", "training.max_norm must be a number", "got nan", "write one"),
+    run(
+        f"--training.local_batch_size {2**40}",
+        *("training.local_batch_size must be less than 1048576", f"got {2**40}", "lower it"),
+    ),
+    run("--training.max_skipped_steps -1", "max_skipped_steps must be", "got -1", "use 0 or more"),
+    run("--optimizer.lr 1e39", "optimizer.lr must be a finite", "at most 1000, got 1e+39", "1e-3"),
     run("--training.gc_freq 0", "training.gc_freq must be at least 1", "got 0", "use 1 or more"),
     run("--metrics.log_freq -3", "metrics.log_freq must be at least 1", "got -3", "use 1 or more"),
     run("--optimizer.lr 0", "optimizer.lr must be a finite number above 0", "got 0.0", "1e-3"),
@@ -218,6 +228,10 @@ COMMAND_LINES = [
     run("--lighthouse.stage1_steps 61", "lighthouse.stage1_steps must", "got 61", "raise training"),
     run("--lighthouse.stage1_steps -2", "lighthouse.stage1_steps must", "got -2", "lower it"),
     run(
+        "--lighthouse.full_attn_layers 0 1 2 -1",
+        *("full_attn_layers must be fewer than all 4", "[0, 1, 2, -1]", "stage1_steps to 0 for"),
+    ),
+    run(
         "--lighthouse.stage2_seq_len 768", "stage2_seq_len must", "got 768", "nearest: 512 or 1024"
     ),
     run("--lighthouse.stage2_full_steps 2", "stage2_full_steps must be 0", "got 2", "set it to 0"),
@@ -241,7 +255,11 @@ COMMAND_LINES = [
         *("must be the 5 processes divided by the other degrees, 2", "got 3", "start 6 processes"),
         WORLD_SIZE="5",
     ),
-    run("", "WORLD_SIZE must be the number of processes", "got 'two'", "set it", WORLD_SIZE="two"),
+    run("", "WORLD_SIZE must be the number of processes", "got 'two'", "unset", WORLD_SIZE="two"),
+    run("", "RANK must be the number of this", "got '5'", "unset it", RANK="5", LOCAL_RANK="5"),
+    run("", "RANK must be the number of this process", "got '-1'", "unset it", RANK="-1"),
+    run("", "LOCAL_RANK must be the number of this", "got 'one'", "unset it", LOCAL_RANK="one"),
+    run("", "MASTER_PORT must be a port", "got 'http'", "unset it", MASTER_PORT="http"),
     run(
         "--parallelism.context_parallel_degree 2",
         *("lighthouse.topk must be a multiple of 256", "got 128", "topk 256 with seq_len 4096"),
@@ -376,6 +394,10 @@ COMMAND_LINES = [
     run("--comm.save_traces_folder a/../../b", "comm.save_traces_folder", "a/../../b", "without"),
     run("--checkpoint.folder /tmp/c", "checkpoint.folder must be", "got '/tmp/c'", "without a"),
     run("--checkpoint.folder ../c", "checkpoint.folder must be", "got '../c'", "without a"),
+    run(
+        "--checkpoint.enable --checkpoint.folder metrics.jsonl",
+        *("checkpoint.folder must be another name", "got 'metrics.jsonl'", "name another folder"),
+    ),
     run("--checkpoint.folder .", "checkpoint.folder must be", "got '.'", "without a leading"),
     # Checkpoints.
     run("--checkpoint.enable --checkpoint.interval 0", "checkpoint.interval", "got 0", "use 1"),
@@ -406,10 +428,16 @@ COMMAND_LINES = [
 """Of the trainer."""
 
 FILES = [
-    config("{place}/no.toml", "job.config_file must be a readable file", "no.toml'", "correct the"),
-    config("{place}/empty", "job.config_file must be a readable file", "/empty'", "correct the"),
-    config("{place}/pipe", "job.config_file must be a regular file", "/pipe'", "write it to a"),
-    config("/dev/zero", "job.config_file must be a regular file", "/dev/zero'", "write it to a"),
+    config(
+        "{place}/no.toml", "job.config_file must be a readable TOML file", "no.toml'", "correct the"
+    ),
+    config(
+        "{place}/empty", "job.config_file must be a readable TOML file", "/empty'", "correct the"
+    ),
+    config("{place}/pipe", "job.config_file must be a readable TOML file", "/pipe'", "correct the"),
+    config(
+        "/dev/zero", "job.config_file must be a readable TOML file", "/dev/zero'", "correct the"
+    ),
     config("{place}/random.bin", "job.config_file must be a readable", "random.bin'", "correct"),
     config("''", "--job.config_file must be followed by a file", "name one"),
     config(
@@ -418,20 +446,28 @@ FILES = [
     ),
     file("", "job.config_file must set a field", "run.toml'", "correct the path"),
     file("# nothing\n", "job.config_file must set a field", "run.toml'", "correct the path"),
-    file("steps: 60\n", "job.config_file must be valid TOML", "line 1", "correct the line"),
-    file("[training\nsteps = 6", "job.config_file must be valid TOML", "line 1", "correct the"),
+    file("steps: 60\n", "job.config_file must be a readable TOML file", "line 1", "correct the"),
+    file(
+        "[training\nsteps = 6",
+        "job.config_file must be a readable TOML file",
+        "line 1",
+        "correct the",
+    ),
     file(
         "[training]\nsteps = 6\nsteps = 7",
-        "must be valid TOML",
+        "must be a readable TOML file",
         "Cannot overwrite a value",
         "correct",
     ),
     file("[training]\nstep = 60", "training.step is not a field", "did you mean steps?"),
+    file("[training]\nsteps = 1e2", "training.steps must be int", "got 100.0", "write 100"),
+    file("[optimizer]\nseq_len = 60", "optimizer.seq_len is not", "mean training.seq_len or"),
+    file("a = " + 9000 * "[", "job.config_file must be a readable TOML", "too deeply", "correct"),
     file("[trianing]\nsteps = 60", "trianing is not a field", "did you mean training?"),
-    file("steps = 60", "steps is not a field", "see --help"),
+    file("steps = 60", "steps is not a field", "mean training.steps or"),
     file("training = 60", "training must be a section", "got 60", "write [training]"),
     file('[training]\nsteps = "60"', "training.steps must be int", "got '60'", "change its type"),
-    file("[training]\nsteps = 60.0", "training.steps must be int", "got 60.0", "change its type"),
+    file("[training]\nsteps = 60.0", "training.steps must be int", "got 60.0", "write 60"),
     file("[training]\nsteps = true", "training.steps must be int", "got True", "change its type"),
     file('[optimizer]\nlr = "1e-3"', "optimizer.lr must be float", "got '1e-3'", "change its"),
     file("[optimizer]\nlr = nan", "optimizer.lr must be a number", "got nan", "write one"),
@@ -691,7 +727,7 @@ SCRIPTS = [
     script(
         "prepare",
         "--output {dump} --dataset text --dataset-path {place}/corpus --tokenizer {place}/not_json",
-        *("--tokenizer must be a folder with a readable", "/not_json'", "correct the path"),
+        *("--tokenizer must hold a readable", "/not_json'", "download it"),
     ),
     script("prepare", "--output {dump} --split half", "--split", "'half'", "choose from"),
 ]

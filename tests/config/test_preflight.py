@@ -490,7 +490,12 @@ def test_checkpoints_that_are_gone_are_missed(place, last_step, interval, is_los
         return
     parts = ("checkpoint.folder must be there", f"up to step {last_step}", "{dump}/checkpoint")
     assert_refused(place, (*parts, "move metrics.jsonl away"), args)
-    # A run without checkpoints keeps none.
+    # A run without checkpoints keeps none, and may not take the place of one that was saved.
+    parts = ("checkpoint.enable must be true", "later/step-9", "another job.dump_folder")
+    assert_refused(place, parts, "--checkpoint.no_enable")
+    for folder in place.dump.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
     check(place, "--checkpoint.no_enable")
 
 

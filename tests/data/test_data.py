@@ -368,7 +368,7 @@ def test_resume_refuses_other_documents(tmp_path, tokenizer, kind):
     assert_same(go_on(copy), expected[1])
     with pytest.raises(ValueError) as error:
         go_on(other)
-    assert_one_line(error, "training.dataset", name, "exclude_from_loading")
+    assert_one_line(error, "training.dataset", other, "exclude_from_loading")
 
 
 # ---- the held-out split

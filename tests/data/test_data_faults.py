@@ -38,7 +38,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.data import readers, retry, tokenized
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import check_dataset, find_files
-from torchtitan.experiments.lighthouse.data.documents import fingerprint
+from torchtitan.experiments.lighthouse.data.documents import open_documents
 from torchtitan.experiments.lighthouse.data.loaders import build_dataloader
 from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
@@ -390,11 +390,13 @@ def test_a_broken_file_ends_the_run_and_once_repaired_it_goes_on(
     expected = take(open_dataset(kind, str(tmp_path), **share), 60)
     assert 0 < len(seen) < 60
     assert_all_same(seen, expected[: len(seen)])
+    with pytest.raises(ValueError) as error:
+        open_dataset(kind, str(tmp_path), states[-1], **share)
+    assert_one_line(error, "training.dataset_path", str(path), "other content", "accept_changes")
     for step, state in ((len(seen) - 2, states[-4]), (len(seen), states[-1])):
-        resumed = open_dataset(kind, str(tmp_path), state, **share)
+        resumed = open_dataset(kind, str(tmp_path), state, accepts_changes=True, **share)
         assert_all_same(take(resumed, 60 - step), expected[step:])
-    sizes_differ = "files of other sizes" in caplog.text
-    assert sizes_differ == (fault not in ("json-not-utf8", "parquet-not-utf8", "gzip-checksum"))
+    assert "what is ahead of it is read as it is now" in caplog.text
 
 
 def test_the_rows_before_a_tear_are_read_and_counted(tmp_path, monkeypatch):
@@ -577,7 +579,7 @@ def test_a_position_in_rows_that_are_no_longer_there_is_refused(tmp_path):
     changed = [lines[1], lines[0], *lines[2:]]
     for content, is_good in ((lines, True), (lines[:4], False), (changed, False)):
         path.write_bytes(b"".join(content))
-        resumed = open_dataset("jsonl", str(tmp_path), dataset.state_dict())
+        resumed = open_dataset("jsonl", str(tmp_path), dataset.state_dict(), accepts_changes=True)
         if is_good:
             take(resumed, 1)
             continue
@@ -597,6 +599,10 @@ def test_the_fingerprint_is_that_of_the_position(tmp_path):
     assert former != fingerprint("text", str(tmp_path / "text"), "validation")
     (tmp_path / "text" / "zzz.txt").write_text(make_texts(13)[12], encoding="utf-8")
     assert fingerprint("text", str(tmp_path / "text")) != former
+
+
+def fingerprint(name: str, path: str, split: str = "train") -> int:
+    return open_documents(name, path, split, 0, 1).fingerprint
 
 
 # ---- workers
@@ -632,6 +638,15 @@ def test_the_error_of_a_worker_keeps_its_line(tmp_path, kind):
     assert (kind != "tokenized") <= len(seen) < 12
     resumed = build_dataloader(1, 0, TOKENIZER, config)
     resumed.load_state_dict(state)
+    if kind != "tokenized":
+        try:
+            take(resumed, 1)
+        except ValueError as error:
+            message = str(error)
+        assert "with other content; restore them" in message and "\n" not in message
+        config.checkpoint.accept_changes = ["training.dataset_path"]
+        resumed = build_dataloader(1, 0, TOKENIZER, config)
+        resumed.load_state_dict(state)
     assert_all_same(take(resumed, 12 - len(seen)), expected[len(seen) :])
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_data import assert_one_line, make_corpus, make_texts, write_parquet, write_shards
-from torchtitan.experiments.lighthouse.data import readers
+from torchtitan.experiments.lighthouse.data import partial_shard, readers
 from torchtitan.experiments.lighthouse.data import tokenize as prepare_module
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import find_files, is_held_out
 from torchtitan.experiments.lighthouse.data.manifest import Manifest, verify
 from torchtitan.experiments.lighthouse.data.prepare import main
 from torchtitan.experiments.lighthouse.data.tokenize import prepare, source_files
+from torchtitan.experiments.lighthouse.runtime import atomic_json
 
 EOS_ID = 256
 KINDS = ["text", "jsonl", "parquet", "c4_local"]
@@ -131,7 +132,7 @@ class Executioner:
         for owner, name in (
             (prepare_module.os, "replace"),
             (prepare_module.os, "fsync"),
-            (prepare_module._PartialShard, "add"),
+            (partial_shard.PartialShard, "add"),
             (prepare_module.Path, "unlink"),
         ):
             monkeypatch.setattr(owner, name, self._watched(getattr(owner, name)))
@@ -191,7 +192,7 @@ def test_a_preparation_that_is_killed_again_and_again_comes_to_its_end(tmp_path,
     kills = 0
     while kills < 10:
         # Enough for the largest shard, and not for two.
-        executioner.calls_left = 20
+        executioner.calls_left = 26
         with contextlib.suppress(Killed):
             make(name, path, tmp_path / "out")
             break
@@ -438,15 +439,19 @@ def test_refuses_to_write_into_the_corpus(corpus):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 @pytest.mark.parametrize("file", ["00001.partial", "manifest.partial.tmp", "manifest.tmp"])
-def test_a_full_disk_is_told_and_a_second_call_goes_on(tmp_path, corpus, file):
+def test_a_full_disk_is_told_and_a_second_call_goes_on(tmp_path, corpus, file, monkeypatch):
     make("jsonl", corpus, tmp_path / "whole")
-    full = tmp_path / "out" / "train" / file
-    full.parent.mkdir(parents=True)
-    full.symlink_to("/dev/full")
+
+    def open_full(path):
+        return open("/dev/full", "wb") if path.name == file else open_new(path)
+
+    open_new = atomic_json.open_new
+    for module in (partial_shard, atomic_json):
+        monkeypatch.setattr(module, "open_new", open_full)
     with pytest.raises(ValueError) as error:
         make("jsonl", corpus, tmp_path / "out")
     assert_one_line(error, "--output", str(tmp_path / "out"), "No space left", "make room")
-    full.unlink()
+    monkeypatch.undo()
     make("jsonl", corpus, tmp_path / "out")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
@@ -455,7 +460,7 @@ def test_refuses_a_folder_that_cannot_be_written(tmp_path, corpus):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError) as error:
         make("jsonl", corpus, tmp_path / "file")
-    assert_one_line(error, "--output", str(tmp_path / "file"), "start the same command")
+    assert_one_line(error, "--output", str(tmp_path / "file"), "name another one")
 
 
 @pytest.mark.parametrize("content", [None, "{}"], ids=["missing", "broken"])
@@ -466,7 +471,8 @@ def test_refuses_a_folder_without_a_tokenizer(tmp_path, corpus, content):
         (folder / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError) as error:
         make("jsonl", corpus, tmp_path / "out", str(folder))
-    assert_one_line(error, "--tokenizer", str(folder), "correct the path")
+    remedy = "download it again" if content else "correct the path"
+    assert_one_line(error, "--tokenizer", str(folder), remedy)
 
 
 @pytest.mark.parametrize("option", ["shard_size", "workers"])

@@ -436,7 +436,7 @@ def test_refuses_a_path_that_is_missing(tmp_path):
 def test_refuses_a_negative_number_of_workers(place):
     with pytest.raises(ValueError) as error:
         check_data(make_config("tokenized", str(place), num_workers=-1))
-    assert_one_line(error, "training.dataloader.num_workers", "at least 0", "got -1")
+    assert_one_line(error, "training.dataloader.num_workers", "from 0 to", "got -1")
 
 
 # ---- the trainer

@@ -420,8 +420,8 @@ class Watch:
 
         def watched_log(logger, values, step):
             if metrics.LOSS in values and self.is_due("in a line of metrics", step):
-                logger._file.write(json.dumps({"step": step, "stage": logger.stage, **values})[:60])
-                logger._file.flush()
+                line = json.dumps({"step": step, "stage": logger.stage, **values})
+                logger._file.write(line.encode()[:60])
                 self.die()
             log(logger, values, step)
 

@@ -6,27 +6,39 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from runs import command_line, losses_of
 from torchtitan.experiments.lighthouse import launch
+from torchtitan.experiments.lighthouse.runtime import launcher as launcher_module
 from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
 
 WORKER = """
-import os, signal, sys, time
+import importlib.util, os, signal, sys, time
 from pathlib import Path
 
 rank, folder, behaviour = os.environ["RANK"], Path(sys.argv[1]), sys.argv[2:]
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 (folder / rank).write_text(" ".join(os.environ[name] for name in names))
+if "end" in behaviour:
+    spec = importlib.util.spec_from_file_location("launcher", behaviour[-1])
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    launcher.end_with_launcher()
+    (folder / "pid").write_text(str(os.getpid()))
 if "stop" in behaviour:
     time.sleep(0.5)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     time.sleep(60)
+if f"refuse{rank}" in behaviour:
+    sys.exit(2)
 if f"fail{rank}" in behaviour:
     sys.exit(3)
 if f"die{rank}" in behaviour:
     os.kill(os.getpid(), signal.SIGKILL)
+if "deaf" in behaviour:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if "wait" in behaviour:
     time.sleep(60)
 """
@@ -58,9 +70,55 @@ def test_a_failure_ends_the_others(start, behaviour, code):
     assert time.monotonic() - begin < 30
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_refusal_ends_the_others_soon(start, monkeypatch):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 1000)
+    monkeypatch.setattr(launch, "REFUSAL_SECONDS", 0.5)
+    assert start(2, "refuse0", "wait") == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_processes_end_with_a_launcher_that_is_killed(start, tmp_path):
+    launcher = os.fork()
+    if not launcher:
+        start(1, "wait", "end", launcher_module.__file__)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.02)
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    process = Path("/proc", (tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while process.exists() and " Z " not in (process / "stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_of_a_terminal_ends_all_at_once(start, tmp_path, number):
+    former = signal.signal(number, signal.SIG_DFL)
+
+    def ask_twice():
+        for rank in range(2):
+            while not (tmp_path / str(rank)).exists():
+                time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+
+    thread = threading.Thread(target=ask_twice)
+    thread.start()
+    begin = time.monotonic()
+    assert start(2, "deaf", "wait") == 128 + signal.SIGINT
+    thread.join()
+    assert time.monotonic() - begin < 30
+    assert signal.signal(number, former) == signal.SIG_DFL
+
+
+SAVING = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SAVING)
 def test_a_signal_stops_all_with_the_code_of_a_saved_run(start, tmp_path, number):
-    former = signal.getsignal(number)
+    former = signal.signal(number, signal.SIG_DFL)
 
     def ask():
         # Before the stand-ins listen: it must neither end them nor be lost.
@@ -72,7 +130,7 @@ def test_a_signal_stops_all_with_the_code_of_a_saved_run(start, tmp_path, number
     thread.start()
     assert start(2, "stop") == EXIT_CODE
     thread.join()
-    assert signal.getsignal(number) == former
+    assert signal.signal(number, former) == signal.SIG_DFL
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ Any field of the configuration can be overridden by --section.field VALUE. --job
 may take the place of FILE. --nproc-per-node is by default the number of GPUs that are visible, and
 1 without any. Started by torchrun or srun, which set WORLD_SIZE, this process is one of theirs.
 
-The exit code is 0 at the end, 75 after a signal (SIGTERM, SIGUSR1) with everything saved, 2 for a
-configuration that is refused, which is checked before any process is started, and 1 for a run that
-failed.
+The exit code is 0 at the end, 75 after a signal (SIGTERM, SIGUSR1, SIGINT, SIGHUP) with everything
+saved, 2 for a configuration that is refused, which is checked before any process is started, or
+for a dump folder that another run writes to, and 1 for a run that failed. A second SIGINT or SIGHUP
+ends the run at once.
 
 Several processes are started here and not by torchrun, because torchrun ends with 1 whatever the
-exit code of its workers is, and kills them 30 s after a signal, before a long step has ended.
+exit code of its workers is, and kills them 30 s after a signal, before a long step has ended. They
+end with this process, however it ends (`runtime/launcher.py`).
 """
 
 import os
@@ -27,7 +29,11 @@ from torchtitan.experiments.lighthouse import train
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.command_line import exit_on_value_error
-from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS
+from torchtitan.experiments.lighthouse.runtime.signals import (
+    ENDS_AT_ONCE,
+    EXIT_CODE,
+    heeded_signals,
+)
 
 NPROC = ("--nproc-per-node", "--nproc_per_node", "--nproc", "--world-size")
 """Spellings of the number of processes, torchrun's first."""
@@ -36,6 +42,9 @@ TRAINER = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train"]
 
 GRACE_SECONDS = 30.0
 """Between the failure of a process and the end of those that wait for it, as torchrun has it."""
+
+REFUSAL, REFUSAL_SECONDS = 2, 5.0
+"""The exit code of a process that refuses to start, and the grace of those that wait for it."""
 
 
 def main() -> None:
@@ -103,7 +112,13 @@ def launch(args: list[str], nproc: int) -> int:
     It is that of the first process that failed; 128 and the signal's number if one ended it.
     """
     asked, workers, port = [], [], free_port()
-    former = {number: signal.signal(number, lambda *_: asked.append(True)) for number in SIGNALS}
+
+    def arrive(number, frame) -> None:
+        asked.append(True)
+        if number in ENDS_AT_ONCE:
+            signal.signal(number, signal.default_int_handler)
+
+    former = {number: signal.signal(number, arrive) for number in heeded_signals()}
     try:
         for rank in range(nproc):
             workers.append(start(args, rank, nproc, port))
@@ -151,7 +166,8 @@ def wait(workers: list[subprocess.Popen], asked: list) -> int:
             signal_all(workers, signal.SIGTERM)
         code = code or first_failure(workers)
         if code not in (0, EXIT_CODE):
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            seconds = REFUSAL_SECONDS if code == REFUSAL else GRACE_SECONDS
+            deadline = min(deadline, time.monotonic() + seconds)
         time.sleep(0.2)
     return code or first_failure(workers)
 

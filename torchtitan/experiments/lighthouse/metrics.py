@@ -10,6 +10,7 @@ import collections
 import contextlib
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from torchtitan.experiments.lighthouse.runtime.console import (
     is_terminal,
     without_info,
 )
+from torchtitan.experiments.lighthouse.runtime.read_files import is_a, parse_json
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
@@ -124,7 +126,8 @@ class StagedLogger(BaseLogger):
     """Adds the stage, appends to `path` if there is one, and hands on to `inner`.
 
     A failure of `inner` ends neither the run nor its last checkpoint: a signal that asks the run to
-    stop may have ended the service of W&B with which it speaks.
+    stop may have ended the service of W&B with which it speaks. Nor does a full disk: lines that
+    cannot be written wait in memory, and are tried again with each further line.
     """
 
     def __init__(self, inner: BaseLogger, path: Path | None):
@@ -135,26 +138,44 @@ class StagedLogger(BaseLogger):
         """The metrics of the newest line."""
         self._last_step = None
         self._file = None
+        self._unwritten = b""
+        self._fails = False
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            is_torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-            self._file = path.open("a")
-            if is_torn:
-                self._file.write("\n")
+            self._file = path.open("ab", buffering=0)
+            if _is_torn(path):
+                self._unwritten = b"\n"
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         self.last = metrics
         if self._file is not None:
             line = {"step": step, "stage": self.stage, "phase": self.phase, **metrics}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            self._unwritten += (json.dumps(line) + "\n").encode()
+            self._write()
         marked = self._marked(metrics, step)
         self._hand_on(lambda: self.inner.log(marked, step))
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            self._write()
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
         self._hand_on(self.inner.close)
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._fails:
+                logger.warning(
+                    f"{FILE_NAME} cannot be written ({error}): its lines wait in memory, and are "
+                    "lost if the run ends before there is room"
+                )
+            self._fails = True
+        else:
+            self._fails = False
 
     def _marked(self, metrics: dict[str, Any], step: int) -> dict[str, Any]:
         # W&B has one row for a step, in which a later value takes the place of a former one. At
@@ -187,14 +208,29 @@ def read_metrics(dump_folder: str | Path, metric: str) -> list[dict[str, Any]]:
 
     Of several for a step and stage the last; a line cut short by a crash is passed over, and what
     else is no line of metrics.
+
+    Raises:
+        OSError: the file cannot be opened.
     """
     lines = {}
-    path = Path(dump_folder) / FILE_NAME
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and {"step", "stage", metric} <= line.keys():
-            lines[line["step"], line["stage"]] = line
+    with open(Path(dump_folder) / FILE_NAME, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = parse_json(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and all(
+                is_a(line.get(name), kind)
+                for name, kind in (("step", int), ("stage", int), (metric, float))
+            ):
+                lines[line["step"], line["stage"]] = line
     return [lines[key] for key in sorted(lines)]
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a file ends within a line."""
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"

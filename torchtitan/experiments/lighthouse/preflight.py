@@ -22,10 +22,10 @@ from torchtitan.experiments.lighthouse.config.rules import (
     COMPUTING_RULES,
     OPTIMIZER_RULES,
     OUTPUT_RULES,
-    STAGE2_RULES,
     TRAINING_RULES,
     check_numbers,
 )
+from torchtitan.experiments.lighthouse.config.stage2_rules import STAGE2_RULES
 from torchtitan.experiments.lighthouse.data.loaders import check_data
 from torchtitan.experiments.lighthouse.data.tokenized import check_tokenized
 from torchtitan.experiments.lighthouse.flavors import sizes_of
@@ -85,6 +85,30 @@ def _take_sizes(config: JobConfig) -> None:
             setattr(config.model.override, name, value)
 
 
+def warnings_of(config: JobConfig) -> list[str]:
+    """What a run may do, and its user has perhaps not meant; of a configuration that is right."""
+    found = []
+    steps, stage1_steps = config.training.steps, config.lighthouse.stage1_steps
+    if config.lighthouse.stage_of(steps) == 1:
+        found.append(
+            f"lighthouse.stage1_steps is {stage1_steps}, so all {steps} steps train with "
+            "Lighthouse: made dense, such a model has a clearly higher loss; to deploy it, set "
+            "lighthouse.stage1_steps below training.steps"
+        )
+    validation = config.validation
+    if validation.enable and validation.dataset != config.training.dataset:
+        found.append(
+            f"validation.dataset is {validation.dataset!r}, another corpus than is trained on, "
+            f"{config.training.dataset!r}; leave it out to validate on held-out documents of that"
+        )
+    if "dataloader" in config.checkpoint.exclude_from_loading:
+        found.append(
+            'checkpoint.exclude_from_loading = ["dataloader"] begins the data anew at every '
+            "start; remove it before the next one"
+        )
+    return found
+
+
 def _check_surroundings(config: JobConfig) -> None:
     """What a start finds around it: the folder it writes to, variables, modules."""
     check_output_folder("job.dump_folder", config.job.dump_folder)
@@ -117,7 +141,7 @@ def _check_tokenizer(config: JobConfig) -> None:
             f"model.hf_assets_path must be a folder with a tokenizer, got {str(path)!r}, which is "
             "none; correct the path, or leave the field out for the byte tokenizer"
         )
-    found = open_tokenizer("model.hf_assets_path", path)
+    found = open_tokenizer("model.hf_assets_path", path).tokenizer
     size = found.get_vocab_size()
     vocab_size = model_args(config).vocab_size
     if size > vocab_size:

@@ -7,21 +7,25 @@ rate schedule and data position with dense attention. One process does both: bet
 of stage 1 and the first of stage 2 the wrapper is taken off, and training goes on. With
 `lighthouse.stage2_seq_len` stage 2 trains on pieces of the same batches, in its last
 `lighthouse.stage2_full_steps` steps on whole sequences again. A restart loads the newest checkpoint
-and finds its phase by the step. SIGTERM and SIGUSR1 end the run after the
-step it is in, with a checkpoint and exit code 75 (`signals.py`).
+and finds its phase by the step. SIGTERM, SIGUSR1, SIGINT and SIGHUP end the run after the step it
+is in, with a checkpoint and exit code 75 (`signals.py`). One run at a time writes to a dump folder
+(`run_lock.py`).
 """
 
 import atexit
+import contextlib
 import dataclasses
 import os
 import sys
 
 import torch
+import torch.distributed as dist
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse import apply_lighthouse, selection_metrics
 from torchtitan.experiments.lighthouse.checkpoint import stage_switch
 from torchtitan.experiments.lighthouse.checkpoint.compatibility import record_of
 from torchtitan.experiments.lighthouse.checkpoint.manager import TwoStageCheckpointManager
+from torchtitan.experiments.lighthouse.checkpoint.resume import check_checkpointing, check_own_step
 from torchtitan.experiments.lighthouse.config.job_config import (
     FULL,
     LIGHTHOUSE,
@@ -39,11 +43,24 @@ from torchtitan.experiments.lighthouse.context_parallel import (
     use_shared_attention,
 )
 from torchtitan.experiments.lighthouse.metrics import FULL_LENGTH, SWITCH
-from torchtitan.experiments.lighthouse.preflight import check_config
+from torchtitan.experiments.lighthouse.preflight import check_config, warnings_of
 from torchtitan.experiments.lighthouse.runtime import cpu_device, signals
+from torchtitan.experiments.lighthouse.runtime.absent_ranks import (
+    absent_ranks,
+    announce,
+    description,
+    is_of_communication,
+)
 from torchtitan.experiments.lighthouse.runtime.console import Phase, quiet_start
 from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
+from torchtitan.experiments.lighthouse.runtime.launcher import (
+    check_environment,
+    count_of,
+    end_with_launcher,
+)
 from torchtitan.experiments.lighthouse.runtime.nonfinite import FiniteSteps
+from torchtitan.experiments.lighthouse.runtime.read_files import reason_of
+from torchtitan.experiments.lighthouse.runtime.run_lock import FolderLock
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.tools import utils
 from torchtitan.tools.logging import init_logger, logger
@@ -57,6 +74,8 @@ class TwoStageTrainer(Trainer):
 
     def __init__(self, job_config: JobConfig):
         self.interruption = signals.Interruption()
+        self.folder_lock: FolderLock | None = None
+        self._lost_folder = False
         self.exit_code = 0
         self.phase = None
         if cpu_device.device_type() == "cpu":
@@ -108,15 +127,8 @@ class TwoStageTrainer(Trainer):
             self._flops_per_token[PIECES] = dense_flops - apply_lighthouse.flops_saved_by_pieces(
                 self.model_args, training.seq_len, lighthouse.stage2_seq_len
             )
-        has_switch = 0 < lighthouse.stage1_steps < training.steps
         self._show_progress()
-        TwoStageCheckpointManager.adopt(
-            self.checkpointer,
-            switch_step=lighthouse.stage1_steps if has_switch else None,
-            record=record_of(
-                job_config, self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
-            ),
-        )
+        self._replace_checkpointer()
         self.optimizers = FiniteSteps(self)
 
     @property
@@ -140,6 +152,29 @@ class TwoStageTrainer(Trainer):
             Phase(names[phase], last, self._flops_per_token[phase])
             for phase, last in last_steps.items()
         ]
+
+    def _replace_checkpointer(self) -> None:
+        """torchtitan names the class of its own in the constructor that has just run."""
+        config = self.job_config
+        self.checkpointer.close()
+        lighthouse, dims = config.lighthouse, self.parallel_dims
+        has_switch = 0 < lighthouse.stage1_steps < config.training.steps
+        self.checkpointer = TwoStageCheckpointManager(
+            dataloader=self.dataloader,
+            model_parts=self.model_parts,
+            optimizers=self.optimizers,
+            lr_schedulers=self.lr_schedulers,
+            states={"train_state": self},
+            checkpoint_config=config.checkpoint,
+            sd_adapter=self.train_spec.state_dict_adapter(
+                self.model_args, config.model.hf_assets_path
+            ),
+            base_folder=config.job.dump_folder,
+            switch_step=lighthouse.stage1_steps if has_switch else None,
+            record=record_of(config, dims.dp_replicate * dims.dp_shard),
+            with_checksums=config.checkpoint.checksums,
+            check_step=lambda step: check_own_step(config, dist.get_world_size(), step),
+        )
 
     def batch_generator(self, data_iterable):
         try:
@@ -181,6 +216,9 @@ class TwoStageTrainer(Trainer):
         # Between two steps: after everything of the last, before the data of the next.
         if not super().should_continue_training():
             return False
+        if self.folder_lock is not None and self.folder_lock.is_gone():
+            self._lost_folder = True
+            self.interruption.ask()
         if self.interruption.is_on_any_rank(self.device):
             self._stop()
             return False
@@ -194,7 +232,16 @@ class TwoStageTrainer(Trainer):
         is_saved = self.phase is None or self.checkpointer.save_now(self.step)
         self.exit_code = signals.EXIT_CODE if is_saved else 1
         kept = "nothing is lost" if is_saved else "without checkpoints its steps are lost"
+        if is_saved and self.phase is not None and not self.checkpointer.is_good(self.step):
+            kept = f"this state does not count as good, and {self.checkpointer.last_good()}"
         logger.warning(f"Asked to stop: the run ends after step {self.step}; {kept}")
+        if self._lost_folder:
+            raise TrainingAborted(
+                f"job.dump_folder must stay where it is during a run, got "
+                f"{self.job_config.job.dump_folder!r} removed or replaced; after step {self.step}: "
+                f"{kept}; what was in it before is not",
+                of_all_ranks=False,
+            )
 
     def close(self) -> None:
         self.interruption.close()
@@ -263,44 +310,57 @@ class TwoStageTrainer(Trainer):
         self.metrics_processor.restart_clock()
 
 
-def world_size_of(name: str) -> int:
-    """The number of processes that the environment variable `name` says, 1 without it."""
-    value = os.environ.get(name, "1")
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"{name} must be the number of processes, got {value!r}; set it right")
-    return int(value)
-
-
 def main(args: list[str] | None = None) -> None:
     """Entry point. A wrong configuration ends it with one line on stderr and exit code 2."""
+    end_with_launcher()
     init_logger()
     quiet_start()
-    # Without torchrun: one process.
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "0")
-    try:
-        config = load_config(sys.argv[1:] if args is None else args)
-        # One process that plays rank 0 of NGPU has torchtitan's fake backend.
-        is_alone = config.comm.mode == "fake_backend"
-        check_config(config, world_size_of("NGPU" if is_alone else "WORLD_SIZE"))
-    except ValueError as error:
-        if os.environ["LOCAL_RANK"] == "0":
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    # torchrun would print what torchtitan writes there, tracebacks of all ranks, once more.
+    os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
+    with contextlib.ExitStack() as stack:
+        is_first = True
+        try:
+            check_environment()
+            is_first = os.environ["LOCAL_RANK"] == "0"
+            config = load_config(sys.argv[1:] if args is None else args)
+            # One process that plays rank 0 of NGPU has torchtitan's fake backend.
+            is_alone = config.comm.mode == "fake_backend"
+            world_size = count_of("NGPU" if is_alone else "WORLD_SIZE")
+            check_config(config, world_size)
+            lock = None
+            if os.environ["RANK"] == "0":
+                lock = FolderLock("job.dump_folder", config.job.dump_folder)
+                stack.enter_context(lock)
+                # Another run may have written to the folder in the meantime.
+                check_checkpointing(config, world_size, cpu_device.device_type(), is_start=True)
+                for warning in warnings_of(config):
+                    logger.warning(warning)
+        except ValueError as error:
+            if is_first:
+                print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        exit_code = run(config, lock)
+    if exit_code:
+        raise SystemExit(exit_code)
+
+
+def run(config: JobConfig, lock: FolderLock | None) -> int:
+    """Train. Returns the exit code."""
     trainer = None
     try:
         trainer = TwoStageTrainer(config)
+        trainer.folder_lock = lock
+        announce()
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(0, last_step=True)
         else:
             trainer.train()
-    except TrainingAborted as stop:
-        rank = os.environ["RANK"]
-        if rank == "0" or not stop.of_all_ranks:
-            where = "" if stop.of_all_ranks else f"rank {rank}: "
-            print(f"error: {where}{stop}", file=sys.stderr)
+    except (TrainingAborted, OSError, RuntimeError) as error:
+        message = _last_words(error, trainer)
+        if message is None:
+            raise
+        if message:
+            print(f"error: {message}", file=sys.stderr)
         # A file that could not be written cannot be closed either: from Python 3.13 on the end of
         # the process would tell that with a traceback.
         atexit.register(setattr, sys, "unraisablehook", lambda _: None)
@@ -311,8 +371,26 @@ def main(args: list[str] | None = None) -> None:
                 trainer.interruption.ignore_more()
             trainer.close()
     torch.distributed.destroy_process_group()
-    if trainer.exit_code:
-        raise SystemExit(trainer.exit_code)
+    return trainer.exit_code
+
+
+def _last_words(error: Exception, trainer: TwoStageTrainer | None) -> str | None:
+    """What this rank says of an error: "" if another rank tells it, None for one of the program."""
+    rank, step = dist.get_rank() if dist.is_initialized() else 0, getattr(trainer, "step", 0)
+    cause = error if isinstance(error, RuntimeError) else error.__cause__
+    if dist.is_initialized() and dist.get_world_size() > 1 and is_of_communication(cause):
+        absent = absent_ranks(step)
+        if absent:
+            teller = min(set(range(dist.get_world_size())) - absent.keys())
+            return description(absent, step) if rank == teller else ""
+    if isinstance(error, TrainingAborted):
+        if error.of_all_ranks and rank:
+            return ""
+        return str(error) if error.of_all_ranks else f"rank {rank}: {error}"
+    if isinstance(error, OSError):
+        good = "nothing is saved" if trainer is None else trainer.checkpointer.last_good()
+        return f"rank {rank}: {reason_of(error)} ({error.filename or 'no file'}); {good}"
+    return None
 
 
 if __name__ == "__main__":

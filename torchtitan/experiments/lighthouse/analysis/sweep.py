@@ -49,7 +49,7 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     check_output_folder,
     exit_on_value_error,
 )
-from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS
+from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, heeded_signals
 
 PAPER_GRID = {
     "scorer": ["norm", "dilated", "gla"],
@@ -237,8 +237,7 @@ class SignalForwarder:
         self.process = None
 
     def __enter__(self) -> "SignalForwarder":
-        numbers = (*SIGNALS, signal.SIGINT)
-        self._former = {number: signal.signal(number, self._arrive) for number in numbers}
+        self._former = {number: signal.signal(number, self._arrive) for number in heeded_signals()}
         return self
 
     def __exit__(self, *error) -> None:

@@ -15,6 +15,7 @@ it, is compared by the shapes of its parameters.
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from torchtitan.experiments.lighthouse.checkpoint.files import METADATA, read_me
 from torchtitan.experiments.lighthouse.config.job_config import POOL_ROTARY_BEFORE, JobConfig
 from torchtitan.experiments.lighthouse.config.model_args import model_args, model_name
 from torchtitan.experiments.lighthouse.data.manifest import tokenizer_digest
+from torchtitan.experiments.lighthouse.data.source_changes import ACCEPT_FILES
 from torchtitan.experiments.lighthouse.flavors import sizes_of
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
+from torchtitan.experiments.lighthouse.runtime.read_files import is_a, read_json
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 FILE_NAME = "trained_with.json"
@@ -41,14 +44,20 @@ OF_STAGE_1 = tuple(
 STAGE2_SEQ_LEN, STAGE2_FULL_STEPS = "lighthouse.stage2_seq_len", "lighthouse.stage2_full_steps"
 OF_STAGES = ("lighthouse.stage1_steps", *OF_STAGE_1, STAGE2_SEQ_LEN, STAGE2_FULL_STEPS)
 OF_RUN = (
-    *("training.seq_len", "training.global_batch_size"),
+    *("training.seq_len", "training.global_batch_size", "training.max_norm"),
     *(f"optimizer.{name}" for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
     *("lr_scheduler.total_steps", "lr_scheduler.warmup_steps", "lr_scheduler.decay_ratio"),
     *("lr_scheduler.decay_type", "lr_scheduler.min_lr_factor"),
     *OF_STAGES,
 )
 FIELDS = (*OF_MODEL, *OF_STATE, *OF_RUN)
+"""What is compared, by name."""
+
+ACCEPTABLE = (*FIELDS, ACCEPT_FILES)
 """What `checkpoint.accept_changes` may name."""
+
+_KINDS = {"lr_scheduler.decay_ratio": float | None, "training.max_norm": float}
+"""Types of fields that are not those of every value."""
 
 
 def record_of(config: JobConfig, data_parallel_degree: int) -> dict[str, Any]:
@@ -107,7 +116,8 @@ def check_checkpoint(
                 f"{_size_difference(path, config) or difference}; name the flavor it was trained "
                 "with, or set its sizes in [model.override]"
             )
-    was = read_record(path)
+    now = record_of(config, data_parallel_degree)
+    was = read_record(path, now)
     if was is None:
         return
     was.setdefault("lighthouse.pool_rotary", POOL_ROTARY_BEFORE)
@@ -119,7 +129,6 @@ def check_checkpoint(
         left_out = config.checkpoint.exclude_from_loading
         names += OF_STATE if "optimizer" not in left_out else ()
         names += OF_RUN if step is not None else ()
-    now = record_of(config, data_parallel_degree)
     accepted = config.checkpoint.accept_changes
     for name in names:
         is_same = name in was and was[name] == now[name] and name != STAGE2_FULL_STEPS
@@ -127,30 +136,45 @@ def check_checkpoint(
             continue
         if name in OF_STAGES and not _affects_remaining_steps(name, was, now, step):
             continue
+        field = name
+        if name == "lr_scheduler.total_steps" and config.lr_scheduler.total_steps is None:
+            field = "training.steps, which lr_scheduler.total_steps follows,"
+        elsewhere = "start another job.dump_folder, or " if step is not None else ""
         raise ValueError(
-            f"{name} must be that of {path}, {_said(name, was, now)}; "
-            f"{_set_back(name, was, now)}, or "
+            f"{field} must be that of {path}, {_said(name, was, now)}; "
+            f"{_set_back(name, was, now)}, {elsewhere}"
             f'accept the change with checkpoint.accept_changes = ["{name}"]'
         )
 
 
-def read_record(path: str | Path) -> dict[str, Any] | None:
-    """The record in the checkpoint `path`, with the sizes of `sizes_of`; None without one."""
+def read_record(path: str | Path, now: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The record in the checkpoint `path`, with the sizes of `sizes_of`; None without one.
+
+    Args:
+        now: a record whose types the fields must have.
+    """
     file = Path(path) / FILE_NAME
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
-        record = json.loads(file.read_text())
-    except ValueError as error:
+        record = read_json(file)
+        model = record.get("model.flavor", {})
+        if not is_a(model, dict):
+            raise ValueError(f"model.flavor is {repr(model)[:60]}")
+        if "multiple_of" in model:
+            # An older record holds torchtitan's arguments.
+            known = {field.name for field in dataclasses.fields(TransformerModelArgs)}
+            args = {name: value for name, value in model.items() if name in known}
+            record["model.flavor"] = sizes_of(TransformerModelArgs(**args))
+        for name in (now or {}).keys() & record.keys():
+            kinds = _KINDS.get(name, type(now[name]))
+            if not is_a(record[name], float if kinds is int else kinds):
+                raise ValueError(f"{name} is {repr(record[name])[:60]}")
+    except (TypeError, ArithmeticError, ValueError) as error:
         raise ValueError(
-            f"{file} must be JSON, got {error}; remove it to go on without comparing"
+            f"{file} must tell what the checkpoint was trained with, got {error}; remove it to go "
+            "on without comparing"
         ) from None
-    model = record.get("model.flavor", {})
-    if "multiple_of" in model:
-        # An older record holds torchtitan's arguments.
-        known = {field.name for field in dataclasses.fields(TransformerModelArgs)}
-        args = {name: value for name, value in model.items() if name in known}
-        record["model.flavor"] = sizes_of(TransformerModelArgs(**args))
     return record
 
 
@@ -171,8 +195,9 @@ def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None
     for name, shape in shapes.items():
         if name not in metadata:
             return f"{name} is not in the checkpoint"
-        if metadata[name].size != shape:
-            return f"{name} is {list(shape)} and in the checkpoint {list(metadata[name].size)}"
+        found = getattr(metadata[name], "size", ())
+        if found != shape:
+            return f"{name} is {list(shape)} and in the checkpoint {list(found)}"
     layers = {name for name in metadata if name.startswith("layers.")}
     if layers - shapes.keys():
         return f"layers are {args.n_layers}, fewer than in the checkpoint"

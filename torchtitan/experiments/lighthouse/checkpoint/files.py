@@ -9,9 +9,10 @@ else is refused. torchtitan then loads the same bytes without such limits: look 
 """
 
 import io
-import json
+import os
 import pickle
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,37 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
+from torchtitan.experiments.lighthouse.runtime.read_files import (
+    PARSE_ERRORS,
+    check_regular,
+    is_a,
+    read_bytes,
+    read_json,
+    reason_of,
+)
 
 METADATA, INDEX = ".metadata", "model.safetensors.index.json"
 """What is written last: of a distributed checkpoint, and of a model in Hugging Face's format."""
+
+DOUBTFUL = "doubtful.json"
+"""File in a checkpoint that is not to be trained on from, with the reason."""
+
+STEP = "train_state.step"
+"""The key of the step in a checkpoint of a run."""
+
+_FILES = re.compile(
+    r"\.metadata(\.tmp)?|__\d+_\d+\.distcp|(__\d+|metadata)_checksums\.(json|tmp)"
+    r"|(trained_with|doubtful)\.(json|tmp)|.*\.safetensors|.*\.safetensors\.index\.json|sharded"
+)
+"""Names of what a run writes into a checkpoint."""
 
 _METADATA_CLASSES = "torch.distributed.checkpoint.metadata"
 _NAMES = {
@@ -39,11 +67,12 @@ _NAMES = {
 
 
 def checkpoint_faults(folder: str | Path) -> dict[int, str | None]:
-    """Steps of the checkpoints in `folder`, ascending, and what is wrong with each; see `fault`."""
+    """Steps of the checkpoints in `folder`, ascending, and the `damage_reason` of each."""
     faults = {}
     folder = Path(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"step-(\d+)", path.name)
+        # Not step-007, which a run would neither write nor load.
+        match = re.fullmatch(r"step-(0|[1-9]\d{0,17})", path.name, re.ASCII)
         if match and path.is_dir():
             faults[int(match.group(1))] = damage_reason(path)
     return dict(sorted(faults.items()))
@@ -65,8 +94,16 @@ def is_whole(path: str | Path) -> bool:
 
 
 def damage_reason(path: str | Path) -> str | None:
-    """What the checkpoint in the folder `path` lacks, in words; None if it is whole."""
+    """Why the checkpoint in the folder `path` is not good, in words; None if it is.
+
+    It is good if it is whole and nothing has marked it as doubtful.
+    """
     path = Path(path)
+    if os.path.lexists(path / DOUBTFUL):
+        try:
+            return str(read_json(path / DOUBTFUL)["reason"])
+        except (ValueError, KeyError):
+            return f"{DOUBTFUL} in it cannot be read"
     try:
         if (path / METADATA).is_file():
             sizes = {}
@@ -74,24 +111,47 @@ def damage_reason(path: str | Path) -> str | None:
                 end = info.offset + info.length
                 sizes[info.relative_path] = max(end, sizes.get(info.relative_path, 0))
         elif (path / INDEX).is_file():
-            sizes = dict.fromkeys(json.loads((path / INDEX).read_text())["weight_map"].values(), 1)
+            index = read_json(path / INDEX)
+            if not is_a(index.get("weight_map"), dict[str, str]):
+                return f"{INDEX} names no files"
+            sizes = dict.fromkeys(index["weight_map"].values(), 1)
         else:
             return f"{METADATA}, which is written last, is missing"
     except ValueError as error:
         return f"its metadata cannot be read ({error})"
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        return f"its metadata cannot be read ({error!r})"
     for name, size in sorted(sizes.items()):
         if Path(name).name != name:
             return f"{name!r} does not lie in it"
         try:
-            found = (path / name).stat().st_size
-        except OSError:
+            found = check_regular(path / name).st_size
+        except (OSError, ValueError):
             # Never there, or purged while it is looked at.
             return f"{name} is missing"
         if found < size:
             return f"{name} ends after {found:,} of {size:,} bytes"
     return None
+
+
+def mark_doubtful(path: str | Path, reason: str) -> None:
+    """Let the checkpoint `path` no longer count as good."""
+    write_json(Path(path) / DOUBTFUL, {"reason": reason})
+
+
+def foreign_files(path: str | Path) -> list[str]:
+    """Names of what lies in the folder of a checkpoint and was not written by a run."""
+    return sorted(file.name for file in Path(path).iterdir() if not _FILES.fullmatch(file.name))
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, but no file that is not of it."""
+    if path.is_symlink():
+        path.unlink()
+    elif not foreign_files(path):
+        shutil.rmtree(path)
+    else:
+        for file in path.iterdir():
+            if _FILES.fullmatch(file.name):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def read_metadata(path: str | Path) -> Metadata:
@@ -101,21 +161,40 @@ def read_metadata(path: str | Path) -> Metadata:
         ValueError: they are none, or name what has no place in them.
     """
     try:
-        with (Path(path) / METADATA).open("rb") as file:
-            metadata = _Unpickler(file).load()
-    except (EOFError, pickle.UnpicklingError, AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"{METADATA}: {error!r}") from None
-    except ValueError as error:
+        metadata = _Unpickler(io.BytesIO(read_bytes(Path(path) / METADATA, 2**31))).load()
+    except Exception as error:
         if "too many values to unpack" in str(error):
             # A field more in the properties of a tensor.
             raise ValueError(
                 f"{METADATA} was written by torch 2.15 or newer, which torch {torch.__version__} "
                 "cannot read; use the torch that wrote it, or a newer one"
             ) from None
-        raise
-    if not isinstance(metadata, Metadata):
-        raise ValueError(f"{METADATA} holds {type(metadata).__name__}")
+        # Bytes that are no pickle can raise errors of any type.
+        raise ValueError(f"{METADATA}: {type(error).__name__}: {reason_of(error)}") from None
+    kinds = TensorStorageMetadata | BytesStorageMetadata
+    is_right = (
+        isinstance(metadata, Metadata)
+        and is_a(metadata.state_dict_metadata, dict[str, kinds])
+        and is_a(metadata.storage_data, dict[MetadataIndex, _StorageInfo])
+        and all(map(_is_right, metadata.storage_data.values()))
+        and all(is_a(index.fqn, str) for index in metadata.storage_data)
+        and all(
+            isinstance(kind, BytesStorageMetadata) or isinstance(kind.size, torch.Size)
+            for kind in metadata.state_dict_metadata.values()
+        )
+    )
+    if not is_right:
+        raise ValueError(f"{METADATA} does not hold what it should")
     return metadata
+
+
+def _is_right(info: _StorageInfo) -> bool:
+    """Whether attributes, which a pickle sets as it likes, have their types."""
+    values = vars(info)
+    numbers = values.get("offset"), values.get("length")
+    return isinstance(values.get("relative_path"), str) and all(
+        is_a(number, int) and 0 <= number < 2**62 for number in numbers
+    )
 
 
 class _Unpickler(pickle.Unpickler):
@@ -157,7 +236,7 @@ def check_safe(path: str | Path) -> None:
                 for info, value in sorted(found, key=lambda pair: pair[0].offset):
                     file.seek(info.offset)
                     _check_plain(file.read(info.length), value)
-    except (OSError, ValueError) as error:
+    except (OSError, *PARSE_ERRORS) as error:
         raise ValueError(
             f"the checkpoint {str(path)!r} must hold tensors and plain values alone, since loading "
             f"anything else runs code, got {error}; do not use it, or load it elsewhere and save "
@@ -183,7 +262,7 @@ class _Plain(pickle.Unpickler):
 
 def holds_training_state(path: str | Path) -> bool:
     """Whether training can go on from the whole checkpoint `path`; a model alone is not enough."""
-    return (Path(path) / METADATA).is_file() and "train_state.step" in _keys(path)
+    return (Path(path) / METADATA).is_file() and STEP in _keys(path)
 
 
 def data_parallel_degree(path: str | Path) -> int | None:
@@ -212,25 +291,39 @@ def prepared_position(path: str | Path) -> dict[str, Any] | None:
     return state["dataloader"]
 
 
-def corpus_fingerprint(path: str | Path) -> int | None:
-    """`corpora.fingerprint` of the documents that the data position in the whole, safe checkpoint
-    `path` belongs to; None where it holds none of documents."""
-    name = "dataloader.dp_rank_0"
-    if name not in _keys(path):
+def saved_step(path: str | Path) -> int | None:
+    """The step at which the whole, safe checkpoint `path` was saved; None in a model alone."""
+    value = _value(path, STEP)
+    return value if is_a(value, int) else None
+
+
+def documents_position(path: str | Path) -> dict[str, Any] | None:
+    """The data position of the first rank in a corpus of documents, as `packing.py` saves it, in
+    the whole, safe checkpoint `path`; None where it holds none."""
+    data = _value(path, "dataloader.dp_rank_0")
+    if not isinstance(data, bytes):
         return None
-    infos = read_metadata(path).storage_data
-    (info,) = (info for index, info in infos.items() if index.fqn == name)
-    with (Path(path) / info.relative_path).open("rb") as file:
-        file.seek(info.offset)
-        data = torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
     # The loader's state has that of the dataset in it, at a depth that its workers decide.
     waiting = [_Plain(io.BytesIO(data)).load()]
     while waiting:
         state = waiting.pop()
+        if not isinstance(state, dict):
+            continue
         if {"corpus", "documents"} <= state.keys():
-            return state["corpus"]
-        waiting += [value for value in state.values() if isinstance(value, dict)]
+            return state
+        waiting += state.values()
     return None
+
+
+def _value(path: str | Path, name: str) -> Any:
+    """What the whole, safe checkpoint `path` holds under a name, other than tensors, or None."""
+    if name not in _keys(path):
+        return None
+    infos = read_metadata(path).storage_data
+    info = next(info for index, info in infos.items() if index.fqn == name)
+    with (Path(path) / info.relative_path).open("rb") as file:
+        file.seek(info.offset)
+        return torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
 
 
 def _keys(path: str | Path) -> list[str]:

@@ -10,7 +10,6 @@ RoPE in every model, as Llama 3.1 does: `rope_scaling` says so.
 """
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.experiments.lighthouse.checkpoint.files import INDEX
 from torchtitan.experiments.lighthouse.flavors import sizes_of, with_sizes
+from torchtitan.experiments.lighthouse.runtime.read_files import (
+    check_regular,
+    is_a,
+    read_json,
+    reason_of,
+)
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
@@ -132,8 +137,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = read_json(path)
+    except ValueError as error:
         raise ValueError(
             f"{path} must be the configuration of a model ({error}); name a folder in the format "
             "of Hugging Face"
@@ -146,7 +151,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             )
     known = to_config(TransformerModelArgs())
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters must be an object, got {rope!r}; correct it")
     n_heads = config.get("num_attention_heads")
+    for name in ("num_attention_heads", "hidden_size"):
+        _check_kind(path, name, config.get(name), known[name])
     # transformers' own defaults, for the fields that older files leave out.
     defaults = {
         **_FIXED,
@@ -163,6 +172,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         result[name] = defaults.get(name) if value is None else value
         if result[name] is None:
             raise ValueError(f"{path}: {name} must be there, got none; complete the file")
+        _check_kind(path, name, result[name], known[name])
     if result["head_dim"] * result["num_attention_heads"] != result["hidden_size"]:
         raise ValueError(
             f"{path}: head_dim must be hidden_size/num_attention_heads, got {result['head_dim']}; "
@@ -176,7 +186,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     unscaled = {**known["rope_scaling"], "factor": 1.0}
     given = {name: rope[name] for name in unscaled if name in rope} if rope_type == "llama3" else {}
     result["rope_scaling"] = {**unscaled, **given, "rope_type": "llama3"}
+    for name, value in result["rope_scaling"].items():
+        _check_kind(path, name, value, unscaled[name])
     return result
+
+
+def _check_kind(path: Path, name: str, value: Any, like: Any) -> None:
+    """Raise ValueError unless a field is as `like`, and positive if it is a number; None passes."""
+    is_number = is_a(like, float)
+    is_right = is_a(value, type(like)) and (not is_number or 0 < value < 2**53)
+    if value is not None and not is_right:
+        kind = f"a positive {type(like).__name__}" if is_number else f"a {type(like).__name__}"
+        raise ValueError(f"{path}: {name} must be {kind}, got {repr(value)[:60]}; correct it")
 
 
 def check_flavor(folder: str | Path, args: TransformerModelArgs, flavor: str) -> None:
@@ -199,11 +220,45 @@ def check_flavor(folder: str | Path, args: TransformerModelArgs, flavor: str) ->
                 f"{name} {expected[name]}, got {str(folder)!r} with {got[name]}; set "
                 "model.hf_config to that folder, and its sizes are used"
             )
-    if not any(Path(folder).glob("*.safetensors")):
+    check_weights("checkpoint.initial_load_path", folder, args)
+
+
+def check_weights(field: str, folder: str | Path, args: TransformerModelArgs) -> None:
+    """Check that the files of weights in `folder` are whole and hold the model `args`.
+
+    Raises:
+        ValueError: a file is missing or cannot be read, or a weight has another shape.
+    """
+    from safetensors import safe_open
+
+    files, shapes = sorted(Path(folder).glob("*.safetensors")), {}
+    if not files:
         raise ValueError(
-            f"checkpoint.initial_load_path must hold weights as *.safetensors, got {str(folder)!r} "
+            f"{field} must hold weights as *.safetensors, got {str(folder)!r} "
             "without; convert or download them"
         )
+    for file in files:
+        try:
+            check_regular(file)
+            with safe_open(str(file), framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    shapes[name] = torch.Size(opened.get_slice(name).get_shape())
+        except Exception as error:
+            # That of the safetensors package is no subclass of another.
+            raise ValueError(
+                f"{field} must hold readable weights, got {str(file)!r} ({reason_of(error)}); "
+                "download it again"
+            ) from None
+    with torch.device("meta"):
+        model = Transformer(args)
+    expected = Llama3Adapter(args, None).to_hf(dict(model.named_parameters()))
+    for name, parameter in expected.items():
+        if shapes.get(name) != parameter.shape:
+            found = "none" if name not in shapes else list(shapes[name])
+            raise ValueError(
+                f"{field} must hold {name} of shape {list(parameter.shape)}, got {found} in "
+                f"{str(folder)!r}; download it again"
+            )
 
 
 def check_installed() -> None:

@@ -1,44 +1,63 @@
-"""Checkpoints of a run in two stages: torchtitan's, with seven differences.
+"""Checkpoints of a run in two stages: torchtitan's, with these differences.
 
 - One is saved at the stage switch, whatever the interval, and never purged: the last state
   trained with Lighthouse, from which a dense run can start.
-- Checkpoints count for `keep_latest_k` only if they are whole (`files.py`); torn ones
-  older than the newest whole one are removed with the old ones. The newest whole one is loaded.
+- Checkpoints count for `keep_latest_k` only if they are good (`files.py`); others older than the
+  newest good one are removed with the old ones. The newest good one is loaded.
+- One whose parameters are not sane, or that was saved while steps were left out, is marked as
+  doubtful: it is not good.
+- Checksums are saved with each and compared before it is loaded (`checksums.py`). What cannot be
+  loaded is passed over with a warning where there is an older good checkpoint.
 - One can be saved at any step, when the run is asked to stop.
 - Each says what it was trained with (`compatibility.py`).
-- A folder without a whole checkpoint stops the run: torchtitan would train from scratch.
+- A folder without a good checkpoint stops the run: torchtitan would train from scratch.
 - The hyperparameters of the optimizer are those of the configuration: torchtitan would go on with
   those that were saved, whatever the configuration says.
 - A save that fails ends the run with one line that names the last good checkpoint.
+- Files in the folder of a checkpoint that a run has not written are never removed.
 """
 
 import contextlib
-import shutil
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchtitan.components.checkpoint import LR_SCHEDULER, CheckpointManager
+from torchtitan.components.checkpoint import LR_SCHEDULER, MODEL, AsyncMode, CheckpointManager
+from torchtitan.experiments.lighthouse.checkpoint.checksums import ChecksumWriter, checksum_fault
 from torchtitan.experiments.lighthouse.checkpoint.compatibility import write_record
 from torchtitan.experiments.lighthouse.checkpoint.files import (
     check_folder,
     checkpoint_faults,
     checkpoint_steps,
+    foreign_files,
+    mark_doubtful,
+    remove_checkpoint,
     whole_steps,
 )
+from torchtitan.experiments.lighthouse.runtime.absent_ranks import is_of_communication
 from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import GarbageCollection
+
+LARGEST_SANE = 1e6
+"""Parameters beyond it are not those of a model that works: they start below 1 and stay below some
+hundreds."""
+
+DOUBT_STEPS = 10
+"""A checkpoint is doubtful if steps were left out before and after it, each within so many."""
 
 
 class TwoStageCheckpointManager(CheckpointManager):
     """See the module."""
-
-    switch_step: int | None = None
-    """Last step of stage 1, or None for a run without a switch."""
 
     saved_step: int | None = None
     """Step of the newest checkpoint of this process."""
@@ -46,20 +65,28 @@ class TwoStageCheckpointManager(CheckpointManager):
     wanted_step: int | None = None
     """A step that is saved whatever the interval."""
 
-    record: dict[str, Any] | None = None
-    """What checkpoints of this run are trained with."""
-
-    @classmethod
-    def adopt(
-        cls,
-        manager: CheckpointManager,
+    def __init__(
+        self,
+        *args,
         switch_step: int | None,
         record: dict[str, Any] | None = None,
-    ) -> None:
-        """Turn the manager that torchtitan's trainer has made into one of this class."""
-        manager.__class__ = cls
-        manager.switch_step = switch_step
-        manager.record = record
+        with_checksums: bool = True,
+        check_step: Callable[[int], None] = lambda step: None,
+        **kwargs,
+    ):
+        """
+        Args:
+            switch_step: last step of stage 1, or None for a run without a switch.
+            record: what checkpoints of this run are trained with.
+            with_checksums: whether they are written and compared.
+            check_step: raises ValueError unless the run can go on from its checkpoint of a step.
+        """
+        self.switch_step, self.record = switch_step, record
+        self._with_checksums, self._check_step = with_checksums, check_step
+        self._left_out_step: int | None = None
+        # Steps of this run that could not be loaded, though they look whole.
+        self._unloadable: set[int] = set()
+        super().__init__(*args, **kwargs)
 
     def load(self, step: int = -1) -> bool:
         if not self.enable:
@@ -67,11 +94,60 @@ class TwoStageCheckpointManager(CheckpointManager):
         check_folder(self.folder)
         schedulers = list(self.states[LR_SCHEDULER])
         configured = [_hyperparameters(scheduler.optimizer) for scheduler in schedulers]
-        is_loaded = super().load(step)
+        is_loaded = self._load_or_fall_back(step)
         if is_loaded:
             for scheduler, values in zip(schedulers, configured, strict=True):
                 _use_hyperparameters(scheduler, values)
         return is_loaded
+
+    def _load_or_fall_back(self, step: int) -> bool:
+        """Load a checkpoint; of this run's own, the newest that can be loaded."""
+        is_own = os.path.exists(self.folder)
+        is_free = is_own and step == -1
+        while True:
+            step = self._find_load_step() if is_free else step
+            path = self._create_checkpoint_id(step) if is_own else self.initial_load_path
+            is_loaded, fault = self._load_once(path, step, is_own)
+            if fault is None:
+                return is_loaded
+            self._unloadable.add(step)
+            older = self._good_steps()
+            if not is_free or not older:
+                raise TrainingAborted(
+                    f"the checkpoint {path} cannot be loaded: {fault}; restore it, or name another "
+                    "one with checkpoint.initial_load_path and another job.dump_folder"
+                )
+            logger.warning(f"{path} cannot be loaded: {fault}; an older checkpoint is tried")
+            try:
+                self._check_step(older[-1])
+            except ValueError as error:
+                raise TrainingAborted(str(error)) from None
+
+    def _load_once(self, path: str | None, step: int, is_own: bool) -> tuple[bool, str | None]:
+        """Returns whether something was loaded, and why it could not be, the same on all ranks."""
+        if path is not None and self._with_checksums:
+            fault = checksum_fault(path, dist.get_rank(), dist.get_world_size())
+            fault = _first_of_all_ranks(fault)
+            if fault is not None:
+                if is_own and dist.get_rank() == 0:
+                    with contextlib.suppress(OSError):
+                        mark_doubtful(path, fault)
+                return False, fault
+        is_loaded, fault = False, None
+        try:
+            is_loaded = super().load(step)
+        except (Exception, CheckpointException) as error:
+            if isinstance(error, torch.OutOfMemoryError) or is_of_communication(error):
+                raise
+            fault = _reason(error)
+        return is_loaded, _first_of_all_ranks(fault)
+
+    def is_good(self, step: int) -> bool:
+        """Whether there is a good checkpoint of a step."""
+        return self.enable and step in self._good_steps()
+
+    def _good_steps(self) -> list[int]:
+        return [step for step in whole_steps(self.folder) if step not in self._unloadable]
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         if not self._should_save(curr_step, last_step):
@@ -79,18 +155,79 @@ class TwoStageCheckpointManager(CheckpointManager):
         with self._loudly(f"the checkpoint of step {curr_step}"):
             # The save before, if it still goes on, belongs to another folder.
             self._async_wait()
-            if torch.distributed.get_rank() == 0:
-                self._prepare_folder(Path(self._create_checkpoint_id(curr_step)))
-            torch.distributed.barrier()
+            doubt = self._doubt(curr_step)
+            if dist.get_rank() == 0:
+                self._prepare_folder(Path(self._create_checkpoint_id(curr_step)), doubt)
+            dist.barrier()
             super().save(curr_step, last_step)
         self.saved_step = curr_step
+        self._unloadable.discard(curr_step)
 
-    def _prepare_folder(self, path: Path) -> None:
+    def _prepare_folder(self, path: Path, doubt: str | None = None) -> None:
         """Make the folder of a checkpoint anew: of one that was torn no file may count as new."""
-        if path.exists():
-            shutil.rmtree(path)
+        if os.path.lexists(path):
+            remove_checkpoint(path)
         if self.record is not None:
             write_record(path, self.record)
+        if doubt is not None:
+            path.mkdir(parents=True, exist_ok=True)
+            mark_doubtful(path, doubt)
+            logger.warning(f"{path} does not count as good: {doubt}")
+
+    def _doubt(self, step: int) -> str | None:
+        """Why a checkpoint of the state as it is now is not good; the same on all ranks."""
+        largest = largest_parameter(self.states[MODEL].model)
+        if not largest <= LARGEST_SANE:
+            return f"its largest parameter is {largest:.3g}"
+        if step == self._left_out_step:
+            return f"step {step} was left out of training"
+        return None
+
+    def note_left_out(self, step: int) -> None:
+        """Take note of a step that was left out of training, the same on all ranks.
+
+        A checkpoint that was saved between two such steps is marked.
+        """
+        before, saved = self._left_out_step, self.saved_step
+        self._left_out_step = step
+        if not self.enable or None in (before, saved):
+            return
+        if saved - DOUBT_STEPS < before <= saved < step <= saved + DOUBT_STEPS:
+            doubt = f"it was saved between the steps {before} and {step}, which were left out"
+            # An asynchronous save may still be writing, to files of other names.
+            if dist.get_rank() == 0:
+                mark_doubtful(self._create_checkpoint_id(saved), doubt)
+
+    def dcp_save(
+        self,
+        state_dict: dict[str, Any],
+        checkpoint_id: str,
+        async_mode: AsyncMode,
+        enable_garbage_collection: bool = False,
+        to_hf: bool = False,
+    ) -> Any:
+        if to_hf or not self._with_checksums:
+            return super().dcp_save(
+                state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf
+            )
+        writer = ChecksumWriter(checkpoint_id)
+        if async_mode == AsyncMode.DISABLED:
+            result = dcp.save(state_dict, storage_writer=writer)
+        else:
+            is_pinned = async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM
+            in_process = {
+                "async_checkpointer_type": AsyncCheckpointerType.PROCESS,
+                "async_stager": self.stager,
+            }
+            result = dcp.async_save(
+                state_dict,
+                storage_writer=writer,
+                process_group=self.pg,
+                **(in_process if is_pinned else {}),
+            )
+        if enable_garbage_collection:
+            GarbageCollection.collect("after a checkpoint")
+        return result
 
     @contextlib.contextmanager
     def _loudly(self, what: str) -> Iterator[None]:
@@ -107,10 +244,10 @@ class TwoStageCheckpointManager(CheckpointManager):
         """The newest whole checkpoint, as part of a sentence."""
         if not self.enable:
             return "nothing is saved"
-        whole = whole_steps(self.folder)
-        if not whole:
+        good = self._good_steps()
+        if not good:
             return "there is no good checkpoint"
-        return f"the last good checkpoint is {self._create_checkpoint_id(whole[-1])}"
+        return f"the last good checkpoint is {self._create_checkpoint_id(good[-1])}"
 
     def _async_wait(self) -> None:
         with self._loudly("a checkpoint"):
@@ -120,9 +257,9 @@ class TwoStageCheckpointManager(CheckpointManager):
         if folder:
             return super()._find_load_step(folder)
         faults = checkpoint_faults(self.folder)
-        newest = max((step for step, fault in faults.items() if fault is None), default=-1)
+        newest = max(self._good_steps(), default=-1)
         for step, fault in faults.items():
-            if step > newest:
+            if step > newest and fault is not None:
                 logger.warning(
                     f"{self._create_checkpoint_id(step)} is torn: {fault}; going on from "
                     f"{self._create_checkpoint_id(newest)}, the newest whole checkpoint"
@@ -150,15 +287,41 @@ class TwoStageCheckpointManager(CheckpointManager):
         )
 
     def _purge_stale_checkpoints(self) -> None:
-        if self.keep_latest_k <= 0 or torch.distributed.get_rank() != 0:
+        if self.keep_latest_k <= 0 or dist.get_rank() != 0:
             return
-        steps = checkpoint_steps(self.folder)
-        whole = [step for step, is_whole in steps.items() if is_whole]
-        kept = {*whole[-self.keep_latest_k :], self.switch_step}
-        newest = max(whole, default=-1)
-        for step in steps:
+        good = self._good_steps()
+        kept = {*good[-self.keep_latest_k :], self.switch_step}
+        newest = max(good, default=-1)
+        for step in checkpoint_steps(self.folder):
             if step not in kept and step < newest:
-                self.purge_queue.put(self._create_checkpoint_id(step))
+                self._purge(Path(self._create_checkpoint_id(step)))
+
+    def _purge(self, path: Path) -> None:
+        if not foreign_files(path):
+            self.purge_queue.put(str(path))
+            return
+        logger.warning(f"{path} is purged, but for files that no run has written")
+        remove_checkpoint(path)
+
+
+def largest_parameter(model_parts: list[torch.nn.Module]) -> float:
+    """The largest parameter of all ranks, without its sign; infinite where one is not a number."""
+    parameters = [p.detach() for part in model_parts for p in part.parameters()]
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    norms = torch._foreach_norm([p for p in local if p.numel()], float("inf"))
+    largest = torch.stack([norm.float() for norm in norms]).max().nan_to_num(nan=float("inf"))
+    if dist.get_world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def _first_of_all_ranks(fault: str | None) -> str | None:
+    """The fault of the first rank that has one, the same on all ranks."""
+    faults = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    if len(faults) == 1:
+        return fault
+    return next((f"rank {rank}: {f}" for rank, f in enumerate(faults) if f is not None), None)
 
 
 def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -6,16 +6,22 @@ from pathlib import Path
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
-from torchtitan.experiments.lighthouse.checkpoint.compatibility import FIELDS, check_checkpoint
+from torchtitan.experiments.lighthouse.checkpoint.checksums import checksum_fault
+from torchtitan.experiments.lighthouse.checkpoint.compatibility import (
+    ACCEPTABLE,
+    check_checkpoint,
+)
 from torchtitan.experiments.lighthouse.checkpoint.files import (
     check_folder,
     check_safe,
-    corpus_fingerprint,
+    checkpoint_faults,
     damage_reason,
     data_parallel_degree,
+    documents_position,
     holds_training_state,
     is_whole,
     prepared_position,
+    saved_step,
     whole_steps,
 )
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
@@ -28,7 +34,8 @@ from torchtitan.experiments.lighthouse.config.rule_helpers import (
     unset,
 )
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS
-from torchtitan.experiments.lighthouse.data.documents import fingerprint
+from torchtitan.experiments.lighthouse.data.documents import open_documents
+from torchtitan.experiments.lighthouse.data.source_changes import ACCEPT_FILES
 from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataset
 from torchtitan.experiments.lighthouse.metrics import FILE_NAME as METRICS
 from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
@@ -36,6 +43,9 @@ from torchtitan.models.llama3 import Transformer
 
 TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """What a checkpoint holds beside the model, by torchtitan's names."""
+
+
+BEGIN_DATA_ANEW = 'begin the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
 
 
 def saves(config: JobConfig, device_type: str) -> bool:
@@ -86,12 +96,12 @@ CHECKPOINT_RULES = [
         "set it to false",
         applies=ends_in_stage_1,
     ),
-    one_of("checkpoint.accept_changes", list(FIELDS), applies=saves),
+    one_of("checkpoint.accept_changes", list(ACCEPTABLE), applies=saves),
     one_of("checkpoint.exclude_from_loading", sorted({*TRAINING_STATE, "model"}), applies=saves),
     Rule(
         "checkpoint.exclude_from_loading",
-        lambda x, _: x not in TRAINING_STATE,
-        "without the training state in a run of two stages",
+        lambda x, _: x not in TRAINING_STATE - {"dataloader"},
+        "without the training state, but for dataloader, in a run of two stages",
         "remove it",
         applies=has_two_stages,
     ),
@@ -103,8 +113,10 @@ def check_checkpointing(
     config: JobConfig, world_size: int, device_type: str, is_start: bool
 ) -> None:
     """Check the fields of checkpoints and, for a run that starts, what is on disk."""
+    if is_start and not config.checkpoint.enable:
+        _check_not_superseded(config)
     check_values(CHECKPOINT_RULES, config, device_type)
-    if config.checkpoint.enable and is_start:
+    if is_start and config.checkpoint.enable:
         _check_start(config, world_size)
 
 
@@ -123,10 +135,7 @@ def _check_start(config: JobConfig, world_size: int) -> None:
     initial = checkpoint.initial_load_path
     if initial is None and checkpoint.initial_load_in_hf:
         initial = config.model.hf_assets_path
-    parallelism = config.parallelism
-    degree = world_size // (
-        parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
-    )
+    degree = _data_parallel_degree(config, world_size)
     if folder.exists():
         whole = whole_steps(folder)
         newest = whole[-1]
@@ -137,17 +146,19 @@ def _check_start(config: JobConfig, world_size: int) -> None:
                 f"saved before that would be purged first, got {step}; move newer ones away, or "
                 "start another job.dump_folder with checkpoint.initial_load_path"
             )
-        # Of a seed checkpoint, step 0, the model alone is loaded.
-        _check_load(config, folder / f"step-{step}", degree, step or None, model_only=not step)
+        older = [] if checkpoint.load_step != -1 else [s for s in whole if s < step]
+        _check_own_steps(config, world_size, [*older, step])
         _check_space(config, folder, len(whole))
         return
     _check_space(config, folder, 0)
     if initial is None:
         return
-    if not Path(initial).is_dir():
+    steps = whole_steps(initial) or whole_steps(Path(initial) / "checkpoint")
+    if not Path(initial).is_dir() or steps:
+        remedy = f"name {' or '.join(f'step-{step}' for step in steps)} in it"
         raise ValueError(
             "checkpoint.initial_load_path must be the folder of a checkpoint, step number "
-            f"included, got {initial!r}, which is none; correct the path"
+            f"included, got {initial!r}, which is none; {remedy if steps else 'correct the path'}"
         )
     if checkpoint.initial_load_in_hf:
         hf_llama.check_flavor(initial, model_args(config), model_name(config))
@@ -158,6 +169,56 @@ def _check_start(config: JobConfig, world_size: int) -> None:
             "name an older one"
         )
     _check_load(config, Path(initial), degree, None, checkpoint.initial_load_model_only)
+
+
+def _check_own_steps(config: JobConfig, world_size: int, steps: list[int]) -> None:
+    """Check the newest of the run's own checkpoints that is as it was written.
+
+    Others are passed over here as they are when a checkpoint is loaded.
+    """
+    while True:
+        step = steps.pop()
+        try:
+            return check_own_step(config, world_size, step)
+        except ValueError:
+            if not steps or checksum_fault(_own_path(config, step)) is None:
+                raise
+
+
+def check_own_step(config: JobConfig, world_size: int, step: int) -> None:
+    """Check that the run can go on from its own whole checkpoint of `step`.
+
+    Raises:
+        ValueError: in one line, what speaks against it.
+    """
+    path = _own_path(config, step)
+    # Of a seed checkpoint, step 0, the model alone is loaded.
+    degree = _data_parallel_degree(config, world_size)
+    _check_load(config, path, degree, step or None, model_only=not step)
+
+
+def _own_path(config: JobConfig, step: int) -> Path:
+    return Path(config.job.dump_folder) / config.checkpoint.folder / f"step-{step}"
+
+
+def _data_parallel_degree(config: JobConfig, world_size: int) -> int:
+    parallelism = config.parallelism
+    return world_size // (parallelism.context_parallel_degree * parallelism.tensor_parallel_degree)
+
+
+def _check_not_superseded(config: JobConfig) -> None:
+    """A run that saves nothing would begin at step 0, and its metrics count for those of a run
+    whose checkpoints stay."""
+    dump_folder = Path(config.job.dump_folder)
+    if not (dump_folder / METRICS).is_file():
+        return
+    for folder in sorted(dump_folder.iterdir()):
+        if folder.is_dir() and (steps := checkpoint_faults(folder)):
+            raise ValueError(
+                f"checkpoint.enable must be true in the folder of a run that was saved, got false "
+                f"for {str(dump_folder)!r} with {folder.name}/step-{max(steps)}, whose metrics "
+                "would be superseded; set it to true to go on, or name another job.dump_folder"
+            )
 
 
 def _check_not_lost(config: JobConfig, folder: Path) -> None:
@@ -215,6 +276,12 @@ def _check_load(
         model_only: whether the parameters alone are loaded.
     """
     check_safe(path)
+    found = saved_step(path)
+    if step is not None and found not in (None, step):
+        raise ValueError(
+            f"the checkpoint {str(path)!r} must be of the step in its name, got one of step "
+            f"{found}; give it its name step-{found} back, or move it away"
+        )
     if not model_only and not holds_training_state(path):
         raise ValueError(
             f"the checkpoint {str(path)!r} must hold the state of training to go on from it, got "
@@ -238,11 +305,14 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
         rule = "a corpus of documents" if is_tokenized else "'tokenized'"
         raise ValueError(
             f"training.dataset must be {rule} to go on at the data position of {path}, got "
-            f"{training.dataset!r}; set it back, or begin the data anew with "
-            'checkpoint.exclude_from_loading = ["dataloader"]'
+            f"{training.dataset!r}; set it back, or {BEGIN_DATA_ANEW}"
         )
+    accepts_changes = ACCEPT_FILES in config.checkpoint.accept_changes
     if position is not None:
-        TokenizedDataset(training.dataset_path, training.seq_len).load_state_dict(position)
+        dataset = TokenizedDataset(
+            training.dataset_path, training.seq_len, accepts_changes=accepts_changes
+        )
+        dataset.load_state_dict(position)
         return
     if saved not in (None, degree):
         parallelism = config.parallelism
@@ -251,16 +321,12 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
             f"the data-parallel degree must be that of {path}, {saved}, to go on at its data "
             f"position, got {degree}: {degree * model_parallel} processes over context times "
             f"tensor parallel {model_parallel}; start {saved * model_parallel} processes or change "
-            "those degrees, or begin the data anew with "
-            'checkpoint.exclude_from_loading = ["dataloader"]'
+            f"those degrees, or {BEGIN_DATA_ANEW}"
         )
     # That of the hub is not asked before the run starts.
-    found = None if DATASETS[training.dataset].reader == "hub" else corpus_fingerprint(path)
-    if found is not None and found != fingerprint(
-        training.dataset, training.dataset_path, text_field=training.text_field
-    ):
-        raise ValueError(
-            f"training.dataset must be the corpus of the data position of {path}, got "
-            f"{training.dataset!r} with other documents; restore them, or begin the data anew with "
-            'checkpoint.exclude_from_loading = ["dataloader"]'
+    is_here = DATASETS[training.dataset].reader != "hub"
+    if is_here and (state := documents_position(path)) is not None:
+        documents = open_documents(
+            training.dataset, training.dataset_path, "train", 0, 1, training.text_field
         )
+        documents.check_position(state, accepts_changes)

@@ -8,7 +8,6 @@ on from pieces to whole sequences, the same facts of that change stand under `fu
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torchtitan.experiments.lighthouse.config.job_config import PIECES
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
+from torchtitan.experiments.lighthouse.runtime.read_files import read_json
+from torchtitan.tools.logging import logger
 
 FILE_NAME = "handover.json"
 
@@ -65,19 +66,24 @@ def data_positions(trainer) -> list[Any]:
 
 
 def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
-    """Write the record on rank 0, whole or not at all."""
+    """Write the record on rank 0, whole or not at all.
+
+    The run does not need it: where it cannot be written, a warning says so.
+    """
     path = Path(dump_folder) / FILE_NAME
     if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if record["from"] == PIECES:
-            record = {**_read_record(path), "full_length": record}
-        write_json(path, record)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if record["from"] == PIECES:
+                record = {**_read_record(path), "full_length": record}
+            write_json(path, record)
+        except OSError as error:
+            logger.warning(f"{path} could not be written ({error}); training goes on")
     return path
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     """The record of the stage switch; empty for a run without one, or a file of something else."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else {}
+    with contextlib.suppress(ValueError):
+        return read_json(path)
     return {}

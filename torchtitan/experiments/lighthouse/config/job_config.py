@@ -166,7 +166,8 @@ class Training(titan.Training):
 
 @dataclass
 class Validation(titan.Validation):
-    dataset: str = "python_stdlib"
+    dataset: str | None = None
+    """Of the held-out text; by default the corpus, and the path, that is trained on."""
 
     text_field: str = "text"
     """The key of JSON lines, or the column of Parquet tables, that holds the text."""
@@ -184,6 +185,9 @@ class Checkpoint(titan.Checkpoint):
     # A checkpoint without its optimizer cannot go on in stage 2.
     last_save_model_only: bool = False
     initial_load_model_only: bool = False
+
+    checksums: bool = True
+    """Save checksums with each checkpoint, and compare them before it is loaded."""
 
     accept_changes: list[str] = field(default_factory=list)
     """Fields that may differ from those a checkpoint was trained with when a run goes on from it,

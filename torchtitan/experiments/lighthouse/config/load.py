@@ -7,14 +7,12 @@ import contextlib
 import io
 import re
 from dataclasses import fields, is_dataclass
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-import tomli
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.rule_helpers import check_choice, did_you_mean, leaves
+from torchtitan.experiments.lighthouse.runtime.read_files import is_a, read_toml
 from torchtitan.tools.logging import logger
 
 _NO_CUSTOM_CONFIG = (
@@ -32,6 +30,11 @@ def load_config(args: list[str]) -> JobConfig:
         ValueError: a file, a section, a field or a type that is wrong.
         SystemExit: after `--help`.
     """
+    if not args:
+        raise ValueError(
+            "command line: --job.config_file must name a TOML file, got no arguments; "
+            "train_configs/debug.toml is a small one, --help lists all fields"
+        )
     _check_flags(args)
     path = _flag_value(args, "--job.config_file")
     if path is not None:
@@ -59,7 +62,7 @@ def load_config(args: list[str]) -> JobConfig:
         _, *parts = re.split(r" ?-{10,} ?", words)
         raise ValueError(f"command line: {parts[0] if parts else words}; see --help") from None
     _rename_old_values(config)
-    return config
+    return _follow_training(config)
 
 
 def _rename_old_values(config: JobConfig) -> None:
@@ -70,6 +73,17 @@ def _rename_old_values(config: JobConfig) -> None:
             section.dataset = new
 
 
+def _follow_training(config: JobConfig) -> JobConfig:
+    """Validate on the corpus that is trained on, unless another one is named."""
+    training, validation = config.training, config.validation
+    if validation.dataset is None:
+        validation.dataset = training.dataset
+        validation.text_field = training.text_field
+        if validation.dataset_path is None:
+            validation.dataset_path = training.dataset_path
+    return config
+
+
 def _check_flags(args: list[str]) -> None:
     known = {"--help"}
     for name, annotation in leaves(JobConfig):
@@ -77,12 +91,44 @@ def _check_flags(args: list[str]) -> None:
         known.add(f"--{name}")
         if annotation is bool:
             known.add(f"--{section}.no_{leaf}")
-    for arg in args:
+    annotations = dict(leaves(JobConfig))
+    for arg, following in zip(args, [*args[1:], "--"], strict=False):
         flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if arg.startswith("--") and flag not in known:
             raise ValueError(
-                f"command line: {arg.split('=')[0]} is not a field; {did_you_mean(flag, known)}"
+                f"command line: {arg.split('=')[0]} is not a field; "
+                f"{_elsewhere(flag, '--') or did_you_mean(flag, known)}"
             )
+        if arg.startswith("--"):
+            value = arg.partition("=")[2] or ("" if following.startswith("--") else following)
+            _check_value(flag.removeprefix("--"), value, annotations)
+
+
+def _check_value(name: str, value: str, annotations: dict[str, Any]) -> None:
+    """Say how a switch and a list are written where the parser would say what it does not know."""
+    annotation = annotations.get(name)
+    if annotation is bool and value.lower() in ("true", "false", "1", "0", "yes", "no"):
+        section, _, leaf = name.rpartition(".")
+        raise ValueError(
+            f"command line: --{name} must stand without a value, got {value!r}; write --{name} for "
+            f"true, or --{section}.no_{leaf} for false"
+        )
+    if annotation == list[int] and re.search(r"[\[\],]", value):
+        items = " ".join(re.findall(r"-?\w+", value))
+        raise ValueError(
+            f"command line: --{name} must be numbers with spaces between, got {value!r}; write "
+            f"--{name} {items}"
+        )
+
+
+def _elsewhere(name: str, prefix: str = "") -> str | None:
+    """Where a field stands that is in the wrong section, or in none."""
+    section, _, leaf = name.removeprefix(prefix).rpartition(".")
+    fields = [field for field, _ in leaves(JobConfig)]
+    if section and not any(field.startswith(f"{section}.") for field in fields):
+        return None
+    names = [field for field in fields if field.rpartition(".")[2] == leaf]
+    return f"did you mean {' or '.join(prefix + name for name in names)}?" if names else None
 
 
 def _flag_value(args: list[str], flag: str) -> str | None:
@@ -104,21 +150,12 @@ def _flag_value(args: list[str], flag: str) -> str | None:
 
 
 def _check_toml(path: str) -> None:
-    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
-        # Read twice, here and by torchtitan, and a pipe is empty then.
-        raise ValueError(
-            f"job.config_file must be a regular file, got {path!r}, which is a pipe or a device; "
-            "write it to a file"
-        )
+    # Read twice, here and by torchtitan: a pipe would be empty then.
     try:
-        values = tomli.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = read_toml(path)
+    except ValueError as error:
         raise ValueError(
-            f"job.config_file must be a readable file, got {path!r} ({error}); correct the path"
-        ) from None
-    except tomli.TOMLDecodeError as error:
-        raise ValueError(
-            f"job.config_file must be valid TOML, got {path!r} ({error}); correct the line"
+            f"job.config_file must be a readable TOML file, got {error}; correct the file or path"
         ) from None
     if not values:
         raise ValueError(
@@ -133,32 +170,18 @@ def _check_section(prefix: str, values: dict[str, Any], section: type, path: str
     for key, value in values.items():
         name = prefix + key
         if key not in known:
-            raise ValueError(f"{path}: {name} is not a field; {did_you_mean(key, known)}")
+            remedy = _elsewhere(name) or did_you_mean(key, known)
+            raise ValueError(f"{path}: {name} is not a field; {remedy}")
         if is_dataclass(known[key]):
             if not isinstance(value, dict):
                 raise ValueError(f"{path}: {name} must be a section, got {value!r}; write [{name}]")
             _check_section(f"{name}.", value, known[key], path)
-        elif not _is_a(value, known[key]):
+        elif not is_a(value, known[key]):
             if get_origin(known[key]) is Literal:
                 check_choice(f"{path}: {name}", value, list(get_args(known[key])))
             is_class = isinstance(known[key], type) and get_origin(known[key]) is None
             expected = known[key].__name__ if is_class else str(known[key])
-            raise ValueError(f"{path}: {name} must be {expected}, got {value!r}; change its type")
-
-
-def _is_a(value: Any, annotation: Any) -> bool:
-    """Whether a TOML value fits the annotation of a field."""
-    origin, options = get_origin(annotation), get_args(annotation)
-    if origin in (Union, UnionType):
-        return any(_is_a(value, option) for option in options)
-    if origin is Literal:
-        return value in options
-    if origin is list:
-        return isinstance(value, list) and all(_is_a(item, options[0]) for item in value)
-    if annotation is NoneType:
-        return value is None
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
+            remedy = "change its type"
+            if known[key] is int and isinstance(value, float) and value.is_integer():
+                remedy = f"write {value:.0f}"
+            raise ValueError(f"{path}: {name} must be {expected}, got {value!r}; {remedy}")

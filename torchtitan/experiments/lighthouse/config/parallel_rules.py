@@ -7,7 +7,13 @@ from dataclasses import replace
 
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.model_args import model_args, model_name
-from torchtitan.experiments.lighthouse.config.rule_helpers import Rule, at_least, one_of, unset
+from torchtitan.experiments.lighthouse.config.rule_helpers import (
+    Rule,
+    at_least,
+    one_of,
+    require,
+    unset,
+)
 
 from lighthouse import LighthouseConfig
 from lighthouse.config import SELECTED_PER_STRATUM, nearest_multiple
@@ -225,6 +231,16 @@ def check_attention(config: JobConfig) -> None:
         ValueError: the first rule that is broken.
     """
     lighthouse = config.lighthouse
+    n_layers = num_layers(config)
+    require(
+        len({layer % n_layers for layer in lighthouse.full_attn_layers}) < n_layers
+        or lighthouse.stage1_steps == 0,
+        "lighthouse.full_attn_layers",
+        f"fewer than all {n_layers} layers of {model_name(config)}: nothing would be trained with "
+        "Lighthouse",
+        lighthouse.full_attn_layers,
+        "leave some out, or set lighthouse.stage1_steps to 0 for a dense run",
+    )
     degree = config.parallelism.context_parallel_degree
     num_chunks = degree * CHUNKS_PER_RANK[lighthouse.context_parallel] if degree > 1 else 1
     # torchtitan asks for the factor of two, in training, whatever the scheme and the degrees.

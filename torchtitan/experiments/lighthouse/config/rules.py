@@ -29,6 +29,15 @@ from torchtitan.experiments.lighthouse.flavors import FLAVORS, MODEL_NAME
 
 from lighthouse.sdpa import LONGEST_EFFICIENT
 
+MOST_TOKENS = 2**31
+"""Of a micro-batch on one rank: no accelerator holds more."""
+
+LARGEST_FACTOR = 1000
+"""Of a learning rate, eps or weight decay: no optimizer trains with more."""
+
+RUN_FILES = ("metrics.jsonl", "handover.json", "config.json", ".lock")
+"""Files of a run in its dump folder, which no folder of its may take the name of."""
+
 
 def validates(config: JobConfig, device_type: str) -> bool:
     return config.validation.enable
@@ -87,7 +96,15 @@ TRAINING_RULES = [
     at_least("training.steps", 1),
     at_least("training.local_batch_size", 1),
     at_least("training.seq_len", 1),
+    Rule(
+        "training.local_batch_size",
+        lambda x, config: x * config.training.seq_len < MOST_TOKENS,
+        lambda config: f"less than {MOST_TOKENS // config.training.seq_len} at this seq_len",
+        "lower it; training.global_batch_size may be larger",
+        applies=lambda config, _: config.training.seq_len < MOST_TOKENS,
+    ),
     at_least("training.loss_chunk_size", 0),
+    at_least("training.max_skipped_steps", 0),
     Rule(
         "training.mixed_precision_param",
         lambda x, config: x != "float32" or config.training.seq_len <= LONGEST_EFFICIENT,
@@ -129,14 +146,14 @@ OPTIMIZER_RULES = [
     one_of("optimizer.name", ["Adam", "AdamW"]),
     Rule(
         "optimizer.lr",
-        lambda x, _: 0 < x < math.inf,
-        "a finite number above 0",
+        lambda x, _: 0 < x <= LARGEST_FACTOR,
+        f"a finite number above 0 and at most {LARGEST_FACTOR:g}",
         "1e-3 is common",
     ),
     Rule(
         "optimizer.eps",
-        lambda x, _: 0 < x < math.inf,
-        "a finite number above 0",
+        lambda x, _: 0 < x <= LARGEST_FACTOR,
+        f"a finite number above 0 and at most {LARGEST_FACTOR:g}",
         "1e-8 is common",
     ),
     Rule(
@@ -153,8 +170,8 @@ OPTIMIZER_RULES = [
     ),
     Rule(
         "optimizer.weight_decay",
-        lambda x, _: 0 <= x < math.inf,
-        "a finite number of at least 0",
+        lambda x, _: 0 <= x <= LARGEST_FACTOR,
+        f"a finite number of at least 0 and at most {LARGEST_FACTOR:g}",
         "0.1 is common",
     ),
     unset(
@@ -287,6 +304,21 @@ OUTPUT_RULES = [
             "profiling.save_traces_folder",
         )
     ),
+    *(
+        Rule(
+            field,
+            lambda x, _: x is None or os.path.normpath(x).split(os.sep)[0] not in RUN_FILES,
+            f"another name than {', '.join(RUN_FILES)}, which are files of the run",
+            "name another folder",
+        )
+        for field in (
+            "checkpoint.folder",
+            "comm.save_traces_folder",
+            "metrics.save_tb_folder",
+            "profiling.save_memory_snapshot_folder",
+            "profiling.save_traces_folder",
+        )
+    ),
     at_least(
         "profiling.profile_freq",
         1,
@@ -344,73 +376,6 @@ OUTPUT_RULES = [
     ),
 ]
 """Where a run writes, what it records beside its metrics, and how its processes talk."""
-
-
-def has_whole_pieces(length: int, config: JobConfig) -> bool:
-    """Whether a batch can be cut into pieces of `length`, the same number of them on each rank."""
-    training, parallelism = config.training, config.parallelism
-    if length in (0, training.seq_len):
-        return True
-    if length < 0 or training.seq_len % length or length % parallelism.tensor_parallel_degree:
-        return False
-    num_pieces = training.local_batch_size * training.seq_len // length
-    return num_pieces % parallelism.context_parallel_degree == 0
-
-
-def nearest_lengths(length: int, config: JobConfig) -> str:
-    """The legal lengths of a piece on both sides of one that is not."""
-    seq_len = config.training.seq_len
-    # Divisors come in pairs. The bound is for lengths that no machine holds.
-    small = [n for n in range(1, min(math.isqrt(seq_len), 2**20) + 1) if seq_len % n == 0]
-    legal = {n for d in small for n in (d, seq_len // d) if has_whole_pieces(n, config)}
-    below = max((n for n in legal if n < length), default=None)
-    above = min((n for n in legal if n > length), default=None)
-    return " or ".join(str(n) for n in (below, above) if n is not None)
-
-
-def rule_of_pieces(config: JobConfig) -> str:
-    rule = f"0 or a divisor of training.seq_len, {config.training.seq_len}"
-    tensor_parallel = config.parallelism.tensor_parallel_degree
-    if tensor_parallel > 1:
-        rule += f", and a multiple of the tensor-parallel degree, {tensor_parallel}"
-    if (degree := config.parallelism.context_parallel_degree) > 1:
-        batch_size = config.training.local_batch_size
-        rule += (
-            f", that cuts a batch of {batch_size} into whole pieces for {degree} context-parallel "
-            "ranks, the same number each"
-        )
-    return rule
-
-
-def stage2_steps(config: JobConfig) -> int:
-    stage1_steps = config.lighthouse.stage1_steps
-    return 0 if stage1_steps == -1 else config.training.steps - stage1_steps
-
-
-STAGE2_RULES = [
-    Rule(
-        "lighthouse.stage2_seq_len",
-        has_whole_pieces,
-        rule_of_pieces,
-        lambda x, config: f"nearest: {nearest_lengths(x, config)}",
-    ),
-    Rule(
-        "lighthouse.stage2_full_steps",
-        lambda x, config: x == 0 or config.has_pieces,
-        lambda config: (
-            "0 unless lighthouse.stage2_seq_len is a part of training.seq_len, "
-            f"{config.training.seq_len}"
-        ),
-        "set it to 0, or set lighthouse.stage2_seq_len",
-    ),
-    Rule(
-        "lighthouse.stage2_full_steps",
-        lambda x, config: 0 <= x <= stage2_steps(config),
-        lambda config: f"from 0 to the steps of stage 2, {stage2_steps(config)}",
-        lambda x, config: f"use {max(0, min(x, stage2_steps(config)))}",
-    ),
-]
-"""Stage 2 in pieces. The other fields that these rules look at are checked before."""
 
 
 class _Digits(int):

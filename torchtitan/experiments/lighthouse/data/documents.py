@@ -23,7 +23,11 @@ from torchtitan.experiments.lighthouse.data.datasets import (
 )
 from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN, SourceFile, stat_files
 from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
-from torchtitan.tools.logging import logger
+from torchtitan.experiments.lighthouse.data.source_changes import (
+    check_prints,
+    file_prints,
+    pack_prints,
+)
 
 
 def open_documents(
@@ -50,19 +54,6 @@ def open_documents(
     return FileDocuments(name, corpus_root(name, path), files, split, *share)
 
 
-def fingerprint(
-    name: str, path: str | None, split: str = "train", text_field: str = TEXT_COLUMN
-) -> int:
-    """Returns what the data position of a checkpoint must have as `corpus` to go on in this corpus.
-
-    It reads the files of `python_stdlib` and `text`, and only lists those of the others.
-
-    Raises:
-        ValueError: what `open_documents` raises.
-    """
-    return open_documents(name, path, split, 0, 1, text_field).fingerprint
-
-
 class ShuffledDocuments:
     """A map-style corpus: each epoch a permutation drawn from (seed, epoch), dealt to the ranks.
 
@@ -72,20 +63,33 @@ class ShuffledDocuments:
     def __init__(
         self, name: str, files: list[SourceFile], split: str, dp_rank: int, dp_world_size: int
     ) -> None:
+        self._name, self._section = name, SECTIONS[split]
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self._files = []
         self.fingerprint = zlib.crc32(name.encode())
         """Changes whenever a document, or the order of the documents, does."""
+        prints = []
         for text, number in retrying(partial(_texts, files), 0):
             if text and is_held_out(text) == (split == "validation"):
                 self._files.append(files[number - 1])
                 self.fingerprint = zlib.crc32(text.encode(), self.fingerprint)
+                prints.append(zlib.crc32(text.encode()))
+        self.prints = pack_prints(prints)
         if len(self._files) < dp_world_size:
             raise ValueError(
                 f"{SECTIONS[split]}.dataset must have a document for each of {dp_world_size} "
                 f"data-parallel ranks, got {len(self._files)} of {len(files)} in the {split} split "
                 f"of {name!r}: add documents or lower the data-parallel degree"
             )
+
+    def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
+        """Raise ValueError unless a data position belongs to these documents.
+
+        A change cannot be accepted: the order is one of all documents.
+        """
+        if position["corpus"] != self.fingerprint:
+            check_prints(self._files, self.prints, position.get("files", b""), None)
+            raise _other_documents(self._section, self._name)
 
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: None
@@ -111,9 +115,8 @@ class FileDocuments:
     otherwise row i of file f is read by rank (f + i) % W. Neither depends on what other files
     hold, so that a broken file can be repaired before a run goes on, however many rows it has then.
 
-    A cursor is a file, the number of its rows that are read, the CRC-32 of those among them that
-    are this rank's, and that of the sizes of all files. Who goes on from it reads the rows again
-    and refuses other ones; other sizes alone are those of files that lie ahead, or behind for good.
+    A cursor is a file, the number of its rows that are read, and the CRC-32 of those among them
+    that are this rank's. Who goes on from it reads the rows again and refuses other ones.
     """
 
     def __init__(
@@ -132,9 +135,19 @@ class FileDocuments:
         names = [os.path.relpath(file.path, root) for file in files]
         text_fields = {file.text_field for file in files} - {TEXT_COLUMN}
         self.fingerprint = zlib.crc32(repr((name, names, *text_fields)).encode())
-        """Changes whenever the name of a file does, or that of the text's field. A cursor tells
-        what was read of them."""
-        self._sizes = zlib.crc32(repr([file.size for file in files]).encode())
+        """Changes whenever the name of a file does, or that of the text's field."""
+        # No position is saved of held-out documents.
+        self.prints = file_prints(files) if split == "train" else b""
+
+    def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
+        """Raise ValueError unless a data position belongs to these files, as they are now.
+
+        Where changes are accepted, files may hold others than they did, but for the rows that were
+        read of the file that the position is in.
+        """
+        if position["corpus"] != self.fingerprint:
+            raise _other_documents(SECTIONS[self._split], self._name)
+        check_prints(self._files, self.prints, position.get("files", b""), accepts_changes)
 
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: dict[str, int] | None
@@ -149,11 +162,6 @@ class FileDocuments:
 
     def _read(self, cursor: dict[str, int] | None) -> Iterator[tuple[str, dict[str, int]]]:
         first, size = cursor["file"] if cursor else 0, self._dp_world_size
-        if cursor and cursor["sizes"] != self._sizes:
-            logger.warning(
-                f"{SECTIONS[self._split]}.dataset_path has files of other sizes than at the "
-                "checkpoint's data position: what is ahead of it is read as it is now"
-            )
         for index, file in enumerate(self._files[first:], first):
             if self._whole_files and index % size != self._dp_rank:
                 continue
@@ -170,8 +178,7 @@ class FileDocuments:
                     continue
                 text = file.text(number, row)
                 if text and (self._all_rows or is_held_out(text) == (self._split == "validation")):
-                    at = {"file": index, "rows": number, "crc": crc, "sizes": self._sizes}
-                    yield text, at
+                    yield text, {"file": index, "rows": number, "crc": crc}
             if number < skipped:
                 self._refuse_position(file)
 
@@ -199,6 +206,12 @@ class HubDocuments:
         self._rows = None
         self.fingerprint = zlib.crc32(repr((name, [])).encode())
         """Of the name alone."""
+        self.prints = b""
+
+    def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
+        """Raise ValueError unless a data position is one in this stream."""
+        if position["corpus"] != self.fingerprint:
+            raise _other_documents(SECTIONS[self._split], self._name)
 
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: dict[str, Any] | None
@@ -244,6 +257,14 @@ class HubDocuments:
                 f"{message} {self._name!r} with an error: {reason}: download the files for "
                 "'c4_local' or 'tokenized'"
             ) from error
+
+
+def _other_documents(section: str, name: str) -> ValueError:
+    return ValueError(
+        f"{section}.dataset must be the one of the checkpoint's data position, got {name!r} with "
+        "other documents: restore the files, or start anew with "
+        'checkpoint.exclude_from_loading = ["dataloader"]'
+    )
 
 
 # Packages whose errors are of a connection: one of them raises its own, or lets another's through.

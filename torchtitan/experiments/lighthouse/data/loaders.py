@@ -9,7 +9,9 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.experiments.lighthouse.data.datasets import SECTIONS, check_dataset
 from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
+from torchtitan.experiments.lighthouse.data.readers import MAX_WORKERS
 from torchtitan.experiments.lighthouse.data.retry import in_one_line
+from torchtitan.experiments.lighthouse.data.source_changes import ACCEPT_FILES
 from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataloader, TokenizedDataset
 
 
@@ -17,7 +19,7 @@ class TextDataloader(ParallelAwareDataloader):
     """Batches of one rank's windows; the error of a data-loading worker keeps its one line."""
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        return in_one_line(super().__iter__())
+        return in_one_line(super().__iter__)
 
 
 def check_data(job_config: JobConfig, must_exist: bool = True) -> None:
@@ -81,6 +83,8 @@ def _build(
     options = getattr(job_config, SECTIONS[split])
     _check_num_workers(options.dataloader.num_workers, SECTIONS[split], options.dataset)
     seed = job_config.debug.seed or 0
+    # torchtitan's own configuration has no such field.
+    accepts_changes = ACCEPT_FILES in getattr(job_config.checkpoint, "accept_changes", ())
     loading = {
         "dp_rank": dp_rank,
         "dp_world_size": dp_world_size,
@@ -91,7 +95,12 @@ def _build(
         # Held-out windows are the same for runs of different seeds, whose losses are compared.
         seed = 0 if split == "validation" else seed
         tokenized = TokenizedDataset(
-            options.dataset_path, options.seq_len, split=split, seed=seed, infinite=infinite
+            options.dataset_path,
+            options.seq_len,
+            split=split,
+            seed=seed,
+            infinite=infinite,
+            accepts_changes=accepts_changes,
         )
         return TokenizedDataloader(tokenized, **loading)
     dataset = PackedTextDataset(
@@ -105,15 +114,17 @@ def _build(
         dp_world_size=dp_world_size,
         infinite=infinite,
         text_field=options.text_field,
+        accepts_changes=accepts_changes,
     )
     return TextDataloader(dataset, **loading)
 
 
 def _check_num_workers(num_workers: int, section: str, dataset: str) -> None:
     if dataset == "tokenized":
-        if num_workers < 0:
+        if not 0 <= num_workers <= MAX_WORKERS:
             raise ValueError(
-                f"{section}.dataloader.num_workers must be at least 0, got {num_workers}; use 0"
+                f"{section}.dataloader.num_workers must be from 0 to {MAX_WORKERS} on this "
+                f"machine, got {num_workers}; use 0"
             )
     elif num_workers not in (0, 1):
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from torchtitan.experiments.lighthouse.data.datasets import SECTIONS
+from torchtitan.experiments.lighthouse.runtime.read_files import read_json, read_record
 from tqdm import tqdm
 
 FORMAT = 1
@@ -110,22 +111,34 @@ def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST
             )
         )
     try:
-        values = json.loads((folder / name).read_text(encoding="utf-8"))
+        values = read_json(folder / name)
         version = values["format"]
         if version == FORMAT:
-            shards = [Shard(**shard) for shard in values.pop("shards")]
-            if name == MANIFEST and not shards:
+            if name == MANIFEST and not values["shards"]:
                 raise ValueError("it names no shard")
-            return Manifest(**values, shards=shards)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            values["shards"] = [read_record(shard, Shard) for shard in values["shards"]]
+            manifest = read_record(values, Manifest)
+            _check_manifest(manifest)
+            return manifest
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{field} must hold a readable manifest, got {str(folder / name)!r}: {error!r}: "
+            f"{field} must hold a readable manifest, got {str(folder / name)!r}: {error}: "
             f"restore it, or remove {folder} and prepare the corpus anew"
-        ) from error
+        ) from None
     raise ValueError(
         f"{field} must hold data of format {FORMAT}, got {version!r} in {str(folder / name)!r}: "
         "prepare the corpus anew, in another folder"
     )
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    if manifest.dtype not in ("<u2", "<u4"):
+        raise ValueError(f"dtype is {manifest.dtype!r}")
+    for shard in manifest.shards:
+        if Path(shard.file).name != shard.file or shard.tokens < 1 or shard.max_id < 0:
+            raise ValueError(f"it names the shard {str(shard)[:100]}")
+        if len(shard.next) != 2 or min(shard.next) < 0:
+            raise ValueError(f"next of a shard is {shard.next}")
 
 
 def has_size(folder: Path, shard: Shard, itemsize: int) -> bool:

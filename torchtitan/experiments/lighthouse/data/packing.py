@@ -8,10 +8,11 @@
                 buffer = buffer[seq_len:]           # the last label is the next first input
 
 so that every token but a rank's very first is a label exactly once. What an epoch leaves in the
-buffer opens the next one. A position is (epoch, documents consumed, buffer) and, where the corpus
-is streamed, the stream's own state; a run that is resumed, any number of times and in any epoch,
-sees the windows that it would have seen. Data that was tokenized beforehand is read by
-`tokenized.py` instead.
+buffer opens the next one. A long document is taken up in parts (`long_documents.py`). A position is
+(epoch, documents consumed, parts of the next one, buffer) and, where the corpus is streamed, the
+stream's own state; it has prints of all files (`source_changes.py`). A run that is resumed, any
+number of times and in any epoch, sees the windows that it would have seen. Data that was tokenized
+beforehand is read by `tokenized.py` instead.
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch.utils.data import IterableDataset
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.experiments.lighthouse.data.datasets import SECTIONS, check_dataset
 from torchtitan.experiments.lighthouse.data.documents import open_documents
+from torchtitan.experiments.lighthouse.data.long_documents import parts_of
 from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN
 
 # Little-endian in a checkpoint, whatever machine writes it.
@@ -45,6 +47,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         split: "train", or "validation" for the held-out documents alone.
         seed: of the order of the documents, where the corpus is map-style.
         dp_rank, dp_world_size: which share of the documents to read.
+        accepts_changes: whether a data position may be one of files that have changed since.
         infinite: start the next epoch after the last document, rather than stop. The tokens that
             do not fill a window are dropped when it stops.
         text_field: the key of JSON lines, or the column of tables, that holds the text.
@@ -68,12 +71,14 @@ class PackedTextDataset(IterableDataset, Stateful):
         dp_world_size: int = 1,
         infinite: bool = True,
         text_field: str = TEXT_COLUMN,
+        accepts_changes: bool = False,
     ) -> None:
         self._section = SECTIONS[split]
         check_dataset(dataset, dataset_path, self._section, text_field=text_field)
         self.dataset, self.split, self.seq_len = dataset, split, seq_len
         self.seed, self.infinite = seed, infinite
         self._tokenizer = tokenizer
+        self._accepts_changes = accepts_changes
         self._documents = open_documents(
             dataset, dataset_path, split, dp_rank, dp_world_size, text_field
         )
@@ -108,6 +113,8 @@ class PackedTextDataset(IterableDataset, Stateful):
             "epoch_tokens": self._epoch_tokens,
             "buffer": b"".join(tokens.tobytes() for tokens in self._buffer),
             "cursor": self._cursor,
+            "parts": self._parts,
+            "files": self._documents.prints,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -116,18 +123,14 @@ class PackedTextDataset(IterableDataset, Stateful):
         Raises:
             ValueError: where the position belongs to other documents.
         """
-        if state_dict["corpus"] != self._documents.fingerprint:
-            raise ValueError(
-                f"{self._section}.dataset must be the one of the checkpoint's data position, got "
-                f"{self.dataset!r} with other files: restore the files, or start anew with "
-                'checkpoint.exclude_from_loading = ["dataloader"]'
-            )
+        self._documents.check_position(state_dict, self._accepts_changes)
         self.seed = state_dict["seed"]
         self._epoch = state_dict["epoch"]
         self._consumed = state_dict["documents"]
         self._epoch_tokens = state_dict["epoch_tokens"]
         self._buffer = [np.frombuffer(state_dict["buffer"], dtype=_TOKEN_DTYPE)]
         self._cursor = state_dict["cursor"]
+        self._parts = state_dict.get("parts", 0)
         self._resumed = True
 
     def _rewind(self) -> None:
@@ -137,6 +140,8 @@ class PackedTextDataset(IterableDataset, Stateful):
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._consumed = self._epoch_tokens = 0
+        # Parts, of the document after those consumed, that are in the buffer or behind it.
+        self._parts = 0
         self._cursor: dict[str, Any] | None = None
 
     def _windows(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
@@ -145,16 +150,27 @@ class PackedTextDataset(IterableDataset, Stateful):
         while True:
             documents = self._documents.read(self.seed, self._epoch, self._consumed, self._cursor)
             for text, cursor in documents:
-                tokens = self._tokenizer.encode(text, add_bos=True, add_eos=True)
-                self._cursor = cursor
-                self._buffer.append(np.array(tokens, dtype=_TOKEN_DTYPE))
-                self._consumed += 1
-                self._epoch_tokens += len(tokens)
-                yield from self._cut()
+                yield from self._windows_of(text, cursor)
             self._check_epoch()
             if not self.infinite:
                 return
             self._start_epoch(self._epoch + 1)
+
+    def _windows_of(
+        self, text: str, cursor: Any
+    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """Takes up a document, part by part, but for the parts that are taken up already."""
+        parts = list(parts_of(text))
+        for number, part in enumerate(parts[self._parts :], self._parts + 1):
+            is_last = number == len(parts)
+            tokens = self._tokenizer.encode(part, add_bos=number == 1, add_eos=is_last)
+            self._buffer.append(np.array(tokens, dtype=_TOKEN_DTYPE))
+            self._epoch_tokens += len(tokens)
+            self._parts = number
+            if is_last:
+                self._cursor, self._parts = cursor, 0
+                self._consumed += 1
+            yield from self._cut()
 
     def _cut(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Yields the whole windows of the buffer; each is out of it before it is yielded."""

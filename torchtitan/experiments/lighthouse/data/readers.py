@@ -5,15 +5,17 @@ found it: it reads the rows while the file stays so, and names file and row wher
 """
 
 import contextlib
+import errno
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchtitan.experiments.lighthouse.data.long_documents import MAX_DOCUMENT_BYTES, check_length
 from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
+from torchtitan.experiments.lighthouse.runtime.read_files import check_regular, parse_json
 
 TEXT_COLUMN = "text"
 
@@ -26,6 +28,9 @@ READ_ERRORS = (OSError, EOFError, zlib.error)
 
 Row = bytes | str | None
 """A line or a file as it is stored, or what a table holds."""
+
+MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
+"""Processes that read or tokenize: each takes some hundred MB of memory."""
 
 _GO_ON = "start the same run again, which goes on from its last checkpoint"
 
@@ -96,9 +101,11 @@ def stat_files(
     def read(start: int) -> Iterator[tuple[SourceFile, int]]:
         for number, path in enumerate(paths[start:], start + 1):
             try:
-                status = os.stat(path)
+                status = check_regular(path)
             except OSError as error:
                 raise read_error(error, field, f" in {str(path)!r}") from error
+            except ValueError as error:
+                raise ValueError(f"{field} must hold regular files: {error}: remove it") from None
             size, mtime_ns = status.st_size, status.st_mtime_ns
             yield SourceFile(path, reader, field, size, mtime_ns, text_field), number
 
@@ -109,14 +116,15 @@ def read_error(error: Exception, field: str, place: str) -> TransientReadError |
     """Returns what to raise for an error of reading: whether it can help to try again."""
     reason = " ".join(str(error).split())
     # What gzip and Arrow say of the content are `OSError`s, too, but without a number.
-    if getattr(error, "errno", None) is not None:
+    if getattr(error, "errno", None) not in (None, errno.ELOOP, errno.EISDIR, errno.ENOTDIR):
         return TransientReadError(
             f"{field} must hold files that can be read, got an error{place}: {reason}",
             f"restore the file or its file system, and {_GO_ON}",
         )
     return ValueError(
         f"{field} must hold readable files, got an error{place}: {reason}: replace or remove the "
-        f"file; where a run has begun, replace it, and {_GO_ON}"
+        f"file; where a run has begun, replace it, and {_GO_ON}, with checkpoint.accept_changes = "
+        '["training.dataset_path"]'
     )
 
 
@@ -135,6 +143,8 @@ def document_text(
         ValueError: in one line, for bytes that are not UTF-8, a line that is not a JSON object
             with a `text`, and what is not text; it names `field` and says the `place`.
     """
+    if isinstance(row, str | bytes):
+        check_length(len(row), field, place)
     if row is None or isinstance(row, str):
         return row
     if not isinstance(row, bytes):
@@ -168,11 +178,10 @@ def json_text(line: str, field: str, place: str = "", text_field: str = TEXT_COL
     if not line.strip():
         return None
     try:
-        text = json.loads(line)[text_field]
+        text = parse_json(line)[text_field]
         # JSON may spell half a surrogate pair, which no tokenizer takes.
         return None if text is None else text.encode("utf-8", "replace").decode()
-    # The last is of brackets nested thousands deep.
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{field} must hold one JSON object with a {text_field!r} per line, "
             f"got {line.strip()[:60]!r}{place}: convert the files to JSON lines, or name the key "
@@ -190,6 +199,7 @@ def text_field_of(field: str) -> str:
 
 def _read_document(path: Path, field: str, text_field: str) -> Iterator[tuple[list[bytes], int]]:
     with open(path, "rb") as file:
+        check_length(os.fstat(file.fileno()).st_size, field, f" in {str(path)!r}")
         content = file.read()
     yield [content], len(content)
 
@@ -201,15 +211,18 @@ def _read_lines(path: Path, field: str, text_field: str) -> Iterator[tuple[list[
             if not stored.peek(1):
                 raise EOFError("the file has 0 bytes, and an empty gzip file has some 20")
             lines = stack.enter_context(gzip.open(stored))
-        rows, size = [], 0
+        rows, size, number = [], 0, 0
         try:
-            for line in lines:
+            # A line of any length would be read whole before it could be refused.
+            while line := lines.readline(MAX_DOCUMENT_BYTES + 1):
+                number += 1
+                check_length(len(line), field, row_location("lines", path, number))
                 rows.append(line)
                 size += len(line)
                 if size >= CHUNK_BYTES:
                     yield rows, stored.tell()
                     rows, size = [], 0
-        except READ_ERRORS:
+        except (*READ_ERRORS, ValueError):
             # The rows before the one that breaks off are counted.
             yield rows, stored.tell()
             raise

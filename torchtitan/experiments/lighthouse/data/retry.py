@@ -59,11 +59,11 @@ def retrying(
             sleep(delay)
 
 
-def in_one_line(batches: Iterator) -> Iterator:
+def in_one_line(open_batches: Callable[[], Iterator]) -> Iterator:
     """Yields the batches of a dataloader; the error of a worker keeps its line, and no traceback
-    around it."""
+    around it. A worker may fail when it is started, at a position that it cannot go on from."""
     try:
-        yield from batches
+        yield from open_batches()
     except ValueError as error:
         if not str(error).startswith("Caught ValueError in DataLoader worker"):
             raise

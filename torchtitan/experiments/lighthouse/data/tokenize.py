@@ -15,7 +15,6 @@ ends with the same bytes as one that was not.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import multiprocessing
 import os
@@ -37,18 +36,20 @@ from torchtitan.experiments.lighthouse.data.datasets import (
     find_files,
     is_held_out,
 )
+from torchtitan.experiments.lighthouse.data.long_documents import parts_of
 from torchtitan.experiments.lighthouse.data.manifest import (
     FORMAT,
     MANIFEST,
     PARTIAL_MANIFEST,
-    TOKENIZER_FILES,
     Manifest,
     Shard,
     progress_bar,
     resume_manifest,
     tokenizer_digest,
 )
+from torchtitan.experiments.lighthouse.data.partial_shard import PartialShard
 from torchtitan.experiments.lighthouse.data.readers import (
+    MAX_WORKERS,
     READ_ERRORS,
     READERS,
     TEXT_COLUMN,
@@ -57,6 +58,13 @@ from torchtitan.experiments.lighthouse.data.readers import (
     row_location,
 )
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
+from torchtitan.experiments.lighthouse.runtime.command_line import (
+    check_output_folder,
+    open_tokenizer,
+)
+from torchtitan.experiments.lighthouse.runtime.read_files import check_regular
+from torchtitan.experiments.lighthouse.runtime.run_lock import FILE_NAME as LOCK
+from torchtitan.experiments.lighthouse.runtime.run_lock import FolderLock
 
 SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("hub", "tokenized")]
 """Datasets that can be prepared: those whose files are here."""
@@ -142,14 +150,8 @@ def prepare(
         sources={_name(file, root): _size(file) for file in files},
         shards=[],
     )
-    manifest, is_whole = resume_manifest(out, manifest)
-    with _writing(out):
-        if is_whole:
-            (folder / PARTIAL_MANIFEST).unlink(missing_ok=True)
-            return manifest
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PARTIAL_MANIFEST, dataclasses.asdict(manifest))
-        (folder / MANIFEST).unlink(missing_ok=True)
+    # What speaks against it is said before anything is written.
+    resume_manifest(out, manifest)
     corpus = DATASETS[dataset]
     encoding = _Encoding(
         corpus.reader,
@@ -159,21 +161,58 @@ def prepare(
         manifest.dtype,
         text_field,
     )
+    with _writing(out), FolderLock("--output", folder.parent):
+        is_new = not folder.exists()
+        try:
+            return _prepare_locked(out, manifest, files, encoding, workers)
+        except ValueError:
+            if is_new:
+                _remove_empty(folder)
+            raise
+
+
+def _prepare_locked(
+    out: str | Path, manifest: Manifest, files: list[Path], encoding: _Encoding, workers: int
+) -> Manifest:
+    folder = Path(out).expanduser() / manifest.split
+    # Another process may have written to it until now.
+    manifest, is_whole = resume_manifest(out, manifest)
+    with _writing(out):
+        if is_whole:
+            (folder / PARTIAL_MANIFEST).unlink(missing_ok=True)
+            return manifest
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PARTIAL_MANIFEST, dataclasses.asdict(manifest))
+        (folder / MANIFEST).unlink(missing_ok=True)
     for whole in _write_shards(out, manifest, files, encoding, workers):
         manifest = dataclasses.replace(manifest, shards=[*manifest.shards, whole])
-        if whole.tokens >= shard_size:
+        if whole.tokens >= manifest.shard_size:
             with _writing(out):
                 write_json(folder / PARTIAL_MANIFEST, dataclasses.asdict(manifest))
     if not manifest.shards:
         raise ValueError(
-            f"--dataset-path must hold text, got none for the {split} split in the {len(files)} "
-            f"files of {str(root)!r}: add documents, or leave this split out with --split"
+            f"--dataset-path must hold text, got none for the {manifest.split} split in the "
+            f"{len(files)} files in {os.path.commonpath(files)!r}: add documents, or leave this "
+            "split out with --split"
         )
     # A shard that is shorter than the others is the last: it is entered with the end.
     with _writing(out):
         write_json(folder / MANIFEST, dataclasses.asdict(manifest))
         (folder / PARTIAL_MANIFEST).unlink()
     return manifest
+
+
+def _remove_empty(folder: Path) -> None:
+    """Leave nothing of a new split of which no shard was finished."""
+    if any(folder.glob("*.bin")):
+        return
+    with contextlib.suppress(OSError):
+        for file in (*folder.glob("*.partial"), folder / PARTIAL_MANIFEST):
+            file.unlink(missing_ok=True)
+        folder.rmdir()
+        if [file.name for file in folder.parent.iterdir()] == [LOCK]:
+            (folder.parent / LOCK).unlink()
+            folder.parent.rmdir()
 
 
 def source_files(dataset: str, dataset_path: str | None, split: str) -> list[Path]:
@@ -219,8 +258,15 @@ def _check_arguments(
     for name, value in (("--shard-size", shard_size), ("--workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}: use 1 or more")
-    root = corpus_root(dataset, dataset_path).resolve()
-    if Path(out).expanduser().resolve().is_relative_to(root):
+    if workers > MAX_WORKERS:
+        raise ValueError(
+            f"--workers must be at most {MAX_WORKERS} on this machine, got {workers}: use as many "
+            "as it has cores"
+        )
+    check_output_folder("--output", Path(out).expanduser())
+    # Unlike Path.resolve, it takes a loop of symbolic links.
+    root = os.path.realpath(corpus_root(dataset, dataset_path))
+    if Path(os.path.realpath(Path(out).expanduser())).is_relative_to(root):
         raise ValueError(
             f"--output must lie outside of the corpus, got {str(out)!r} within {str(root)!r}: its "
             "files could be taken for documents; name another folder"
@@ -233,8 +279,8 @@ def _name(file: Path, root: Path) -> str:
 
 def _size(file: Path) -> int:
     try:
-        return file.stat().st_size
-    except OSError as error:
+        return check_regular(file).st_size
+    except (OSError, ValueError) as error:
         raise _unreadable(f" in {str(file)!r}", error) from error
 
 
@@ -248,17 +294,7 @@ def _unreadable(where: str, error: Exception) -> ValueError:
 
 def _vocabulary(tokenizer_path: str) -> tuple[int, int]:
     """Returns the largest id and the number of tokens."""
-    try:
-        # torchtitan's tokenizer would take other files, too; a run asks for this one.
-        Path(tokenizer_path, TOKENIZER_FILES[0]).stat()
-        tokenizer = _tokenizer(tokenizer_path)
-    # The library of the tokenizers raises no narrower one.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"--tokenizer must be a folder with a readable tokenizer.json, got {tokenizer_path!r}: "
-            f"{reason}: correct the path, or leave it out for the byte tokenizer"
-        ) from error
+    tokenizer = open_tokenizer("--tokenizer", tokenizer_path).tokenizer
     return max(tokenizer.get_vocab().values()), tokenizer.get_vocab_size()
 
 
@@ -297,12 +333,16 @@ def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
     tokens, counts = [], []
     for number, row in enumerate(rows.rows, rows.first + 1):
         place = row_location(encoding.reader, rows.path, number)
-        text, ids = document_text(row, encoding.reader, _FIELD, place, encoding.text_field), []
+        text = document_text(row, encoding.reader, _FIELD, place, encoding.text_field)
+        before = len(tokens)
         if text and (encoding.all_rows or is_held_out(text) == (encoding.split == "validation")):
-            ids = tokenizer.encode(text, add_bos=True, add_eos=True)
-        tokens += ids
-        counts.append(len(ids))
-    return np.array(tokens, dtype=encoding.dtype), counts
+            parts = list(parts_of(text))
+            for part_number, part in enumerate(parts, 1):
+                is_last = part_number == len(parts)
+                ids = tokenizer.encode(part, add_bos=part_number == 1, add_eos=is_last)
+                tokens.append(np.array(ids, dtype=encoding.dtype))
+        counts.append(sum(map(len, tokens[before:])))
+    return np.concatenate([np.empty(0, dtype=encoding.dtype), *tokens]), counts
 
 
 def _encoded(
@@ -381,7 +421,7 @@ def _write_shards(
                     if not count:
                         continue
                     with _writing(out):
-                        shard = shard or _PartialShard(folder / f"{next(numbers):05d}.bin")
+                        shard = shard or PartialShard(folder / f"{next(numbers):05d}.bin")
                         shard.add(tokens[end - count : end])
                     if shard.tokens >= manifest.shard_size:
                         yield finish([rows.file, row])
@@ -391,44 +431,6 @@ def _write_shards(
         finally:
             if shard:
                 shard.close()
-
-
-class _PartialShard:
-    """A shard that is being written, under a partial name."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_suffix(".partial")
-        self._file = self._partial.open("wb")
-        self._sha = hashlib.sha256()
-        self.tokens = self._documents = self._max_id = 0
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Adds a document."""
-        self._file.write(tokens)
-        self._sha.update(tokens)
-        self.tokens += len(tokens)
-        self._documents += 1
-        self._max_id = max(self._max_id, int(tokens.max()))
-
-    def finish(self, following: list[int]) -> Shard:
-        """Gives the shard its name, once its bytes are on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self._path)
-        return Shard(
-            file=self._path.name,
-            documents=self._documents,
-            tokens=self.tokens,
-            max_id=self._max_id,
-            sha256=self._sha.hexdigest(),
-            next=following,
-        )
-
-    def close(self) -> None:
-        # What could not be written is told of already.
-        with contextlib.suppress(OSError):
-            self._file.close()
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from torchtitan.experiments.lighthouse.data.manifest import (
 )
 from torchtitan.experiments.lighthouse.data.readers import read_error, stat_files
 from torchtitan.experiments.lighthouse.data.retry import in_one_line, retrying
+from torchtitan.experiments.lighthouse.data.source_changes import check_prints, file_prints
 
 # More than the four that make a random permutation of a large domain: small ones need them.
 _FEISTEL_ROUNDS = 8
@@ -117,6 +118,7 @@ class TokenizedDataset(Dataset, Stateful):
         seed: of the order.
         infinite: if not, the order ends after one epoch, of the windows that lie within the corpus;
             the tokens that do not fill one are left out.
+        accepts_changes: whether a data position may be one of shards that have changed since.
 
     Raises:
         ValueError: what `read_manifest` raises; a shard that is missing; where not `infinite`, an
@@ -132,14 +134,18 @@ class TokenizedDataset(Dataset, Stateful):
         split: str = "train",
         seed: int = 0,
         infinite: bool = True,
+        accepts_changes: bool = False,
     ) -> None:
         self._section = SECTIONS[split]
+        self._accepts_changes = accepts_changes
         self._folder = Path(path).expanduser() / split
         field = f"{self._section}.dataset_path"
         self._manifest = read_manifest(path, split, field)
         shards = [self._folder / shard.file for shard in self._manifest.shards]
         self._files = stat_files(shards, "shard", field)
         self._ends = list(itertools.accumulate(shard.tokens for shard in self._manifest.shards))
+        # No position is saved of held-out windows.
+        self._prints = file_prints(self._files) if split == "train" else b""
         self.seq_len, self.seed = seq_len, seed
         self.consumed = 0
         """Windows that all ranks together have taken; their loader counts."""
@@ -165,7 +171,8 @@ class TokenizedDataset(Dataset, Stateful):
     def state_dict(self) -> dict[str, Any]:
         """Returns the position, the same on every rank, and what it belongs to."""
         return {
-            "corpus": self._manifest.digest,
+            # One string: a checkpoint with a further key could not be loaded from an older one.
+            "corpus": f"{self._manifest.digest}:{self._prints.hex()}",
             "seq_len": self.seq_len,
             "seed": self.seed,
             "windows": self.consumed,
@@ -178,7 +185,8 @@ class TokenizedDataset(Dataset, Stateful):
             ValueError: where the position belongs to other tokens or to other windows.
         """
         anew = 'start anew with checkpoint.exclude_from_loading = ["dataloader"]'
-        if state_dict["corpus"] != self._manifest.digest:
+        digest, _, prints = state_dict["corpus"].partition(":")
+        if digest != self._manifest.digest:
             raise ValueError(
                 f"{self._section}.dataset_path must hold the tokens of the checkpoint's data "
                 f"position, got other ones in {str(self._folder)!r}: restore the folder, or {anew}"
@@ -189,6 +197,7 @@ class TokenizedDataset(Dataset, Stateful):
                 "windows that the checkpoint's data position counts, got "
                 f"{self.seq_len}: set it to that, or {anew}"
             )
+        check_prints(self._files, self._prints, bytes.fromhex(prints), self._accepts_changes)
         self.seed, self.consumed = state_dict["seed"], state_dict["windows"]
 
     def _epoch(self, place: int) -> int:
@@ -239,7 +248,14 @@ class TokenizedDataset(Dataset, Stateful):
                 f"{self._manifest.shards[number].tokens * itemsize} of {str(file.path)!r}: restore "
                 "the file, or start the same lighthouse prepare again, which makes it anew"
             )
-        return np.frombuffer(content, self._manifest.dtype)
+        tokens = np.frombuffer(content, self._manifest.dtype)
+        if tokens.max() > self._manifest.shards[number].max_id:
+            raise ValueError(
+                f"{file.field} must hold token ids up to {self._manifest.shards[number].max_id}, "
+                f"got {tokens.max()} in {str(file.path)!r}: compare the shards with "
+                "lighthouse prepare --verify, and prepare those that differ anew"
+            )
+        return tokens
 
 
 class TokenizedDataloader(ParallelAwareDataloader):
@@ -269,7 +285,7 @@ class TokenizedDataloader(ParallelAwareDataloader):
         if not self._resumed:
             self.dataset.consumed = 0
         self._resumed = False
-        return self._counted(in_one_line(super().__iter__()))
+        return self._counted(in_one_line(super().__iter__))
 
     def _counted(self, batches: Iterator) -> Iterator:
         for batch in batches:

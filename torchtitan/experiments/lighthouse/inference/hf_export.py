@@ -21,7 +21,9 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
 from torchtitan.experiments.lighthouse.data.bpe_tokenizer import PAD_TOKEN
 from torchtitan.experiments.lighthouse.inference.load_model import ModelSource
+from torchtitan.experiments.lighthouse.runtime.read_files import read_json
 from torchtitan.models.llama3 import Transformer
+from torchtitan.tools.logging import logger
 
 TOLERANCE = 1e-4
 """Largest difference of two logits in fp32 that rounding explains."""
@@ -65,6 +67,11 @@ def export(
             f"--output must be a new or an empty folder, got {str(folder)!r}, which holds "
             "something; name another one or remove it"
         )
+    if trained.stage == 1:
+        logger.warning(
+            f"{trained.folder} was saved in stage 1: made dense, such a model has a clearly higher "
+            "loss; export a checkpoint of stage 2"
+        )
     model = trained.load(dtype=TORCH_DTYPE_MAP[dtype])
     adapter = hf_llama.Llama3Adapter(model.model_args, None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +97,7 @@ def _write_tokenizer(trained: ModelSource, folder: Path) -> None:
         if (Path(trained.tokenizer_path) / name).is_file():
             shutil.copyfile(Path(trained.tokenizer_path) / name, folder / name)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     # transformers would take one that goes by the kind of model, and wants other files.
     completed = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
     if completed.get("pad_token") is None:
@@ -174,7 +181,7 @@ def check_export(trained: ModelSource, folder: str | Path) -> Comparison:
 
 
 def _dtype_of(folder: str | Path) -> torch.dtype:
-    config = json.loads((Path(folder) / hf_llama.CONFIG).read_text())
+    config = read_json(Path(folder) / hf_llama.CONFIG)
     return TORCH_DTYPE_MAP[config["torch_dtype"]]
 
 

@@ -11,7 +11,7 @@ the sequence length and the tokenizer must be named.
 
 import argparse
 import dataclasses
-import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,17 @@ import torch.distributed.checkpoint as dcp
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_fused_attention
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
+from torchtitan.experiments.lighthouse.checkpoint.checksums import checksum_fault
 from torchtitan.experiments.lighthouse.checkpoint.compatibility import (
     read_record,
     shape_difference,
 )
-from torchtitan.experiments.lighthouse.checkpoint.files import METADATA, check_safe, whole_steps
+from torchtitan.experiments.lighthouse.checkpoint.files import (
+    METADATA,
+    check_safe,
+    damage_reason,
+    whole_steps,
+)
 from torchtitan.experiments.lighthouse.config.job_config import (
     POOL_ROTARY,
     POOL_ROTARY_BEFORE,
@@ -35,6 +41,7 @@ from torchtitan.experiments.lighthouse.config.job_config import (
 )
 from torchtitan.experiments.lighthouse.flavors import FLAVORS, with_sizes
 from torchtitan.experiments.lighthouse.runtime.command_line import open_tokenizer
+from torchtitan.experiments.lighthouse.runtime.read_files import is_a, read_json
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
 from lighthouse import LighthouseConfig
@@ -44,6 +51,14 @@ LIGHTHOUSE_FIELDS = [
     *("pool_rotary", "full_attn_layers"),
 ]
 """What `given_fields` takes."""
+
+
+_READ_FIELDS = {
+    "model": {"flavor": str, "hf_assets_path": str},
+    "training": {"seq_len": int},
+    "lighthouse": {f.name: f.type for f in dataclasses.fields(Lighthouse)},
+}
+"""Fields of the configuration of a run that are read here, with their types."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,9 @@ class ModelSource:
 
     flavor: str | None = None
     """`model.flavor` of the run; None for a folder in Hugging Face's format."""
+
+    stage: int | None = None
+    """The stage that the model was last trained in, 1 or 2; None where it is not known."""
 
     def tokenizer(self) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer(self.tokenizer_path)
@@ -130,6 +148,10 @@ def open_trained(
     """
     folder = Path(folder)
     if (folder / METADATA).is_file():
+        if damage := damage_reason(folder) or checksum_fault(folder):
+            raise ValueError(
+                f"a model must be a whole checkpoint, got {str(folder)!r}: {damage}; name another"
+            )
         check_safe(folder)
         settings = _saved_config(folder)
         model = settings.get("model", {})
@@ -146,6 +168,7 @@ def open_trained(
             )
         hf_llama.check_installed()
         args = hf_llama.from_config(folder)
+        hf_llama.check_weights("a model", folder, args)
         max_seq_len = args.max_seq_len if max_seq_len is None else max_seq_len
         tokenizer_path = tokenizer_path or str(folder)
     else:
@@ -175,7 +198,16 @@ def open_trained(
         tokenizer_path=tokenizer_path,
         lighthouse=Lighthouse(**{f.name: saved[f.name] for f in known if f.name in saved}),
         flavor=flavor,
+        stage=_stage_of(folder, settings),
     )
+
+
+def _stage_of(checkpoint: Path, settings: dict[str, Any]) -> int | None:
+    match = re.fullmatch(r"step-([1-9]\d{0,17})", checkpoint.name, re.ASCII)
+    stage1_steps = settings.get("lighthouse", {}).get("stage1_steps")
+    if match is None or stage1_steps is None:
+        return None
+    return Lighthouse(stage1_steps=stage1_steps).stage_of(int(match.group(1)))
 
 
 def output_folder(model: str | Path, name: str) -> Path:
@@ -203,11 +235,17 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        settings = read_json(path)
+        for section, kinds in _READ_FIELDS.items():
+            found = settings.setdefault(section, {})
+            for name, kind in kinds.items():
+                if not is_a(found, dict) or not is_a(found.get(name), kind | None):
+                    raise ValueError(f"[{section}] is {repr(found)[:60]}")
     except ValueError as error:
         raise ValueError(
             f"{path} must be the configuration of the run ({error}); repair it or move it away"
         ) from None
+    return settings
 
 
 def _model_of(

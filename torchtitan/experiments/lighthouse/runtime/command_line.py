@@ -3,12 +3,12 @@
 error: --world-size must be ...; what to do
 """
 
-import json
 import os
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse.runtime.read_files import read_json, reason_of
 
 from lighthouse_cli.parser import Parser, exit_on_value_error
 
@@ -61,8 +61,8 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device must be one of {here}, got {device!r}; use cpu")
 
 
-def open_tokenizer(name: str, path: str | Path) -> Tokenizer:
-    """The tokenizer in the folder `path`, which an error calls `name`.
+def open_tokenizer(name: str, path: str | Path) -> HuggingFaceTokenizer:
+    """The tokenizer in the folder `path`, which an error calls `name`, as training opens it.
 
     Raises:
         ValueError: there is none, or its files cannot be read.
@@ -74,14 +74,17 @@ def open_tokenizer(name: str, path: str | Path) -> Tokenizer:
             "download the tokenizer into it"
         )
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-        if settings.exists() and not isinstance(json.loads(settings.read_text()), dict):
-            raise ValueError("tokenizer_config.json is no JSON object")
-    except Exception as error:
-        # Those of the tokenizers package have no type of their own.
-        reason = " ".join(str(error).split())
+        read_json(file)
+        if os.path.lexists(settings):
+            read_json(settings)
+        tokenizer = HuggingFaceTokenizer(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The tokenizers package has no type of its own, and tells some faults as a panic, which is no
+    # Exception.
+    except BaseException as error:
         raise ValueError(
-            f"{name} must hold a readable tokenizer, got {str(path)!r} ({reason}); download it "
-            "again"
+            f"{name} must hold a readable tokenizer, got {str(path)!r} ({reason_of(error)}); "
+            "download it again"
         ) from None
     return tokenizer

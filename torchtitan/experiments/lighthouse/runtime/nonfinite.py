@@ -72,6 +72,7 @@ class FiniteSteps:
         dist.all_gather(each, found)
         said = _said([tuple(part.tolist()) for part in each])
         allowed = trainer.job_config.training.max_skipped_steps
+        trainer.checkpointer.note_left_out(trainer.step)
         if self.num_skipped >= allowed:
             raise TrainingAborted(
                 f"step {trainer.step}: {said}; {trainer.checkpointer.last_good()}; lower "

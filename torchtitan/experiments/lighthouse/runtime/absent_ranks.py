@@ -1,0 +1,82 @@
+"""Which rank did not come, when the others have waited for it in vain.
+
+A collective that fails says which connection broke first, and that is seldom the rank at fault. So
+each rank that fails so reports to the store of the group and waits for the reports of the others:
+
+    those without a report    hang, or have ended
+
+The store must not lie in the rank that hangs: torchrun's lies in torchrun.
+"""
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+PREFIX = "lighthouse/rank"
+
+REPORT_SECONDS = 15
+"""How long to wait for the reports of the other ranks, which may give up a little later."""
+
+_SIGNS = ("gloo", "nccl", "timed out", "timeout", "connection closed", "connection reset")
+"""Words in the message of an error of communication; torch has no one type for them."""
+
+
+def announce() -> None:
+    """Tell the other ranks where this one runs."""
+    if dist.get_world_size() > 1:
+        store = _store()
+        store.set(f"{PREFIX}/{dist.get_rank()}/place", f"process {os.getpid()} on {_host()}")
+
+
+def is_of_communication(error: BaseException | None) -> bool:
+    """Whether an error is of a collective, and not of this rank alone."""
+    if isinstance(error, dist.DistError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in message for sign in _SIGNS)
+
+
+def absent_ranks(step: int, seconds: float = REPORT_SECONDS) -> dict[int, str]:
+    """Report this rank, and return the ranks that have not reported after `seconds`, by place.
+
+    Empty where all have reported, and where the store does not answer.
+    """
+    world_size = dist.get_world_size()
+    try:
+        store = _store()
+        store.set_timeout(timedelta(seconds=seconds))
+        store.set(_key(dist.get_rank(), step), "here")
+        end = time.monotonic() + seconds
+        while True:
+            absent = [rank for rank in range(world_size) if not store.check([_key(rank, step)])]
+            if not absent or time.monotonic() > end:
+                break
+            time.sleep(0.2)
+        return {rank: store.get(f"{PREFIX}/{rank}/place").decode() for rank in absent}
+    except RuntimeError:
+        return {}
+
+
+def description(absent: dict[int, str], step: int) -> str:
+    """One line for the user."""
+    ranks = ", ".join(f"rank {rank} ({place})" for rank, place in absent.items())
+    return (
+        f"{ranks} did not come to step {step}, and the other ranks have waited in vain; look "
+        "whether that process still runs, in its output, and with py-spy dump --pid in what it "
+        "waits for; comm.train_timeout_seconds is how long the others wait"
+    )
+
+
+def _key(rank: int, step: int) -> str:
+    return f"{PREFIX}/{rank}/failed/{step}"
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
