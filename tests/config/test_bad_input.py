@@ -573,7 +573,7 @@ SCRIPTS = [
         f"{MODEL} --output {{dump}} --dtype float16",
         "--dtype",
         "'float16'",
-        "choose one", 
+        "choose one",
     ),
     script(
         "export", f"{MODEL} --output {{dump}} --flavor 53M", "--flavor must be", "'53M'", "choose"
