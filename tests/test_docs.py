@@ -106,6 +106,23 @@ def test_the_drawing_is_of_a_legal_selection():
     assert draw_method.FIGURE.is_file()
 
 
+def test_ci_covers_the_oldest_versions_and_runs_scripts_that_exist():
+    ci = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    oldest_torch = re.search(r'"torch>=([\d.]+),', project)[1]
+    oldest_python = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
+    assert re.search(r'torch: \["([\d.]+)"', ci)[1].startswith(oldest_torch)
+    assert re.search(r'python: \["([\d.]+)"', ci)[1] == oldest_python
+    scripts = re.findall(r"scripts/\w+\.sh", ci)
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
+
+
+def test_pre_commit_lints_with_the_tested_version():
+    pinned = re.search(r"^ruff==.+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[0]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert set(re.findall(r"ruff==[\d.]+", hooks)) == {pinned}
+
+
 SNIPPETS = [(path, text) for path in DOCS for text in snippets(path)]
 
 
