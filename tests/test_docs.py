@@ -12,7 +12,7 @@ OTHER = ROOT / "docs" / "huggingface.md"
 DOCS = sorted({*(ROOT / "docs").glob("*.md")} - {OTHER})
 FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "RELIABILITY.md"]
 # To be added: README.md, as soon as it is rewritten.
-PLAIN = DOCS
+PLAIN = [*DOCS, *FRONT[1:]]
 LONGEST_SENTENCE = 35
 
 
