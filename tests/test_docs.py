@@ -32,7 +32,7 @@ def sentences(text: str) -> list[str]:
     """Sentences of a document. Headings, list items and paragraphs end one, too."""
     blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|^#.*$", prose(text), flags=re.MULTILINE)
     blocks = (re.sub(r"\]\([^)]*\)", "]", block) for block in blocks)
-    return [s for block in blocks for s in re.split(r"(?<=[.?!:])\s+", " ".join(block.split()))]
+    return [s for block in blocks for s in re.split(r"(?<=[.?!])\s+", " ".join(block.split()))]
 
 
 def anchors(text: str) -> set[str]:
@@ -72,6 +72,15 @@ def test_sentences_are_short(path):
     long = [s for s in sentences(path.read_text()) if len(s.split()) > LONGEST_SENTENCE]
     assert not long
     assert prose(path.read_text()).count(";") <= 1
+
+
+@pytest.mark.parametrize("path", [*DOCS, FRONT[1]], ids=name_of)
+def test_named_files_exist(path):
+    """Files of this repository in code spans."""
+    for span in re.findall(r"`([\w./-]+)`", path.read_text()):
+        folder = span.split("/")[0]
+        if folder in ("tests", "scripts", "lighthouse", "train_configs", "examples", "benchmarks"):
+            assert (ROOT / span).exists(), span
 
 
 def test_the_index_lists_every_page():
