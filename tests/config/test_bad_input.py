@@ -459,7 +459,7 @@ SCRIPTS = [
     script("plan", "{toml} --world-size two", "--world-size", "'two'", "see --help", toml="a = 1"),
     script("plan", "{place}/ok.toml --world-size 0", "--world-size must", "got 0", "use 1 or more"),
     script("plan", "{place}/no.toml --world-size 1", "job.config_file", "no.toml'", "correct the"),
-    script("plan", "{place}/ok.toml --world-size 1 --gpu H9", "--gpu", "'H9'", "choose from"),
+    script("plan", "{place}/ok.toml --world-size 1 --gpu H9", "--gpu", "'H9'", "choose one"),
     script("plan", "{place}/ok.toml --world-size 1 --jsn", "--jsn is not a field", "see --help"),
     script(
         "plan",
@@ -573,7 +573,7 @@ SCRIPTS = [
         f"{MODEL} --output {{dump}} --dtype float16",
         "--dtype",
         "'float16'",
-        "choose one",
+        "choose from",
     ),
     script(
         "export", f"{MODEL} --output {{dump}} --flavor 53M", "--flavor must be", "'53M'", "choose"
