@@ -87,10 +87,10 @@ class LighthouseConfig:
         by_len = self.nearest_seq_len(seq_len, num_chunks, multiple_of)
         if is_aligned and (seq_len < 1 or seq_len % span or seq_len > LONGEST):
             limit = f", at most {LONGEST}" * (seq_len > LONGEST)
-            nearest = "fewer levels or a smaller factor" if by_len is None else f"{by_len}"
+            remedy = "fewer levels or a smaller factor" if by_len is None else f"{by_len}"
             raise ValueError(
                 f"seq_len must be a multiple of pooling_factor**(num_levels-1) = {span}{limit} "
-                f"({fields}), got {seq_len}; nearest with topk {self.topk}: {nearest}"
+                f"({fields}), got {seq_len}; nearest with topk {self.topk}: {remedy}"
             )
         by_topk = self.nearest_topk(seq_len, num_chunks)
         nearest = [f"topk {by_topk}" if by_topk else "fewer levels or a smaller factor"]

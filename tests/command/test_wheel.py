@@ -49,6 +49,7 @@ def test_the_wheel_holds_configurations_and_tokenizer(folder):
     names = {*zipfile.ZipFile(wheel).namelist()}
     for path in (ROOT / "train_configs").glob("*.toml"):
         assert f"lighthouse_cli/train_configs/{path.name}" in names
+    assert "lighthouse/py.typed" in names
     package = "torchtitan/experiments/lighthouse"
     assert f"{package}/assets/byte_tokenizer/tokenizer.json" in names
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}

@@ -109,6 +109,7 @@ class Sizes:
     """Width of the model."""
 
     n_layers: int | None = None
+    """Transformer blocks."""
 
     n_heads: int | None = None
     """Query heads; dim is a multiple of them."""
@@ -123,6 +124,7 @@ class Sizes:
     """At least the tokens of the tokenizer."""
 
     norm_eps: float | None = None
+    """Added to the mean square in RMSNorm."""
 
     rope_theta: float | None = None
     """Base of the frequencies of rotary embeddings."""
@@ -131,7 +133,11 @@ class Sizes:
     """By which Llama 3.1 stretches long wavelengths of rotary embeddings; 1: no scaling."""
 
     rope_low_freq_factor: float | None = None
+    """Wavelengths above rope_original_seq_len divided by this are stretched in full."""
+
     rope_high_freq_factor: float | None = None
+    """Wavelengths below rope_original_seq_len divided by this are not stretched."""
+
     rope_original_seq_len: int | None = None
     """Tokens that the scaling starts from."""
 
