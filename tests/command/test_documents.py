@@ -30,8 +30,7 @@ MODULE = "torchtitan.experiments.lighthouse.train"
 def texts() -> dict[str, str]:
     """What a reader may copy a command from, by the name of the file."""
     files = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("train_configs/*.toml")]
-    files += [path for path in ROOT.glob("docs/*.md") if path.stem != "huggingface"]
-    files += [*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/slurm/*")]
+    files += [*ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/slurm/*")]
     found = {str(path.relative_to(ROOT)): path.read_text() for path in files}
     for folder in ("lighthouse_cli", "torchtitan", "scripts", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
