@@ -1,7 +1,7 @@
 """Lighthouse Attention: hierarchical selection around stock causal attention.
 
 Paper: "Long Context Pre-Training with Lighthouse Attention", arXiv 2605.06554.
-`attention.py` is the algorithm; `config.py` its fields, rules and derived sizes.
+`attention.py` holds the algorithm. `config.py` holds its fields, rules and derived sizes.
 
 Letters used for shapes in every module:
 

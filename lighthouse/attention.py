@@ -1,18 +1,18 @@
 """Lighthouse Attention (paper, section 3): attend over a short, hierarchically chosen sequence.
 
     1. score        every span of every level by its strongest token; pool the coarsest level
-    2. select       entries in a cascade from the coarsest level down
-    3. gather       their means of q, k and v into a dense sub-sequence in causal order; rotary
-                    q and k at one position, the last of the span
-    4. attend       stock causal attention, S instead of N long
-    5. scatter back each entry's output to the tokens behind its span
+    2. select       entries level by level, from the coarsest level down
+    3. gather       the means of q, k and v of these entries into a dense sub-sequence in causal
+                    order; rotary q and k are rotated to the last position of the span
+    4. attend       standard causal attention over S entries instead of N tokens
+    5. scatter back each entry's output to p**l tokens, starting at the last token of its span
 
-It is a wrapper around causal attention, not a change of it: it has no parameters, and taking it
-away leaves an ordinary dense model. Gradients flow through steps 5, 4 and 3; none through 1, 2.
+Lighthouse wraps causal attention and has no parameters. Removing the wrapper leaves a standard
+dense model. Gradients flow through steps 5, 4 and 3, and not through steps 2 and 1.
 
-Given the selection, output t depends on no input after t. Which entries are refined depends on
-scores in the whole stratum, later tokens included, as in expert-choice routing: that is in the
-nature of the method, which is for training only.
+Given the selection, output t depends on no input after t. The selection itself depends on the
+scores of the whole stratum, including later tokens, as in expert-choice routing. The method is
+therefore for training only.
 """
 
 from collections.abc import Callable
@@ -47,21 +47,21 @@ def lighthouse_attention(
     Args:
         q: queries, [B, H, N, D], any strides, fp16, bf16, fp32 or fp64.
         k, v: keys and values, [B, Hkv, N, D], in the dtype of q; Hkv divides H (GQA).
-        config: fields of the method; N must be legal under it.
-        rotary: the table of the rotary embedding that q and k carry. With it, tokens are rotated
-            to the last position of their span before they are averaged; without it, q and k are
-            averaged as they are, which is right for models without rotary embeddings.
+        config: settings of the method; N must be legal under it.
+        rotary: the table of the rotary embedding applied to q and k. With it, tokens are rotated
+            to the last position of their span before averaging. Without it, q and k are averaged
+            as they are, which is correct for models without rotary embeddings.
         attend: causal attention, called as `attend(q, k, v, enable_gqa=...)`.
-        context: under context parallelism, this rank's place. q, k, v are its shard of N / W
-            tokens, and so is the result; `config` is that of the whole sequence, and `attend`
+        context: this rank's position under context parallelism. q, k, v and the result are then
+            this rank's shard of N / W tokens. `config` describes the whole sequence, and `attend`
             attends over the sub-sequence of all ranks.
 
     Returns:
         [B, H, N, D] in the dtype of q, with the strides of a contiguous [B, N, H, D].
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, an empty input, N that is
-            not legal under `config`, or a table that does not fit.
+        ValueError: inconsistent shapes, dtypes or devices, an empty input, N that is not legal
+            under `config`, or a table that does not fit.
         NotImplementedError: forward-mode differentiation, and second derivatives.
     """
     _check_inputs(q, k, v)
@@ -76,7 +76,7 @@ def lighthouse_attention(
     is_start = context is None or context.rank == 0
     selection = select_spans(scores, config, seq_len, is_start)
     sub_q, sub_k, sub_v = gather(q, k, v, coarsest, selection, rotary)  # [B, H or Hkv, S, D]
-    # A branch, so that torch.compile sees a bool where sizes are symbols.
+    # The conditional gives torch.compile a bool where sizes are symbolic.
     enable_gqa = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     sub_out = attend(sub_q, sub_k, sub_v, enable_gqa=enable_gqa)
     edges = None if context is None else exchange_edges(sub_out, selection, context)
@@ -84,21 +84,21 @@ def lighthouse_attention(
 
 
 class LighthouseAttention(nn.Module):
-    """Wraps a module of causal attention. It has no parameters and no buffers.
+    """Wraps a causal attention module. It has no parameters and no buffers.
 
-    Under activation checkpointing the selection must be kept, not computed again: a near-tie
-    between scores can fall the other way in the recomputation, and gradients are then wrong without
-    an error. Checkpoint a layer with the operations of `lighthouse.OPS_TO_SAVE`:
+    Activation checkpointing must save the selection instead of recomputing it. A recomputation
+    can resolve a near-tie between scores differently, which makes gradients wrong without an
+    error. Checkpoint a layer with the operations of `lighthouse.OPS_TO_SAVE`:
 
         context_fn = partial(create_selective_checkpoint_contexts, lighthouse.OPS_TO_SAVE)
         torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=context_fn)
 
     Args:
         inner: causal attention, called as `inner(q, k, v, enable_gqa=...)`.
-        config: fields of the method.
-        rotary: the table of the rotary embedding; it follows the module to another device and
+        config: settings of the method.
+        rotary: the table of the rotary embedding. It moves with the module to another device and
             keeps its dtype.
-        context: this rank's place under context parallelism.
+        context: this rank's position under context parallelism.
     """
 
     def __init__(

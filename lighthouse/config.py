@@ -1,28 +1,28 @@
-"""The configuration of Lighthouse Attention: its fields, its rules, the sizes that follow.
+"""The configuration of Lighthouse Attention: fields, rules and derived sizes.
 
-Every rule about shapes is checked here and nowhere else: `LighthouseConfig` checks its
-own fields when it is made, `check_seq_len` checks them against a sequence length.
+Every rule about shapes is checked here and nowhere else. `LighthouseConfig` checks its own fields
+on construction, and `check_seq_len` checks them against a sequence length.
 """
 
 from dataclasses import dataclass, replace
 from math import isqrt, lcm
 
 SCORER_NAMES = ("norm", "dilated", "gla")
-"""Names of the scorers, which `scorers.py` implements."""
+"""Names of the scorers in `scorers.py`."""
 
 SELECTED_PER_STRATUM = 128
 """Entries selected per stratum and level: 64 by query score, then 64 by key score (paper, 3)."""
 
 LONGEST = 2**30
-"""Tokens of the longest sequence: up to twice as many entries are numbered in 32 bits."""
+"""The longest sequence, in tokens. Ids of up to twice as many entries fit into 32 bits."""
 
 
 @dataclass(frozen=True)
 class LighthouseConfig:
-    """Fields of Lighthouse Attention (paper, section 3). Raises ValueError for an illegal one."""
+    """Settings of Lighthouse Attention (paper, section 3). An illegal value raises ValueError."""
 
     num_levels: int = 3
-    """Levels of the pyramid, L from 2 to 30; level 0 holds the tokens themselves."""
+    """Levels of the pyramid, L, from 2 to 30. Level 0 holds the tokens themselves."""
 
     pooling_factor: int = 4
     """Children per entry, p: a power of two, at least 2."""
@@ -31,12 +31,12 @@ class LighthouseConfig:
     """Entries selected per level above the finest, k: a multiple of 128."""
 
     scorer: str = "norm"
-    """What ranks the entries, by the L2 norm per token. `norm`: of q and of k. `dilated`: of what
-    they get by attending to each other within residue classes of the tokens; its cost grows with
-    N**2. `gla`: by gated linear attention."""
+    """The scorer that ranks the entries. `norm` uses the L2 norms of q and k per token. `dilated`
+    uses the L2 norms of the outputs of dilated attention; its cost grows with N**2. `gla` uses
+    the L2 norms of the outputs of gated linear attention."""
 
     dilation: int = 4
-    """Stride of the residue classes of the `dilated` scorer, in tokens; others ignore it."""
+    """Dilation of the `dilated` scorer, in tokens. Other scorers ignore it."""
 
     def __post_init__(self):
         for name in ("num_levels", "pooling_factor", "topk", "dilation"):
@@ -74,10 +74,12 @@ class LighthouseConfig:
     def check_seq_len(self, seq_len: int, num_chunks: int = 1, multiple_of: int = 1) -> None:
         """Raise a one-line ValueError unless `seq_len` tokens are legal under these fields.
 
-        The coarsest level must exist (`p**(L-1)` divides N) and divide evenly into T strata
-        of at least 128 candidates each; so must it in each of the `num_chunks` equal chunks that
-        context parallelism cuts the sequence into: T is a multiple of `num_chunks`. The length
-        that an error names is a multiple of `multiple_of`, too.
+        `p**(L-1)` must divide N, and T must divide the coarsest level into strata of at least 128
+        candidates. Context parallelism cuts the sequence into `num_chunks` equal chunks, so T must
+        be a multiple of `num_chunks`.
+
+        Args:
+            multiple_of: the length that an error suggests is a multiple of this, in tokens.
         """
         span = self.span(self.num_levels - 1)
         is_aligned = self.num_strata % num_chunks == 0
@@ -122,10 +124,10 @@ class LighthouseConfig:
     def nearest_seq_len(
         self, seq_len: int, num_chunks: int = 1, multiple_of: int = 1
     ) -> int | None:
-        """The legal length nearest to `seq_len` tokens; None if there is none.
+        """The legal length nearest to `seq_len`, in tokens; None if there is none.
 
         Args:
-            multiple_of: what else must divide it.
+            multiple_of: the length is also a multiple of this, in tokens.
         """
         span = self.span(self.num_levels - 1)
         least, step = self.num_strata * SELECTED_PER_STRATUM * span, self.num_strata * span
@@ -152,7 +154,7 @@ class LighthouseConfig:
 
     @property
     def num_strata(self) -> int:
-        """Strata T of a level; each selects 128 entries on its own."""
+        """Number of strata per level, T. Each stratum selects 128 entries independently."""
         return self.topk // SELECTED_PER_STRATUM
 
     def span(self, level: int) -> int:
@@ -160,26 +162,26 @@ class LighthouseConfig:
         return self.pooling_factor**level
 
     def level_len(self, level: int, seq_len: int) -> int:
-        """Entries of `level` at `seq_len` tokens."""
+        """Number of entries of `level` at `seq_len` tokens."""
         return seq_len // self.span(level)
 
     def level_offset(self, level: int, seq_len: int) -> int:
-        """Flat id of the first entry of `level`: levels are numbered one after another,
-        finest first, so that entry i of level l has the id `level_offset(l) + i`."""
+        """Flat id of the first entry of `level`. Entry i of level l has the id
+        `level_offset(l) + i`, with the finest level first."""
         return sum(self.level_len(finer, seq_len) for finer in range(level))
 
     def num_entries(self, seq_len: int) -> int:
-        """Entries E of all levels."""
+        """Number of entries of all levels, E."""
         return self.level_offset(self.num_levels, seq_len)
 
     def sub_seq_len(self, seq_len: int) -> int:
-        """Entries S of the sub-sequence: the coarsest level whole, and `p*k` below it each."""
+        """Length of the sub-sequence, S: the whole coarsest level and `p*k` of each finer one."""
         coarsest = self.level_len(self.num_levels - 1, seq_len)
         return coarsest + (self.num_levels - 1) * self.pooling_factor * self.topk
 
 
 def nearest_multiple(value: int, of: int, least: int = 1, most: int | None = None) -> int:
-    """The multiple of `of` nearest to `value`, within the bounds if one is; the lower of two."""
+    """The multiple of `of` nearest to `value`, within the bounds if one is; ties go down."""
     first = -(-least // of)
     last = None if most is None else max(first, most // of)
     number = max(first, -(-(2 * value - of) // (2 * of)))
@@ -187,7 +189,7 @@ def nearest_multiple(value: int, of: int, least: int = 1, most: int | None = Non
 
 
 def nearest_power_of_two(value: int) -> int:
-    """The power of two nearest to `value`, from 2 to `LONGEST`; the lower of two."""
+    """The power of two nearest to `value`, from 2 to `LONGEST`; ties go down."""
     value = min(max(value, 2), LONGEST)
     below = 1 << value.bit_length() - 1
     return below if value - below <= 2 * below - value else 2 * below

@@ -1,23 +1,23 @@
-"""Context parallelism: one sequence over W ranks, and the same function as on one.
+"""Context parallelism: one sequence sharded over W ranks, with the result of one rank.
 
-The sequence is cut into chunks. A rank holds, one after another,
+The sequence is cut into chunks. Rank r holds
 
     ulysses   chunk r of W
-    ring      chunks r and 2W-1-r of 2W, its head and its tail, so that causal attention costs
-              every rank the same
+    ring      chunks r and 2W-1-r of 2W, a head and a tail chunk, so that causal attention costs
+              the same on every rank
 
-Strata align with chunks: with `topk / W` of its own, a rank scores, selects, pools and gathers its
-shard as though that were a whole sequence, and selects what one device would. S / W entries of the
-sub-sequence are on each rank, in the layout of the tokens. Three things concern other ranks:
+Strata align with chunks. With `topk / W`, each rank scores, selects, pools and gathers its shard
+like a whole sequence, and the selection equals that of a single device. Each rank holds S / W
+entries of the sub-sequence, in the layout of the tokens. Three steps depend on other ranks:
 
-- The entries that are always selected are the first of the whole sequence: those of rank 0.
-- Attention over the sub-sequence. `UlyssesAttention` exchanges: from all heads of a part of the
-  sequence to a part of the heads over all of it, stock attention, and back. Under `ring` the inner
-  attention is torch's ring attention (`ring.py` on the CPU).
-- Scatter-back shifts outputs across the edges of chunks: the last entry of each level above the
-  finest goes to the owner of the next chunk, L-1 rows a head (`exchange_edges`).
+- Forced selection. Only the first entries of the whole sequence, on rank 0, are always selected.
+- Attention over the sub-sequence. `UlyssesAttention` exchanges sequence shards of all heads for
+  whole sequences of some heads, runs standard attention, and exchanges back. Under `ring` the
+  inner attention is torch's ring attention (`ring.py` on the CPU).
+- Scatter-back. It shifts outputs across chunk boundaries. `exchange_edges` sends the output of the
+  last entry of each level above the finest to the owner of the next chunk, L-1 rows per head.
 
-One collective does both, an all-to-all whose backward pass is itself.
+Ulysses attention and scatter-back use one collective, an all-to-all that is its own backward pass.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ from lighthouse.ops import register
 from lighthouse.selection import Selection
 
 CHUNKS_PER_RANK = {"ulysses": 1, "ring": 2}
-"""Chunks of the sequence on a rank, by scheme."""
+"""Chunks of the sequence per rank, by scheme."""
 
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """This rank's place among the ranks that share a sequence.
+    """This rank's position among the ranks that share a sequence.
 
         context = ContextParallel.of(group, "ulysses")
         tokens = context.shard(tokens, 1)
@@ -53,14 +53,14 @@ class ContextParallel:
 
     rank: int
     degree: int
-    """Ranks of the group, W."""
+    """Number of ranks in the group, W."""
 
     scheme: str
     """`ulysses` or `ring`."""
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, scheme: str) -> "ContextParallel":
-        """This process's place in `group`."""
+        """The position of this process in `group`."""
         return cls(group.group_name, dist.get_rank(group), dist.get_world_size(group), scheme)
 
     @property
@@ -69,7 +69,7 @@ class ContextParallel:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of the whole sequence."""
+        """Number of chunks of the whole sequence."""
         return self.degree * self.chunks_per_rank
 
     def chunks_of(self, rank: int) -> list[int]:
@@ -77,22 +77,22 @@ class ContextParallel:
         return [rank, self.num_chunks - 1 - rank][: self.chunks_per_rank]
 
     def owner(self, chunk: int) -> tuple[int, int]:
-        """The rank that holds `chunk`, and the place among the chunks of that rank."""
+        """The rank that holds `chunk`, and the position among the chunks of that rank."""
         if chunk < self.degree:
             return chunk, 0
         return self.num_chunks - 1 - chunk, 1
 
     def shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part of `x`, which is whole along `dim`."""
+        """This rank's shard of the unsharded `x` along `dim`."""
         chunks = x.chunk(self.num_chunks, dim)
         return torch.cat([chunks[i] for i in self.chunks_of(self.rank)], dim)
 
     def shard_config(self, config: LighthouseConfig, shard_len: int) -> LighthouseConfig:
-        """The configuration under which this rank's shard of `shard_len` tokens is a sequence.
+        """The configuration for this rank's shard of `shard_len` tokens as a sequence of its own.
 
         Raises:
             ValueError: the whole sequence is not legal under `config`, strata and chunks do not
-                align, or the scorer looks beyond a shard.
+                align, or the scorer needs tokens of other shards.
         """
         if config.scorer != "norm":
             raise ValueError(
@@ -106,24 +106,24 @@ class ContextParallel:
 def exchange_edges(
     sub_out: torch.Tensor, selection: Selection, cp: ContextParallel
 ) -> torch.Tensor:
-    """What scatter-back brings into each chunk from the one before.
+    """The outputs that scatter-back carries into each chunk from the previous chunk.
 
     Args:
-        sub_out: this rank's part of the output of the sub-sequence, [B, H, S/W, D].
+        sub_out: this rank's shard of the output of the sub-sequence, [B, H, S/W, D].
 
     Returns:
-        [B, H, chunks of this rank, L-1, D]: the output of the last entry of levels 1 .. L-1 in
-        the chunk before; zeros for one that is not in the sub-sequence, and for the first chunk.
+        [B, H, chunks of this rank, L-1, D]: the output of the last entry of levels 1 .. L-1 of
+        the previous chunk. Entries absent from the sub-sequence and the first chunk get zeros.
     """
     edges = _last_outputs(sub_out, selection, cp)
     num_chunks = cp.num_chunks
-    # In a circle, so that every rank sends something that has a gradient, and all ranks meet again
-    # in the backward pass. What the last chunk sends to the first is zero.
+    # Chunks send in a circle. Every rank then sends a tensor with a gradient and takes part in the
+    # collective of the backward pass. The last chunk sends zeros to the first.
     send = edges.new_zeros((cp.degree, cp.chunks_per_rank, *edges[0].shape))
     for place, chunk in enumerate(cp.chunks_of(cp.rank)):
         send[cp.owner((chunk + 1) % num_chunks)] = edges[place]
     received = all_to_all(send, cp.group_name)
-    # The chunk before is at one rank; the others have sent zeros.
+    # One rank owns the previous chunk. The other ranks have sent zeros.
     before = [
         received[cp.owner((chunk - 1) % num_chunks)[0], place]
         for place, chunk in enumerate(cp.chunks_of(cp.rank))
@@ -132,8 +132,11 @@ def exchange_edges(
 
 
 def _last_outputs(sub_out: torch.Tensor, selection: Selection, cp: ContextParallel) -> torch.Tensor:
-    """Outputs of the last entries of each chunk here and level above the finest, zero where absent
-    and for the last chunk of all: [chunks, B, H, L-1, D]."""
+    """Outputs of the last entry of each local chunk and level above the finest.
+
+    Returns:
+        [chunks, B, H, L-1, D], zero for absent entries and for the last chunk of the sequence.
+    """
     config, seq_len = selection.config, selection.seq_len
     slots = []
     for place, chunk in enumerate(cp.chunks_of(cp.rank)):
@@ -151,12 +154,12 @@ def _last_outputs(sub_out: torch.Tensor, selection: Selection, cp: ContextParall
 
 
 class UlyssesAttention(nn.Module):
-    """Causal attention over a sequence that lies in contiguous shards on the ranks of a group.
+    """Causal attention over a sequence sharded contiguously over the ranks of a group.
 
     Args:
         inner: causal attention over whole sequences, a module or function such as `causal_sdpa`,
             called as `inner(q, k, v, enable_gqa=...)`.
-        context: of the scheme `ulysses`; its degree divides Hkv.
+        context: its scheme is `ulysses`, and its degree divides Hkv.
     """
 
     def __init__(self, inner: Callable[..., torch.Tensor], context: ContextParallel):
@@ -167,9 +170,9 @@ class UlyssesAttention(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
-        """q: [B, H, n, D]; k, v: [B, Hkv, n, D], of the n tokens here. Returns [B, H, n, D]."""
+        """q: [B, H, n, D]; k, v: [B, Hkv, n, D], n local tokens. Returns [B, H, n, D]."""
         degree, group_name = self.cp.degree, self.cp.group_name
-        # One message to each rank, with its heads of q, of k and of v.
+        # Each rank receives its heads of q, k and v in one message.
         by_rank = [x.unflatten(1, (degree, -1)).movedim(1, 0) for x in (q, k, v)]
         received = all_to_all(torch.cat([x.flatten(1) for x in by_rank], 1), group_name)
         parts = received.split([x[0].numel() for x in by_rank], 1)
@@ -215,4 +218,4 @@ _all_to_all = register(
 )
 
 all_to_all_op = torch.ops.lighthouse.all_to_all.default
-"""The op, for activation checkpointing to save its outputs."""
+"""The op, so that activation checkpointing can save its outputs."""

@@ -1,12 +1,12 @@
-"""What a layer of Lighthouse Attention must move and compute: the floor of its time.
+"""Bytes and FLOPs of each step of a Lighthouse layer, and the least time they take.
 
-Bytes count each input once and each output once, in the smallest set that the step needs; FLOPs
-count the two products of causal attention, half of the square, and two and a half times as many
-backward; and those of scoring by `dilated` and `gla`, which has no backward. Nothing else of the
-layer has FLOPs worth counting. No step can take less than `bytes / bandwidth` or `FLOPs / rate`.
+Bytes count each required input once and each output once. FLOPs count the two products of causal
+attention over half of the square. Its backward pass counts 2.5 times as many. Scoring by `dilated`
+and `gla` counts forward only. All other FLOPs of the layer are negligible. No step can take less
+than `bytes / bandwidth` or `FLOPs / rate`.
 
-Under context parallelism of degree W a rank has the W-th part of every step, and what it exchanges
-with the others (`exchange_bytes`, `edge_bytes`).
+Under context parallelism of degree W, each rank has 1/W of every step. It also exchanges data with
+the other ranks (`exchange_bytes`, `edge_bytes`).
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one step needs."""
+    """Bytes and FLOPs of one step."""
 
     bytes: int
     flops: int = 0
@@ -40,23 +40,23 @@ def attention_flops(batch: int, n_heads: int, length: int, head_dim: int) -> int
 
 
 def scored_positions(config: LighthouseConfig, seq_len: int, head_dim: int) -> float:
-    """Positions that the scorer attends to for each token and query head, causal or not.
+    """Positions that the scorer attends to per token and query head, not halved for causality.
 
-    `dilated` attends to the tokens of a class, twice. `gla` adds to a state of D * D and reads it,
-    twice: as many FLOPs as q·k and p·v over D positions.
+    `dilated` attends twice to the N / dilation tokens of a residue class. `gla` updates and reads
+    a D * D state twice. Each time costs as many FLOPs as q·k and p·v over D positions.
     """
     return {"norm": 0, "dilated": 2 * seq_len / config.dilation, "gla": 2 * head_dim}[config.scorer]
 
 
 def scoring_flops(shape: Shape, config: LighthouseConfig) -> int:
-    """FLOPs of scoring: q·k and p·v over `scored_positions`, over half of them for `dilated`."""
+    """FLOPs of scoring: q·k and p·v over `scored_positions`, half of them for `dilated`."""
     positions = scored_positions(config, shape.seq_len, shape.head_dim)
     tokens = shape.batch * shape.n_heads * shape.seq_len
     return int(tokens * (2 if config.scorer == "dilated" else 4) * positions * shape.head_dim)
 
 
 def dense_costs(shape: Shape) -> dict[str, Cost]:
-    """Dense attention: q, k, v, out once forward; those and their gradients once backward."""
+    """Dense attention. Forward moves q, k, v, out once. Backward also moves their gradients."""
     rows = shape.batch * shape.seq_len * 2 * (shape.n_heads + shape.n_kv_heads)
     row = shape.head_dim * shape.itemsize
     flops = attention_flops(shape.batch, shape.n_heads, shape.seq_len, shape.head_dim)
@@ -70,7 +70,7 @@ def layer_costs(shape: Shape, config: LighthouseConfig, rotary_dim: int = 0) -> 
     """Every step of a Lighthouse layer, forward and backward, in order.
 
     Args:
-        rotary_dim: elements of a head that pooling rotates, R; 0: q and k are averaged as they are.
+        rotary_dim: elements of a head that pooling rotates, R; 0 means no rotation.
     """
     seq_len, row = shape.seq_len, shape.head_dim * shape.itemsize
     q_heads, kv_heads = shape.batch * shape.n_heads, shape.batch * shape.n_kv_heads
@@ -79,13 +79,13 @@ def layer_costs(shape: Shape, config: LighthouseConfig, rotary_dim: int = 0) -> 
     entries = config.num_entries(seq_len)
     coarsest = config.level_len(config.num_levels - 1, seq_len)
     candidates = config.pooling_factor * config.topk
-    # Tokens below the entries of the sub-sequence that are finer than the coarsest.
+    # Tokens covered by the entries of the sub-sequence below the coarsest level.
     gathered = sum(candidates * config.span(level) for level in range(config.num_levels - 1))
     scores = 2 * 4 * kv_heads * (entries - seq_len)
     scores_read = 2 * 4 * kv_heads * (coarsest + (config.num_levels - 2) * candidates)
     entry_map, slot_map = 4 * kv_heads * sub, 4 * kv_heads * entries
     attend = dense_costs(shape._replace(seq_len=sub))
-    # Cosines and sines in fp32, for each offset in the longest span and in those below it.
+    # Cosines and sines in fp32 for each offset in the longest and in the second longest span.
     table = 4 * rotary_dim * config.span(config.num_levels - 1)
     finer_table = 4 * rotary_dim * config.span(config.num_levels - 2)
     score_bytes = heads * (seq_len + coarsest) * row + scores + table
@@ -102,16 +102,17 @@ def layer_costs(shape: Shape, config: LighthouseConfig, rotary_dim: int = 0) -> 
 
 
 def exchange_bytes(shape: Shape, degree: int, scheme: str) -> dict[str, int]:
-    """Bytes that a rank sends to the other ranks to attend over a sequence they share.
+    """Bytes that a rank sends to the other ranks to attend over a shared sequence.
 
-        ulysses   its part of q, k, v, from all heads to some; the output back to all heads;
-                  as many of gradients backward
-        ring      k and v of its part, W-1 times round; backward once more, and the gradients of
-                  k and v in fp32, W times round; by `allgather` as by `alltoall`
+        ulysses   forward: its shard of q, k, v and of the output
+                  backward: as many bytes of gradients
+        ring      forward: k and v of its shard, W-1 times
+                  backward: k and v W-1 times, and their gradients in fp32 W times;
+                  the same for `allgather` and `alltoall`
 
     Args:
-        shape: of the whole sequence: N tokens, or the S entries of the sub-sequence.
-        degree: ranks that share it, W.
+        shape: sizes of the whole sequence of N tokens, or of the sub-sequence of S entries.
+        degree: number of ranks that share the sequence, W.
     """
     rows = shape.batch * shape.seq_len // degree
     kv = 2 * rows * shape.n_kv_heads * shape.head_dim
@@ -124,10 +125,10 @@ def exchange_bytes(shape: Shape, degree: int, scheme: str) -> dict[str, int]:
 
 
 def edge_bytes(shape: Shape, config: LighthouseConfig, degree: int, scheme: str) -> dict[str, int]:
-    """Bytes that a rank sends to the other ranks for scatter-back to reach across chunks.
+    """Bytes that a rank sends to the other ranks so that scatter-back can cross chunk boundaries.
 
-    A row for each head, level above the finest and chunk of this rank has one receiver; the
-    all-to-all sends zeros to the others.
+    There is one row per head, level above the finest and local chunk. Each row has one receiver,
+    and the all-to-all sends zeros to the other ranks.
     """
     rows = shape.batch * shape.n_heads * (config.num_levels - 1) * CHUNKS_PER_RANK[scheme]
     forward = rows * shape.head_dim * shape.itemsize * (degree - 1)

@@ -1,23 +1,24 @@
 """Gather and scatter-back: from tokens to the sub-sequence and back (paper, 3.3 and 3.5).
 
-    gather          sub[s] = mean of x over the p**l tokens that the entry (l, i) in slot s covers,
-                    of q and k rotated to the last of them where a table of phases is given
+    gather          sub[s] = mean of x over the p**l tokens covered by the entry (l, i) in slot s;
+                    with a rotary table, q and k are first rotated to the last of these tokens
     scatter-back    out[t] = sum over levels l of sub[slot(l, (t + 1) // p**l - 1)]
 
-Scatter-back shifts an entry's output by p**l - 1 tokens, so that a summary first reaches the
-last token it covers; entry (l, i) thus reaches `i*p**l + p**l - 1 .. i*p**l + 2*p**l - 2`, those
-below N. An absent entry adds nothing. Written per token, through the inverse map, scatter-back
-is itself a gather: every output is written once, nothing is added into. The backward passes are
+Scatter-back shifts an entry's output by p**l - 1 tokens, so that it first reaches the last token
+of its span. Entry (l, i) reaches the tokens `i*p**l + p**l - 1 .. i*p**l + 2*p**l - 2` below N. An
+absent entry contributes nothing. Scatter-back reads the inverse map per token and writes every
+output once, without atomic additions. The backward passes are
 
     gather's          dx[t]   = sum over l of dsub[slot(l, t // p**l)] / p**l, rotated back
     scatter-back's    dsub[s] = sum of dout over the tokens that entry s reaches
 
-Where the tokens are chunks of a longer sequence, as under context parallelism, scatter-back stays
-within them: an entry reaches its own chunk alone, and the first tokens of a chunk take from `edges`
-what the last entries of the chunk before it, which may be on another rank, bring there.
+Under context parallelism the tokens are chunks of a longer sequence. An entry then reaches tokens
+of its own chunk only. The first tokens of a chunk add outputs of the last entries of the previous
+chunk, which may be on another rank. These outputs are passed as `edges`.
 
 Sums accumulate in fp32 (fp64 for fp64 input) and are rounded once. With GQA the query heads of a
-group share the maps of their kv head. Only the two maps are saved for the backward passes.
+group share the maps of their kv head. The backward passes save only the two maps and the rotary
+table.
 """
 
 import torch
@@ -42,8 +43,8 @@ def gather(
     Args:
         q: [B, H, N, D], any strides.
         k, v: [B, Hkv, N, D], any strides.
-        coarsest: their means over the coarsest level; the gradient goes to q, k, v.
-        rotary: with it, q and k are pooled at the last position of a span, as in `coarsest`.
+        coarsest: means of q, k, v over the coarsest level. Its gradient flows to q, k, v.
+        rotary: if given, q and k are rotated to the last position of a span, as in `coarsest`.
 
     Returns:
         [B, H, S, D], [B, Hkv, S, D], [B, Hkv, S, D], contiguous.
@@ -58,12 +59,12 @@ def gather(
 def scatter_back(
     sub_out: torch.Tensor, selection: Selection, edges: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Bring the output of the sub-sequence back to the tokens.
+    """Map the output of the sub-sequence back to the tokens.
 
     Args:
         sub_out: [B, H, S, D], any strides.
-        edges: where the tokens are chunks of a longer sequence, [B, H, chunks, L-1, D]: for each
-            the output of the last entry of levels 1 .. L-1 before it, zeros for an absent one.
+        edges: [B, H, chunks, L-1, D] if the tokens are chunks of a longer sequence: the output of
+            the last entry of levels 1 .. L-1 before each chunk, zeros for an absent entry.
 
     Returns:
         [B, H, N, D] with the strides of a contiguous [B, N, H, D].
@@ -176,7 +177,7 @@ def scatter_back_reference(
     sub_seq_len = sub_out.shape[2]
     lens = [seq_len // pooling_factor**level for level in range(num_levels)]
     if edges is not None:
-        # Each edge has a slot behind those of the sub-sequence.
+        # Edges get the slots after those of the sub-sequence.
         num_chunks = edges.shape[2]
         sub_out = torch.cat([sub_out, edges.flatten(2, 3)], 2)
         edge_slots = torch.arange(sub_seq_len, sub_out.shape[2], device=slot.device).int()
@@ -258,17 +259,17 @@ _scatter_back = register(
 )
 
 
-# The helpers see a tensor as rows of D elements. A row of [B, H, n, D], whatever the order of
-# its dimensions in memory, has one id; an embedding bag sums rows by id in one pass.
+# The helpers treat a tensor as rows of D elements. Each row of [B, H, n, D] has one id, for any
+# order of its dimensions in memory. An embedding bag sums rows by id in one pass.
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """The rows of a dense `x`, in the order of memory: [B*H*n, D]."""
+    """The rows of a dense `x` in memory order, [B*H*n, D]."""
     return x.as_strided((x.numel() // x.shape[-1], x.shape[-1]), (x.shape[-1], 1))
 
 
 def _row_ids(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Ids of the rows of `x` at `positions` of the sequence: [B, Hkv, ...] to [B, H, ...]."""
+    """Row ids of `x` at `positions` of the sequence: [B, Hkv, ...] to [B, H, ...]."""
     batch, n_heads, _, head_dim = x.shape
     positions = positions.repeat_interleave(n_heads // positions.shape[1], 1)
     batch_start = torch.arange(batch, device=x.device)[:, None] * x.stride(0)
@@ -288,7 +289,7 @@ def _empty_bnhd(x: torch.Tensor, seq_len: int) -> torch.Tensor:
 
 
 def _entries_by_level(entry, seq_len, num_levels, pooling_factor):
-    """Of each level: its slots and the indices of their entries, both [B, Hkv, n], by slot."""
+    """Yield each level, its slots and the indices of their entries, both [B, Hkv, n], by slot."""
     offset = 0
     for level in range(num_levels):
         level_len = seq_len // pooling_factor**level
@@ -306,7 +307,7 @@ def _mean_spans(
     sin: torch.Tensor | None,
     interleaved: bool,
 ) -> torch.Tensor:
-    """Mean of the `span` tokens from each start on, rotated to the last one if there is a table.
+    """Mean of the `span` tokens from each start on, rotated to the last one if a table is given.
 
     Args:
         x: [B, H, N, D].
@@ -321,13 +322,13 @@ def _mean_spans(
         return F.embedding_bag(ids, _rows(x), mode="mean")
     rows = _rows(x)[ids].to(torch.promote_types(x.dtype, torch.float32))  # [B*H*n, span, D]
     rotated = rotate_to_last(rows, cos, sin, interleaved).flatten(0, 1)
-    # Summed as without a table, in the same order: a rotation by nothing changes no bit.
+    # The order of summation is the same as without a table, so rotation by 0 is bitwise neutral.
     ids = torch.arange(ids.numel(), device=x.device).view_as(ids)
     return F.embedding_bag(ids, rotated, mode="mean").to(x.dtype)
 
 
 def _sum_spans(x: torch.Tensor, starts: torch.Tensor, span: int, chunk_len: int) -> torch.Tensor:
-    """Sum of the `span` tokens from each start on, without those behind the chunk of the start.
+    """Sum of the `span` tokens from each start on, excluding tokens after the chunk of the start.
 
     Args:
         x: [B, H, N, D].
@@ -356,19 +357,21 @@ def _spread_to_tokens(
     sin: torch.Tensor | None,
     interleaved: bool,
 ) -> torch.Tensor:
-    """Gradient of the tokens from that of the sub-sequence, level by level downwards: every entry
-    gives each of its children a p-th of its gradient, rotated back to the last token of the child.
+    """Gradient of the tokens from that of the sub-sequence, from the coarsest level down.
+
+    Each child receives 1/p of the gradient of its parent, rotated back to the last token of the
+    child.
 
     Args:
         dsub: [B, H, S, D].
-        slots: of every level, [B, Hkv, N/p**l]; -1 for an entry that is not there.
+        slots: for every level, [B, Hkv, N/p**l]; -1 for an absent entry.
 
     Returns:
         [B, H, N, D] with the strides of a contiguous [B, N, H, D].
     """
     dsub = _dense(dsub)
     accumulate = torch.promote_types(dsub.dtype, torch.float32)
-    # The coarsest level is there as a whole.
+    # All entries of the coarsest level are in the sub-sequence.
     grad = _rows(dsub)[_row_ids(dsub, slots[-1].long())].to(accumulate)  # [B, H, N/p**(L-1), D]
     for level in range(len(slots) - 2, -1, -1):
         children = _empty_bnhd(grad, grad.shape[2] * pooling_factor)
@@ -392,7 +395,7 @@ def _spread_to_tokens(
 
 
 def _sum_slots(sub: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Sum over levels of the rows in the slots of every token; slot -1 counts 0.
+    """Sum over levels of the rows in the slots of each token; slot -1 adds 0.
 
     Args:
         sub: [B, H, S, D].

@@ -1,7 +1,8 @@
 """Registration of the library's operations with PyTorch.
 
-An operation is a plain PyTorch function, its reference, and a Triton kernel for CUDA. Registered
-under `lighthouse::name` it is opaque to torch.compile and can be named by activation checkpointing.
+An operation has a plain PyTorch reference and a Triton kernel for CUDA. It is registered as
+`lighthouse::name`. torch.compile treats it as opaque, and activation checkpointing can select it
+by name.
 """
 
 import functools
@@ -11,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 OPS_TO_SAVE: list[torch._ops.OpOverload] = []
-"""Operations whose outputs activation checkpointing must keep: the selection, and the scores that
-are expensive to compute. See `lighthouse.LighthouseAttention`."""
+"""Operations whose outputs activation checkpointing must save: the selection and the expensive
+scores. See `lighthouse.LighthouseAttention`."""
 
 
 def register(
@@ -27,16 +28,16 @@ def register(
     """Register `reference` as the operation `lighthouse::name`.
 
     Args:
-        reference: the operation in PyTorch, annotated with types. It runs on the CPU, and on any
+        reference: the operation in PyTorch, with type annotations. It runs on the CPU, and on any
             device in fp64.
         fake: returns empty outputs with the shapes, dtypes and strides of the real ones.
         kernels: module of `lighthouse.kernels` whose function `name` runs on CUDA. It is imported
-            on first use, so that a machine without a GPU need not have triton. None: the
-            reference runs there, too.
-        backward, setup_context: as `torch.library.register_autograd` takes them. Without them the
-            operation refuses to be differentiated.
-        save: whether activation checkpointing must keep the outputs (`OPS_TO_SAVE`). Running the
-            operation again in a backward pass then raises RuntimeError.
+            on first use, so that a machine without a GPU does not need triton. With None, the
+            reference also runs on CUDA.
+        backward, setup_context: as for `torch.library.register_autograd`. Without them,
+            differentiating the operation raises NotImplementedError.
+        save: whether activation checkpointing must save the outputs (`OPS_TO_SAVE`). Recomputing
+            the operation in a backward pass then raises RuntimeError.
     """
     if save:
         reference = _once_a_step(reference)
@@ -59,7 +60,7 @@ def register(
 
 
 def _once_a_step(function: Callable) -> Callable:
-    """`function`, with an error in place of its recomputation by activation checkpointing."""
+    """Wrap `function` so that recomputation by activation checkpointing raises RuntimeError."""
 
     @functools.wraps(function)
     def run(*args):

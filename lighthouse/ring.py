@@ -1,10 +1,10 @@
-"""Ring attention on the CPU, by torch's own ring: the scheme `ring` where there is no GPU.
+"""Ring attention on the CPU, built on torch's ring. It implements the scheme `ring` without a GPU.
 
-torch's context parallelism turns attention on a GPU into a ring: each rank keeps its queries,
-keys and values go round, and the partial results are merged by their log-sum-exp. On the CPU it
-has the ring, but does not dispatch to it (torch 2.13). `RingAttention` calls that ring with the
-CPU's fused kernel in the place of the GPU's; layout, rotation and merging are the same code. That
-code is private: it is in torch 2.11 to 2.14, which are the versions this library is for.
+In torch's ring attention each rank keeps its queries, and keys and values pass from rank to rank.
+Partial results are merged by their log-sum-exp. torch 2.13 does not dispatch CPU attention to it.
+`RingAttention` calls torch's ring with the CPU's fused kernel instead of the GPU's. Layout,
+rotation and merging are torch's code. That code is private and exists in torch 2.11 to 2.14, the
+versions that this library supports.
 """
 
 import torch
@@ -18,12 +18,12 @@ _SEQ_DIM = 2
 
 
 class RingAttention(nn.Module):
-    """Causal attention over a sequence that lies in head and tail chunks on the ranks of a group.
+    """Causal attention over a sequence sharded in head and tail chunks over the ranks of a group.
 
-    The merged sums are fp32 (torch's choice), also for fp64 inputs.
+    torch merges in fp32, also for fp64 inputs.
 
     Args:
-        cp: of the scheme `ring`.
+        cp: this rank's position; its scheme is `ring`.
     """
 
     def __init__(self, cp: ContextParallel):
@@ -33,8 +33,8 @@ class RingAttention(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
-        """q: [B, H, n, D]; k, v: [B, Hkv, n, D], of the n tokens here. Returns [B, H, n, D]."""
-        # The kernel wants as many heads of k and v as of q.
+        """q: [B, H, n, D]; k, v: [B, Hkv, n, D], n local tokens. Returns [B, H, n, D]."""
+        # The kernel requires equal numbers of q, k and v heads.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         out, _ = _ring(q, k, v, self.cp.group_name)
         return out
@@ -87,7 +87,7 @@ def _ring_backward(
         is_causal=True,
         dropout_p=0.0,
     )
-    # Two of them are parts of one buffer, which an op must not return.
+    # Two gradients share one buffer, which an op must not return.
     dq, dk, dv = (grad.clone(memory_format=torch.contiguous_format) for grad in grads)
     return dq, dk, dv
 

@@ -1,15 +1,15 @@
 """Rotary embeddings of pooled entries: rotate to one position, then average (rope-fix, 2026-07-31).
 
-With rotary embeddings (RoPE) the q and k of a token are rotated by its position. Averages of such
-vectors belong to no position: fast frequencies cancel. `RotaryPhases` puts the tokens of a span to
-the position of its last token before they are averaged:
+Rotary embeddings (RoPE) rotate the q and k of a token by its position. In averages of such vectors
+high frequencies cancel. With `RotaryPhases`, the tokens of a span are first rotated to the position
+of its last token and then averaged:
 
     pooled(l, i) = mean over tokens t of the span of  R((i+1) * p**l - 1 - t) x[t]
 
-x is q or k, rotated already, and R(d) the rotation by d positions. Rotations compose, so the result
-equals rotating the mean of the unrotated vectors by the position of the last token. Only the
-offsets 0 .. p**(L-1) - 1 occur: one small table serves every position and length. v is not rotated.
-The gradient of x[t] is the gradient of the entry under the inverse rotation.
+x is the rotated q or k, and R(d) is the rotation by d positions. Rotations compose, so the result
+equals the mean of the unrotated vectors, rotated by the position of the last token. Only offsets
+0 .. p**(L-1) - 1 occur, so one small table serves all positions and lengths. v is not rotated. The
+gradient of x[t] is the gradient of the entry under the inverse rotation, times 1/p**l.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ class RotaryPhases:
     """Table of the rotations by 0, 1, 2, ... positions.
 
     Raises:
-        ValueError: shape, dtype or device of the table.
+        ValueError: wrong shape or dtype of `cos` and `sin`, or different devices.
     """
 
     cos: torch.Tensor
-    """Cosines, [at least p**(L-1), R/2], fp32 or fp64. Row d belongs to the angles d * frequency,
-    so row 0 is 1. R is the number of rotated elements of a head, the first R of D."""
+    """Cosines of the angles d * frequency in row d, [at least p**(L-1), R/2], fp32 or fp64. Row 0
+    is 1. The first R of the D elements of a head are rotated."""
 
     sin: torch.Tensor
     """Sines, like `cos`; row 0 is 0."""
 
     interleaved: bool
-    """Which elements are a pair: True for elements 2i and 2i+1 (torchtitan, Meta's Llama), False
-    for elements i and i + R/2 (Hugging Face)."""
+    """Which elements form a pair: 2i and 2i+1 if True (torchtitan, Meta's Llama), i and i + R/2 if
+    False (Hugging Face)."""
 
     def __post_init__(self):
         cos, sin = self.cos, self.sin
@@ -63,7 +63,11 @@ class RotaryPhases:
         return RotaryPhases(self.cos.to(device), self.sin.to(device), self.interleaved)
 
     def check(self, longest_span: int, q: torch.Tensor) -> None:
-        """Raise ValueError unless the table serves spans of so many tokens of `q`, [B, H, N, D]."""
+        """Raise ValueError unless the table fits q and a span of `longest_span` tokens.
+
+        Args:
+            q: [B, H, N, D].
+        """
         num_rows, num_pairs = self.cos.shape
         if num_rows < longest_span:
             raise ValueError(
@@ -87,7 +91,7 @@ class RotaryPhases:
 def table_arguments(
     rotary: RotaryPhases | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
-    """The table as operations take it: cos, sin and interleaved."""
+    """The arguments cos, sin and interleaved of operations; None, None, False without a table."""
     return (None, None, False) if rotary is None else (rotary.cos, rotary.sin, rotary.interleaved)
 
 
@@ -98,7 +102,7 @@ def rotate(
 
     Args:
         x: [..., D], fp32 or fp64.
-        cos, sin: [..., R/2], of dimensions that broadcast with those of x.
+        cos, sin: [..., R/2], broadcastable with x.
 
     Returns:
         Shape and dtype of `x`.
@@ -122,7 +126,7 @@ def rotate(
 def rotate_to_last(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
-    """Rotate tokens to the position of the last one of their span.
+    """Rotate tokens to the position of the last token of their span.
 
     Args:
         x: [..., span, D], fp32 or fp64.

@@ -1,24 +1,23 @@
-"""Stock causal attention, kept to fused kernels: never the fallback that stores S * S logits."""
+"""Standard causal attention with fused kernels only, which never store S * S logits."""
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LONGEST_EFFICIENT = 65535
-"""Tokens up to which the memory-efficient kernel is right."""
+"""The longest sequence, in tokens, for which the memory-efficient kernel is correct."""
 
 
 def fused_backends(dtype: torch.dtype, seq_len: int, prefer: str = "cudnn") -> list[SDPBackend]:
-    """Backends of SDPA that may be used, in order: fused ones only, so that attention never
-    falls back to the one that stores S * S logits.
+    """The allowed SDPA backends, in order of preference. They are fused and store no S * S logits.
 
-    On a GPU cuDNN and FlashAttention take fp16 and bf16. For fp32 there is the memory-efficient
-    kernel alone, and it up to 65,535 tokens only, beyond which it is wrong (pytorch #162588). On
-    the CPU everything is FlashAttention.
+    On a GPU, cuDNN and FlashAttention support fp16 and bf16. Only the memory-efficient kernel
+    supports fp32. Beyond 65,535 tokens its results are wrong (pytorch #162588). On the CPU all
+    dtypes use FlashAttention.
 
     Args:
         seq_len: the longest sequence to attend over, in tokens or entries.
-        prefer: `cudnn` or `flash`; the other one stands in where it does not apply.
+        prefer: `cudnn` or `flash`; the other is used where the preferred one does not apply.
     """
     if dtype in (torch.float32, torch.float64):
         is_right = seq_len <= LONGEST_EFFICIENT
@@ -30,7 +29,7 @@ def fused_backends(dtype: torch.dtype, seq_len: int, prefer: str = "cudnn") -> l
 def causal_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
 ) -> torch.Tensor:
-    """Stock causal scaled dot-product attention by a fused kernel.
+    """Standard causal scaled dot-product attention with a fused kernel.
 
     Args:
         q: [B, H, S, D]; k, v: [B, Hkv, S, D].
@@ -39,7 +38,7 @@ def causal_sdpa(
         [B, H, S, D]
 
     Raises:
-        RuntimeError: no fused kernel takes these inputs.
+        RuntimeError: no fused kernel supports these inputs.
     """
     with sdpa_kernel(fused_backends(q.dtype, q.shape[2]), set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
