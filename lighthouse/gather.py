@@ -6,8 +6,8 @@
 
 Scatter-back shifts an entry's output by p**l - 1 tokens, so that it first reaches the last token
 of its span. Entry (l, i) reaches the tokens `i*p**l + p**l - 1 .. i*p**l + 2*p**l - 2` below N. An
-absent entry contributes nothing. Scatter-back reads the inverse map per token and writes every
-output once, without atomic additions. The backward passes are
+absent entry contributes nothing. Scatter-back is a gather through the inverse map: it writes each
+output once and does not accumulate in memory. The backward passes are
 
     gather's          dx[t]   = sum over l of dsub[slot(l, t // p**l)] / p**l, rotated back
     scatter-back's    dsub[s] = sum of dout over the tokens that entry s reaches
@@ -17,8 +17,8 @@ of its own chunk only. The first tokens of a chunk add outputs of the last entri
 chunk, which may be on another rank. These outputs are passed as `edges`.
 
 Sums accumulate in fp32 (fp64 for fp64 input) and are rounded once. With GQA the query heads of a
-group share the maps of their kv head. The backward passes save only the two maps and the rotary
-table.
+group share the maps of their kv head. Only the two maps and the rotary table are saved for the
+backward passes.
 """
 
 import torch

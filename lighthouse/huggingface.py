@@ -1,18 +1,17 @@
-"""Lighthouse Attention for Hugging Face models, through the attention interface of transformers.
+"""Lighthouse Attention for Hugging Face models, using the attention interface of transformers.
 
     register_lighthouse(LighthouseConfig(topk=1536), full_attn_layers=(0, 1, -2, -1))
     Trainer(model, args, train_dataset=data, callbacks=[LighthouseSwitch(stage1_steps=10_000)])
 
-The attention of a layer is Lighthouse while the layer is in training mode, and dense in `eval()`
-mode, in `full_attn_layers` and where a cache holds earlier tokens. `LighthouseSwitch`, or
-`use_lighthouse` and `use_dense` in a loop of your own, choose the stage. No parameter is added and
-`config.json` does not change: what is saved is an ordinary model.
+A layer uses Lighthouse in training mode. It uses dense attention in `eval()` mode, if it is one of
+`full_attn_layers`, and if a cache holds earlier tokens. `LighthouseSwitch` chooses the stage; a
+custom training loop calls `use_lighthouse` and `use_dense`. No parameter is added and `config.json`
+does not change, so the saved model is a standard model.
 
-A training batch is whole sequences of one document each, of a legal length. Padding and packed
-documents raise an error: Lighthouse has no mask. Padding cannot be ignored either, since tokens at
-the end of a sequence compete with all others for a place in the selection. What the attention of
-a model asks for beyond that (sliding window, softcap, sinks, dropout, position bias) raises an
-error that names it.
+Each sequence of a training batch holds one document and has a legal length. Lighthouse has no mask,
+so padding and packed documents raise an error. Padding would also affect the result, since padding
+tokens would compete with all others in the selection. Other attention features (sliding window,
+softcap, sinks, dropout, position bias) raise an error that names the feature.
 
 This is the only module of the library that imports transformers.
 """
@@ -40,8 +39,8 @@ ROTARY_MODELS = (
     *("gemma3_text", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3"),
     *("qwen2", "qwen3"),
 )
-"""`model_type` of the models whose rotary embedding was compared with their q and k: every layer
-rotates, in halves, by the table of the model's own module. `pool_rotary="aligned"` takes these."""
+"""`model_type` of the models that `pool_rotary="aligned"` supports. Their rotary embedding was
+compared with their q and k: every layer rotates, in halves, by the table of the model's module."""
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -49,7 +48,7 @@ _QK_NORMS = {
     *("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm"),
     *("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"),
 }
-"""Names of the modules that normalise q or k, in the models of transformers."""
+"""Names of the modules that normalise q or k in transformers models."""
 
 _WITHOUT_EFFECT = {
     *("cache_position", "num_items_in_batch", "output_hidden_states", "output_router_logits"),
@@ -68,14 +67,15 @@ def register_lighthouse(
     pool_rotary: str = "averaged",
     context: ContextParallel | None = None,
 ) -> None:
-    """Make `attn_implementation=name` known to transformers. A second call replaces the first.
+    """Register `attn_implementation=name` with transformers. A second call replaces the first.
 
     Args:
         full_attn_layers: layers that stay dense; negative ones count from the last.
-        pool_rotary: `averaged` pools q and k as they are; `aligned` pools them at the last position
-            of a span, by the model's own rotary embedding. `aligned` needs `use_lighthouse`.
-        context: of the scheme `ulysses`: each rank passes its shard of the tokens, their
-            `position_ids`, and `shift_labels`, since labels cross the edges of shards.
+        pool_rotary: `averaged` pools q and k as they are. `aligned` first rotates them to the last
+            position of a span, using the model's own rotary embedding; it needs `use_lighthouse`.
+        context: this rank's position; its scheme is `ulysses`. Each rank passes its shard of the
+            tokens and of their `position_ids`. It also passes `shift_labels`, because labels cross
+            shard boundaries.
 
     Raises:
         ValueError: an unknown `pool_rotary` or a scheme other than `ulysses`.
@@ -96,10 +96,10 @@ def register_lighthouse(
 
 
 def use_lighthouse(model: PreTrainedModel, name: str = "lighthouse") -> None:
-    """Put `model` under Lighthouse for training. Checks every layer first.
+    """Switch `model` to Lighthouse Attention for training, after checking every layer.
 
     Raises:
-        ValueError: `name` is not registered, or a layer cannot attend by Lighthouse.
+        ValueError: `name` is not registered, or a layer cannot use Lighthouse.
     """
     attention = AttentionInterface().get(name)
     if not isinstance(attention, _Attention):
@@ -115,7 +115,7 @@ def use_lighthouse(model: PreTrainedModel, name: str = "lighthouse") -> None:
 
 
 def use_dense(model: PreTrainedModel) -> None:
-    """Put `model` under dense causal attention: `sdpa`, or Ulysses under context parallelism."""
+    """Switch `model` to dense causal attention: `sdpa`, or Ulysses under context parallelism."""
     name = model.config._attn_implementation
     attention = AttentionInterface().get(name)
     is_sharded = isinstance(attention, _Attention) and attention.context is not None
@@ -125,27 +125,27 @@ def use_dense(model: PreTrainedModel) -> None:
 
 
 def gradient_checkpointing_kwargs() -> dict[str, Any]:
-    """For `model.gradient_checkpointing_enable`: keeps the selections.
+    """Arguments for `model.gradient_checkpointing_enable` that save the selections.
 
-    Any other setting recomputes them in the backward pass, which raises an error. In the field of
-    that name of `TrainingArguments` they work, too, but not with `report_to="tensorboard"`, which
-    writes the arguments as JSON and cannot write a function.
+    Other settings recompute the selections in the backward pass, which raises an error. The
+    arguments also work as `gradient_checkpointing_kwargs` of `TrainingArguments`, except with
+    `report_to="tensorboard"`, which writes them as JSON and cannot write a function.
     """
     return {"use_reentrant": False, "context_fn": _keep_selections}
 
 
 class LighthouseSwitch(TrainerCallback):
-    """Trains the first steps under Lighthouse and the others dense.
+    """Trains the first steps with Lighthouse and the remaining steps with dense attention.
 
-    The stage follows from the number of finished optimizer steps alone, so a resumed run is in the
-    right one.
+    The stage depends only on the number of finished optimizer steps, so a resumed run is in the
+    correct stage.
 
     Args:
-        stage1_steps: optimizer steps with Lighthouse; 0: dense throughout; -1: no switch.
-        name: the name that was registered.
+        stage1_steps: optimizer steps with Lighthouse. 0 means dense throughout, -1 no switch.
+        name: the registered name.
 
     Raises:
-        ValueError: a number of steps below -1.
+        ValueError: `stage1_steps` is below -1.
     """
 
     def __init__(self, stage1_steps: int, name: str = "lighthouse"):
@@ -157,7 +157,7 @@ class LighthouseSwitch(TrainerCallback):
         self.name = name
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # Checks the layers before the first batch.
+        # This checks the layers before the first batch.
         self._choose_stage(state.global_step, model)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -176,7 +176,7 @@ class LighthouseSwitch(TrainerCallback):
 
 
 class _Attention:
-    """What the attention interface calls, for the layers of every model under one name."""
+    """The function registered under one name, which transformers calls for each layer."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class _Attention:
         self.check_layer(module, is_dense)
         _check_arguments(module, query.shape[2], attention_mask, dropout, kwargs)
         if scaling is not None and scaling != query.shape[3] ** -0.5:
-            # Stock attention divides by the root of D; scorers see the scaled logits, too.
+            # Standard attention divides by sqrt(D). Scaling q here also scales the scorers' logits.
             query = query * (scaling * query.shape[3] ** 0.5)
         if is_dense:
             enable_gqa = query.shape[1] != key.shape[1]
@@ -234,7 +234,7 @@ class _Attention:
         return out.transpose(1, 2).contiguous(), None  # [B, N, H, D]
 
     def is_dense(self, module: nn.Module) -> bool:
-        """Whether the layer of `module` stays dense in training."""
+        """Whether the layer of `module` stays dense during training."""
         if self.always_dense or not self.full_attn_layers:
             return self.always_dense
         n_layers = module.config.num_hidden_layers
@@ -247,7 +247,7 @@ class _Attention:
         return module.layer_idx in [layer % n_layers for layer in self.full_attn_layers]
 
     def check_layer(self, module: nn.Module, is_dense: bool = False) -> None:
-        """Raise ValueError unless the layer of `module` can attend by Lighthouse."""
+        """Raise ValueError unless the layer of `module` can use this attention."""
         if not getattr(module, "is_causal", True):
             raise ValueError(_has("attention that is not causal", module, "use another model"))
         if hasattr(module, "sinks"):
@@ -327,7 +327,7 @@ _NOT_CAUSAL = (
 
 
 def _require(condition: torch.Tensor, message: str) -> None:
-    """Raise ValueError unless `condition`; in compiled code a RuntimeError when it runs."""
+    """Raise ValueError unless `condition` holds. Compiled code raises RuntimeError at run time."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not condition:
@@ -345,10 +345,10 @@ def _causal_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> torch.Tensor | None:
-    """The mask of a batch: none for training, which allows no other; that of `sdpa` elsewhere.
+    """The mask of a batch: None in training, where other masks raise; the mask of `sdpa` elsewhere.
 
-    A mask [B, 1, N, N] of a long sequence would not fit into memory: it is never built. A batch
-    counts as one for training when gradients are on.
+    A mask [B, 1, N, N] of a long sequence would not fit into memory, so training never builds it. A
+    batch counts as a training batch if gradients are enabled.
     """
     is_training = torch.is_grad_enabled() and q_length == kv_length
     is_window = local_size is not None and local_size < kv_length
@@ -368,7 +368,7 @@ def _causal_mask(
         raise ValueError(_NOT_CAUSAL)
     rows = torch.arange(batch_size, device=device)[:, None]
     tokens = torch.arange(q_length, device=device)
-    # Every token sees the first one of its sequence, and none sees the next one.
+    # Every token attends to the first token of its sequence. No token attends to the next one.
     _require(mask_function(rows, 0, tokens, tokens[:1]).all(), _PACKED)
     _require(~mask_function(rows, 0, tokens[:-1], tokens[1:]).any(), _NOT_CAUSAL)
     return None
@@ -390,7 +390,7 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
 
 
 def _rotary_phases(model: PreTrainedModel, layer: nn.Module, span: int) -> RotaryPhases | None:
-    """The first `span` rows of the table of the model's own rotary embedding; None without one."""
+    """The first `span` rows of the model's own rotary table; None without a rotary embedding."""
     embeddings = [x for x in model.modules() if type(x).__name__.endswith("RotaryEmbedding")]
     model_type = layer.config.model_type
     if not embeddings and not hasattr(layer.config, "rope_parameters"):
@@ -414,7 +414,7 @@ def _rotary_phases(model: PreTrainedModel, layer: nn.Module, span: int) -> Rotar
     device = next(layer.parameters()).device
     positions = torch.arange(span, device=device)[None]
     cos, sin = embedding(torch.empty(1, device=device), positions, **layer_type)  # [1, span, R]
-    # Some models scale q and k by way of the table; the first row is the factor.
+    # Some models include a scale of q and k in the table. The first row holds this factor.
     factor, half = cos[0, 0, 0], cos.shape[2] // 2
     return RotaryPhases(cos[0, :, :half] / factor, sin[0, :, :half] / factor, interleaved=False)
 

@@ -1,8 +1,8 @@
-"""Lighthouse Attention as plain loops in fp64: what the tests compare everything with.
+"""Lighthouse Attention as plain loops in fp64, the reference for all tests.
 
-It follows the paper line by line, one batch element and one kv head at a time, builds the tree
-explicitly and shares no code with the rest of the library. Slow: use it up to a few thousand
-tokens. Gradients come from autograd through the loops.
+It follows the paper line by line, one batch element and one kv head at a time. It builds the tree
+explicitly and shares no code with the rest of the library. It is slow; use it for up to a few
+thousand tokens. Gradients come from autograd through the loops.
 """
 
 import math
@@ -23,13 +23,12 @@ def reference_attention(
     rope=None,
     first_position=0,
 ):
-    """The whole layer.
+    """The whole layer, computed in fp64.
 
     Args:
-        q: [B, H, N, D]; k, v: [B, Hkv, N, D]. Computed in fp64. With `rope`, q and k are *not*
-            rotated yet.
-        rope: rotary embedding `rope(x, position)` of one row [D]: an entry is rotated by the
-            position of its last token, after its tokens were averaged.
+        q: [B, H, N, D]; k, v: [B, Hkv, N, D]. With `rope`, q and k are *not* rotated yet.
+        rope: rotary embedding `rope(x, position)` of one row [D]. The mean of the tokens of an
+            entry is rotated by the position of its last token.
         first_position: position of the first token.
         entries: selected entries to use instead of scores, `entries[b][g]` as
             `reference_selection` returns them.
@@ -101,7 +100,7 @@ def reference_scores(q, k, v, scorer, dilation=4):
 
 
 def _dilated_attention(q, k, v, dilation):
-    """One head, [N, D] to [N, D]: each token over those before it at multiples of `dilation`."""
+    """One head, [N, D] to [N, D]. Token t attends to tokens t, t - dilation, t - 2 dilation, ..."""
     outs = []
     for t in range(len(q)):
         seen = list(range(t % dilation, t + 1, dilation))
@@ -124,7 +123,7 @@ def reference_selection(q_scores, k_scores, num_levels, pooling_factor, topk):
     """Entries of the sub-sequence in causal order.
 
     Args:
-        q_scores, k_scores: a number for each token.
+        q_scores, k_scores: one number per token.
 
     Returns:
         List of (level, index).

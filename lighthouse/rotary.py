@@ -9,7 +9,7 @@ of its last token and then averaged:
 x is the rotated q or k, and R(d) is the rotation by d positions. Rotations compose, so the result
 equals the mean of the unrotated vectors, rotated by the position of the last token. Only offsets
 0 .. p**(L-1) - 1 occur, so one small table serves all positions and lengths. v is not rotated. The
-gradient of x[t] is the gradient of the entry under the inverse rotation, times 1/p**l.
+gradient of x[t] is the gradient of the entry under the inverse rotation.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,18 @@
-"""Scorers: how much each span of each level matters (paper, section 3.1).
+"""Scorers rank the spans of each level (paper, section 3.1).
 
-A scorer maps q, k, v to one query score and one key score per token and kv head. Entries of
-the coarser levels take the maximum over the tokens they cover, separately for q and for k.
-Scores rank entries and nothing else: they have no gradient and no parameters.
+A scorer maps q, k, v to one query score and one key score per token and kv head. The score of an
+entry of a coarser level is the maximum over its tokens, separately for q and k. Scores only rank
+entries. They have no gradient and no parameters.
 
-    norm      the L2 norm of q and of k
-    dilated   the L2 norms of what q gets by attending to k, and k by attending to q, both with
-              values v, by causal attention within each residue class of the tokens
-    gla       the same by gated linear attention over all tokens
+    norm      the L2 norms of q and k
+    dilated   the L2 norms of two attention outputs, q over k and k over q, both with values v;
+              attention is causal within each residue class of the tokens
+    gla       the same with gated linear attention over all tokens
 
-Norms are squared, which ranks the same. One pass over q, k, v gives the scores of `norm` and, on
-the way, the pooled coarsest level, which the gather would otherwise have to read everything again
-for. The other two call it for that alone: its scores cost little beside theirs, which activation
-checkpointing keeps (`ops.OPS_TO_SAVE`).
+The scores are squared norms, which have the same order. One pass over q, k, v computes the scores
+of `norm` and the pooled coarsest level, so that the gather need not read all tokens again. The
+other scorers use this pass for the coarsest level only. Its scores are cheap compared with theirs.
+Activation checkpointing saves the scores of `dilated` and `gla` (`ops.OPS_TO_SAVE`).
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from lighthouse.sdpa import causal_sdpa
 
 
 class Scores(NamedTuple):
-    """Scores of all entries above the finest level, levels 1 .. L-1 one after another."""
+    """Scores of all entries above the finest level, concatenated from level 1 to level L-1."""
 
     q: torch.Tensor
     """Query scores, [B, Hkv, E - N], fp32."""
@@ -63,7 +63,8 @@ def score(
     Args:
         q: [B, H, N, D], any strides.
         k, v: [B, Hkv, N, D], any strides.
-        rotary: with it, q and k are pooled at the last position of a span. Scores do not use it.
+        rotary: if given, q and k are rotated to the last position of a span before pooling.
+            Scores do not use it.
     """
     with torch.no_grad():
         return SCORERS[config.scorer](q, k, v, config, rotary)
@@ -90,14 +91,15 @@ def dilated_scorer(
     config: LighthouseConfig,
     rotary: RotaryPhases | None = None,
 ) -> tuple[Scores, CoarsestLevel]:
-    """Causal softmax attention within each residue class modulo `dilation`, both ways.
+    """Causal softmax attention within each residue class modulo `dilation`, q over k and k over q.
 
-    Token t sees token s <= t if t - s is a multiple of `dilation`; the scale is 1/sqrt(D). With
-    GQA every query head of a group attends to the k of its kv head, and that k to every one of
-    them; both scores are the maximum over the group. With one head per group this is the paper's.
+    Token t attends to token s <= t if t - s is a multiple of `dilation`. The scale is 1/sqrt(D).
+    With GQA each query head attends to the k of its kv head, and that k attends to each query head
+    of the group. Both scores are the maximum over the group. With one head per group this is the
+    paper's scorer.
 
-    It costs 2 / dilation of the forward pass of dense attention, O(N**2 D / dilation), and nothing
-    backward. Attention is fused: nothing of size N * N exists.
+    The cost is 2 / dilation of the forward pass of dense attention, O(N**2 D / dilation). There is
+    no backward pass. Attention is fused and stores nothing of size N * N.
     """
     scores = _dilated_scores(q, k, v, config.num_levels, config.pooling_factor, config.dilation)
     return Scores(*scores), norm_scorer(q, k, v, config, rotary)[1]
@@ -110,9 +112,9 @@ def gla_scorer(
     config: LighthouseConfig,
     rotary: RotaryPhases | None = None,
 ) -> tuple[Scores, CoarsestLevel]:
-    """Gated linear attention over all tokens, both ways; GQA as in `dilated_scorer`.
+    """Gated linear attention over all tokens, q over k and k over q; GQA as in `dilated_scorer`.
 
-    It costs O(N D**2). In plain PyTorch some eight copies of v in fp32 exist meanwhile.
+    The cost is O(N D**2). Plain PyTorch needs memory for about eight copies of v in fp32.
     """
     scores = _gla_scores(q, k, v, config.num_levels, config.pooling_factor)
     return Scores(*scores), norm_scorer(q, k, v, config, rotary)[1]
@@ -122,13 +124,13 @@ SCORERS = {"norm": norm_scorer, "dilated": dilated_scorer, "gla": gla_scorer}
 
 
 def pool_scores(token_scores: torch.Tensor, num_levels: int, pooling_factor: int) -> torch.Tensor:
-    """Scores of the levels above the finest, one after another.
+    """Scores of the levels above the finest, concatenated.
 
     Args:
         token_scores: [B, Hkv, N].
 
     Returns:
-        [B, Hkv, E - N]; an entry has the maximum of the tokens it covers.
+        [B, Hkv, E - N]; the score of an entry is the maximum over its tokens.
     """
     levels = [token_scores]
     for _ in range(1, num_levels):
@@ -236,9 +238,9 @@ def _both_ways(
 
 
 def _residue_classes(x: torch.Tensor, dilation: int) -> torch.Tensor:
-    """[B, H, N, D] to [B, dilation * H, N / dilation, D], N rounded up with zeros behind.
+    """[B, H, N, D] to [B, dilation * H, N / dilation, D], with N padded with zeros at the end.
 
-    A view of [B, N, H, D], the layout of a model, as long as `dilation` divides N.
+    The result is a view of the model's [B, N, H, D] if `dilation` divides N.
     """
     missing = -x.shape[2] % dilation
     padded = F.pad(x, (0, 0, 0, missing)) if missing else x
@@ -246,7 +248,7 @@ def _residue_classes(x: torch.Tensor, dilation: int) -> torch.Tensor:
 
 
 _CHUNK = 2**18
-"""Elements that `mean_pool` rotates at a time: the caches of a CPU hold them."""
+"""Elements that `mean_pool` rotates at a time. They fit into the caches of a CPU."""
 
 
 def mean_pool(
@@ -260,7 +262,7 @@ def mean_pool(
 
     Args:
         x: [B, H, N, D].
-        cos, sin, interleaved: a table as in `RotaryPhases`; None: no rotation.
+        cos, sin, interleaved: a table as in `RotaryPhases`; None means no rotation.
 
     Returns:
         [B, H, N/span, D], contiguous.

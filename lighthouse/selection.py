@@ -1,26 +1,26 @@
-"""Selection: which entries of the pyramid the sub-sequence holds, and where (paper, 3.2).
+"""Selection of the entries of the sub-sequence and of their order (paper, 3.2).
 
-A cascade from the coarsest level down, in T strata that know nothing of each other:
+Selection runs level by level, from the coarsest level down, independently in each of T strata:
 
     candidates(L-1) = the stratum's part of the coarsest level
     for level l = L-1 .. 1:
         selected(l)     = 64 best candidates by q score, then 64 best of the rest by k score
         candidates(l-1) = children of selected(l)
 
-Every candidate of every level is an entry of the sub-sequence, S of them. Their order is a
-post-order walk of the tree: an entry stands at the start of its span, or, if it is selected,
-behind all its descendants. Slots need no sort. With the weights
+All candidates of all levels are the S entries of the sub-sequence. They are ordered by a
+post-order walk of the tree: a selected entry comes after all its descendants. Computing the slots
+needs no sort. With the weights
 
     w(entry) = 1                            not selected, or on level 0
              = 1 + sum of w(children)       selected
 
-an entry and its descendants fill `w` slots from its start on, and it stands in the last of
-them: starts are exclusive prefix sums, of the weights along the coarsest level, and of those
-of the siblings from their parent's start on.
+an entry and its descendants occupy `w` slots from its start on, and the entry itself has the last
+of these slots. On the coarsest level, starts are exclusive prefix sums of the weights. Below it,
+they are the parent's start plus exclusive prefix sums of the weights of the siblings.
 
-Ties go to the lowest index. Entry 0 of every level above the finest is always selected, so
-that every position of the output has a contributor; under context parallelism that is the first
-entry of the whole sequence alone. Nothing here has a gradient.
+Ties go to the lowest index. Entry 0 of every level above the finest is always selected, so that
+every output position has a contribution. Under context parallelism this applies to the first
+entries of the whole sequence only. Nothing here has a gradient.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Selection:
     """Id of the entry in each slot, [B, Hkv, S], int32."""
 
     entry_to_slot: torch.Tensor
-    """Slot of each entry, -1 for one that is not in the sub-sequence, [B, Hkv, E], int32."""
+    """Slot of each entry, -1 for an absent entry, [B, Hkv, E], int32."""
 
     config: LighthouseConfig
     seq_len: int
@@ -67,7 +67,7 @@ class Selection:
 
 
 def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: LighthouseConfig) -> Selection:
-    """Select by scores of the tokens.
+    """Select entries by the scores of the tokens.
 
     Args:
         q_scores, k_scores: [B, Hkv, N]; higher is better, NaN is not allowed.
@@ -86,10 +86,10 @@ def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: LighthouseCon
 def select_spans(
     scores: Scores, config: LighthouseConfig, seq_len: int, is_start: bool = True
 ) -> Selection:
-    """Select by scores of the entries above the finest level, as `scorers.score` gives them.
+    """Select entries by the scores that `scorers.score` returns.
 
     Args:
-        is_start: whether the tokens are the start of their sequence, and not a later part of it.
+        is_start: whether the tokens are at the start of their sequence.
     """
     with torch.no_grad():
         entry, slot = _select(
@@ -112,14 +112,14 @@ def select_reference(
     num_strata = topk // SELECTED_PER_STRATUM
     shape = (*q_scores.shape[:2], num_strata)
 
-    # Down: candidates and, among them, the positions of the selected, for every level.
+    # Down: candidates of each level, and the positions of the selected ones among them.
     candidates = [None] * num_levels  # [B, Hkv, T, C], index within the level, ascending
     chosen = [None] * num_levels  # [B, Hkv, T, 128], position among the candidates, ascending
     coarsest = torch.arange(lens[-1], device=q_scores.device)
     candidates[-1] = coarsest.view(num_strata, -1).expand(*shape, -1)
     children = torch.arange(pooling_factor, device=q_scores.device)
     for level in range(num_levels - 1, 0, -1):
-        # Scores hold no level 0: their offsets are lower by seq_len.
+        # Scores have no level 0, so their offsets are lower by seq_len.
         ids = (candidates[level] + (offsets[level] - seq_len)).flatten(2)
         q_cand, k_cand = (x.gather(-1, ids).view(*shape, -1) for x in (q_scores, k_scores))
         if is_start:
@@ -129,7 +129,7 @@ def select_reference(
         parents = candidates[level].gather(-1, chosen[level])
         candidates[level - 1] = (parents[..., None] * pooling_factor + children).flatten(-2)
 
-    # Up: weights. Down: starts, and with them the slots.
+    # Up: weights. Down: starts and slots.
     weights = [torch.ones_like(level_candidates) for level_candidates in candidates]
     for level in range(1, num_levels):
         of_children = weights[level - 1].unflatten(-1, (-1, pooling_factor)).sum(-1)
@@ -163,7 +163,7 @@ _select = register("select", select_reference, _select_fake, kernels="selection"
 
 
 def _best_by_q_then_k(q_scores: torch.Tensor, k_scores: torch.Tensor) -> torch.Tensor:
-    """The 64 best by q score and, of the rest, the 64 best by k score.
+    """The 64 best by q score, and the 64 best of the rest by k score.
 
     Args:
         q_scores, k_scores: [..., C], C >= 128.

@@ -1,14 +1,15 @@
-"""What is selected, in a few numbers: how much, by how many heads alike, and how well.
+"""Statistics of a selection.
 
-    refined share    selected entries of a level, of all of it
-    coverage         positions that get a contribution of a level, of all of them
-    head overlap     entries that two kv heads both select, of those that one selects
+    refined share    fraction of the entries of a level that is selected
+    coverage         fraction of the positions with a contribution from a level
+    head overlap     fraction of the entries selected by one kv head that another also selects
     attention on level 0
-                     the part of dense attention that falls on tokens which are entries themselves
+                     fraction of dense attention on tokens that are level-0 entries
 
-Share and coverage follow from the configuration, up to the end of the sequence: k of N/p**l entries
-are selected. They say what the other two would be by chance: two heads that select independently
-overlap by the refined share, and attention spread evenly puts the coverage of level 0 there.
+Refined share and coverage follow from the configuration, except at the end of the sequence: k of
+N/p**l entries are selected. They are the values of the other two statistics at random. Two heads
+that select independently overlap by the refined share. Uniform attention puts a fraction equal to
+the coverage of level 0 on level 0.
 
 Nothing here has a gradient. Memory grows with the entries and with rows times N, never N * N.
 """
@@ -20,24 +21,24 @@ from lighthouse.scorers import score
 from lighthouse.selection import Selection, select_spans
 
 NUM_ROWS = 16
-"""Query rows whose dense attention is computed: 16 of a million tokens take 64 MiB for a head."""
+"""Query rows for which dense attention is computed. For 2**20 tokens 16 take 64 MiB per head."""
 
 
 @torch.no_grad()
 def measure(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LighthouseConfig
 ) -> dict[str, float]:
-    """All of the above, means over sequences, heads and rows, for what a layer attends with.
+    """All statistics of a layer's q, k, v, as means over sequences, heads and rows.
 
     Args:
-        q: [B, H, N, D]; k, v: [B, Hkv, N, D]: whole sequences.
+        q: [B, H, N, D]; k, v: [B, Hkv, N, D]. They hold whole sequences.
 
     Returns:
-        `refined_share/level_1` and so on; no head overlap for one kv head.
+        `refined_share/level_1` and so on. Head overlap is left out if there is one kv head.
     """
     seq_len = q.shape[2]
     selection = select_spans(score(q, k, v, config)[0], config, seq_len)
-    # Each with its first level.
+    # Each statistic with its first level.
     by_level = {
         "refined_share": (1, refined_share(selection)),
         "coverage": (0, coverage(selection)),
@@ -53,34 +54,34 @@ def measure(
 
 
 def refined_share(selection: Selection) -> torch.Tensor:
-    """Part of the entries of levels 1 .. L-1 that is selected: [L-1], fp64."""
+    """Fraction of the entries of levels 1 .. L-1 that is selected: [L-1], fp64."""
     levels = range(1, selection.config.num_levels)
     return torch.stack([_is_refined(selection, level).double().mean() for level in levels])
 
 
 def coverage(selection: Selection) -> torch.Tensor:
-    """Part of the positions that gets a contribution of levels 0 .. L-1: [L], fp64."""
+    """Fraction of the positions with a contribution from levels 0 .. L-1: [L], fp64."""
     shares = []
     for level in range(selection.config.num_levels):
         span = selection.config.span(level)
         is_present = _is_present(selection, level)
-        # An entry reaches `span` positions from its last token on, the last entry that one alone.
+        # An entry reaches `span` positions from its last token on. The last entry reaches one.
         num_reached = span * is_present.sum(-1) - (span - 1) * is_present[..., -1].int()
         shares.append(num_reached.double().mean() / selection.seq_len)
     return torch.stack(shares)
 
 
 def head_overlap(selection: Selection) -> torch.Tensor:
-    """Entries of levels 1 .. L-1 that two kv heads both select, of the k that each selects.
+    """Fraction of the k entries selected by one kv head that another also selects.
 
     Returns:
-        [L-1], fp64: the mean over sequences and over pairs of different heads.
+        [L-1] for levels 1 .. L-1, fp64: the mean over sequences and pairs of different heads.
     """
     num_heads = selection.entry_to_slot.shape[1]
     assert num_heads > 1
     overlaps = []
     for level in range(1, selection.config.num_levels):
-        # Each entry is shared by as many ordered pairs of the heads that select it.
+        # n heads that select an entry form n * (n - 1) ordered pairs.
         num_selecting = _is_refined(selection, level).sum(1)  # [B, N/p**l]
         num_shared = (num_selecting * (num_selecting - 1)).sum(-1).double().mean()
         overlaps.append(num_shared / (num_heads * (num_heads - 1) * selection.config.topk))
@@ -90,11 +91,11 @@ def head_overlap(selection: Selection) -> torch.Tensor:
 def attention_on_level_0(
     q: torch.Tensor, k: torch.Tensor, selection: Selection, rows: torch.Tensor
 ) -> torch.Tensor:
-    """Part of causal dense attention that falls on tokens which the sub-sequence holds on level 0.
+    """Fraction of causal dense attention on tokens that are level-0 entries of the sub-sequence.
 
     Args:
         q: [B, H, N, D]; k: [B, Hkv, N, D].
-        rows: positions of the queries to look at, [R], int64.
+        rows: positions of the queries, [R], int64.
 
     Returns:
         [B, H, R], fp32 (fp64 for fp64 inputs).
@@ -104,7 +105,7 @@ def attention_on_level_0(
     is_later = torch.arange(q.shape[2], device=q.device) > rows[:, None]  # [R, N]
     is_present = _is_present(selection, 0).to(dtype)
     parts = q.new_empty((*q.shape[:2], len(rows)), dtype=dtype)
-    # Autocast would multiply in less than fp32.
+    # Autocast would lower the precision of the products below fp32.
     with torch.autocast(q.device.type, enabled=False):
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
@@ -116,7 +117,7 @@ def attention_on_level_0(
 
 
 def sample_rows(seq_len: int, num_rows: int = NUM_ROWS) -> torch.Tensor:
-    """The same random positions each time, ascending, [R]; the global generator is left alone."""
+    """Random positions, ascending, [R], the same each time. The global generator is not used."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(seq_len, (num_rows,), generator=generator).sort().values
 
@@ -129,6 +130,6 @@ def _is_present(selection: Selection, level: int) -> torch.Tensor:
 
 
 def _is_refined(selection: Selection, level: int) -> torch.Tensor:
-    """Whether each entry of a level above the finest is selected, which is when its children are
-    present, [B, Hkv, N/p**l]."""
+    """Whether each entry of a level above the finest is selected, [B, Hkv, N/p**l]. The children of
+    a selected entry are in the sub-sequence."""
     return _is_present(selection, level - 1)[..., :: selection.config.pooling_factor]

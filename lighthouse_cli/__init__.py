@@ -1,9 +1,9 @@
-"""The console command `lighthouse`. It imports the module of the chosen program and no other.
+"""The console command `lighthouse`. It imports only the module of the chosen program.
 
     lighthouse COMMAND [arguments ...]
 
-This package stands outside `torchtitan`, because importing anything below `torchtitan` imports
-torch first. `lighthouse --help` and `lighthouse init` need neither.
+This package is outside `torchtitan`, because importing any part of `torchtitan` imports torch
+first. `lighthouse --help` and `lighthouse init` need neither.
 """
 
 import difflib
@@ -26,11 +26,11 @@ COMMANDS = {
     "sweep": (f"{_TRAINER}.analysis.sweep", "train a grid of Lighthouse's settings"),
     "bench": ("lighthouse_cli.bench", "time a layer of Lighthouse Attention"),
 }
-"""Name of each command: the module whose `main()` it calls, and what it does."""
+"""For each command, the module whose `main()` it calls and a description."""
 
 
 def main() -> None:
-    """Entry point. A wrong call ends with one line on stderr and exit code 2."""
+    """Entry point. A usage error prints one line on stderr and exits with code 2."""
     name, args = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if name in ("-h", "--help"):
         print(usage())
@@ -39,12 +39,12 @@ def main() -> None:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         remedy = f"did you mean {close[0]}?" if close else "see lighthouse --help"
         refuse(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}; {remedy}")
-    # The program reads its arguments, and its help says its name, from here.
+    # The program reads its arguments and the name in its help text from here.
     sys.argv = [f"lighthouse {name}", *args]
     module, _ = COMMANDS[name]
     try:
         if module.startswith(_TRAINER):
-            # Our own package imports torch first, which warns where NumPy is missing.
+            # This package imports torch first. Otherwise torch warns if NumPy is missing.
             importlib.import_module("torchtitan.components")
         program = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def refuse(message: str) -> None:
-    """Print one line and exit with code 2."""
+    """Print one line on stderr and exit with code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

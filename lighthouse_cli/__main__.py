@@ -1,4 +1,4 @@
-"""`python -m lighthouse_cli` is the command `lighthouse`."""
+"""`python -m lighthouse_cli` runs the command `lighthouse`."""
 
 from lighthouse_cli import main
 

@@ -1,13 +1,13 @@
-"""Time a layer of Lighthouse Attention, step by step, against dense attention and the floor.
+"""Time each step of a Lighthouse layer and compare it with dense attention and a lower bound.
 
     lighthouse bench --device cpu --seq-lens 8192 16384 32768
     lighthouse bench --seq-lens 8192 32768 98304 524288 1048576   # on a GPU
 
 Every length uses topk = N/64, rounded to a legal value, unless --topk is given. Each time is the
-median of several runs, forward and backward apart. `copy` is a copy of as many bytes as the step
-must move, measured beside it; `floor` is the least time of the layer at the bandwidth of that copy
-and the rate of dense attention in this very run (`lighthouse/costs.py`). The last line of the
-output is one JSON object.
+median of several runs. Forward and backward are measured separately. `copy` is the measured time
+of a copy of as many bytes as the step must move. `floor` is the least possible time of the layer at
+the bandwidth of that copy and the rate of dense attention, both measured in the same run
+(`lighthouse/costs.py`). The last line of the output is one JSON object.
 """
 
 import argparse
@@ -108,9 +108,9 @@ def describe(device: torch.device) -> str:
 
 
 def measure(run, device: torch.device, runs: int) -> float:
-    """Median seconds of `run()`, the first two calls left out (one on the CPU).
+    """Median seconds of `run()`, after two warm-up calls (one on the CPU).
 
-    Of slow calls fewer are made: three at least, and no further one after two seconds.
+    Slow functions get fewer calls: at least three, and no further call after two seconds.
     """
     timed = time_on_cpu if device.type == "cpu" else time_on_gpu
     for _ in range(1 if device.type == "cpu" else 2):
@@ -128,7 +128,7 @@ def time_on_cpu(run) -> float:
 
 
 def time_on_gpu(run) -> float:
-    # The L2 cache is overwritten first: no step may find its inputs there.
+    # Overwrite the L2 cache, so that no step finds its inputs there.
     torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda").zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -141,7 +141,7 @@ def time_on_gpu(run) -> float:
 def measure_layer(
     seq_len: int, backend: str, pool_rotary: str, options, device: torch.device
 ) -> dict:
-    """Times of one length, in seconds."""
+    """Times for one sequence length, in seconds."""
     config, shape = config_of(seq_len, options), shape_of(seq_len, options)
     rotary = None
     if pool_rotary == "aligned":
@@ -154,7 +154,7 @@ def measure_layer(
     whole = {name: steps.pop(name) for name in WHOLE}
     costs = layer_costs(shape, config, 0 if rotary is None else shape.head_dim)
     copies = {name: timed(copy_of(cost.bytes, device)) for name, cost in costs.items()}
-    # Of the largest copy, which no cache holds.
+    # The largest copy fits into no cache.
     largest = max(costs, key=lambda name: costs[name].bytes)
     bandwidth = costs[largest].bytes / copies[largest]
     dense_flops = attention_flops(shape.batch, shape.n_heads, seq_len, shape.head_dim)
@@ -192,7 +192,7 @@ def measure_layer(
 
 
 def config_of(seq_len: int, options) -> LighthouseConfig:
-    """The settings of one length, with the topk given or the legal one nearest N/64."""
+    """The settings for one length, with the given topk or the legal one nearest to N/64."""
     topk = options.topk or max(128, seq_len // 64 // 128 * 128)
     fields = (options.num_levels, options.pooling_factor)
     legal = LighthouseConfig(*fields, topk).nearest_topk(seq_len)
@@ -220,12 +220,12 @@ def time_steps(
     """Seconds of dense attention, of the whole layer (`WHOLE`), and of each step of it.
 
     Args:
-        timed: returns the seconds of a call.
+        timed: returns the seconds that a call takes.
     """
     generator = torch.Generator(device).manual_seed(0)
 
     def random(heads: int) -> torch.Tensor:
-        # As a model makes them: a view of [B, N, H, D].
+        # The layout of a model: a view of [B, N, H, D].
         size = (shape.batch, shape.seq_len, heads, shape.head_dim)
         x = torch.randn(size, device=device, dtype=torch.float32, generator=generator)
         return x.to(dtype).transpose(1, 2).requires_grad_()
@@ -277,7 +277,7 @@ def time_steps(
 
 
 def rotary_phases(config: LighthouseConfig, head_dim: int, device: torch.device) -> RotaryPhases:
-    """The table of a Llama with theta 500,000."""
+    """The rotary table of a Llama with theta 500,000."""
     frequencies = 500_000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
     offsets = torch.arange(config.span(config.num_levels - 1), device=device)
     angles = offsets[:, None] * frequencies
@@ -285,7 +285,7 @@ def rotary_phases(config: LighthouseConfig, head_dim: int, device: torch.device)
 
 
 def copy_of(num_bytes: int, device: torch.device):
-    """A copy that reads and writes `num_bytes` together."""
+    """A copy that reads and writes `num_bytes` in total."""
     source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -304,7 +304,7 @@ def print_steps(row: dict) -> None:
 
 
 def summary_table(rows: list[dict]) -> str:
-    """The whole layer, a row for each length, as markdown."""
+    """Times of the whole layer as a markdown table, one row per length."""
     lines = [
         "| N | topk | S | pooling | dense by | forward ms | dense ms | speed-up | backward ms "
         "| dense ms | forward+backward | forward / floor | both / floor |",
@@ -328,7 +328,7 @@ def summary_table(rows: list[dict]) -> str:
 
 
 def break_even(rows: list[dict]) -> str:
-    """Where Lighthouse and dense attention take the same time, by interpolation."""
+    """The length at which Lighthouse and dense attention take the same time, by interpolation."""
     points = []
     for row in rows:
         dense = row["dense forward"] + row["dense backward"]
@@ -343,7 +343,7 @@ def break_even(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Time of the layer and of dense attention over the length, and their ratio."""
+    """Plot the times of the layer and of dense attention against length, and their ratio."""
     import matplotlib
 
     matplotlib.use("Agg")

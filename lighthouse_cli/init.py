@@ -1,11 +1,11 @@
-"""Copy a shipped configuration into the current folder, to be edited and trained.
+"""Copy a shipped configuration into the current folder.
 
     lighthouse init --list
     lighthouse init debug
     lighthouse train debug.toml
 
-Paths in the copy are relative to the folder that training is started in. The byte tokenizer and
-the source code of Python's standard library, which most configurations use, are found anywhere.
+Paths in the copy are relative to the folder from which training is started. Most configurations
+use the byte tokenizer and the source code of Python's standard library, which work in any folder.
 """
 
 import shutil
@@ -32,7 +32,7 @@ def main() -> None:
 def shipped() -> dict[str, Path]:
     """The shipped configurations by name."""
     here = Path(__file__).parent
-    # Inside this package in a wheel, beside it in a checkout.
+    # In a wheel the folder is inside this package, in a checkout next to it.
     folders = (here / "train_configs", here.parent / "train_configs")
     folder = next(folder for folder in folders if folder.is_dir())
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
@@ -47,7 +47,7 @@ def copy(name: str, folder: Path) -> Path:
     """Copy the configuration `name` into `folder` and return its path there.
 
     Raises:
-        ValueError: there is no such configuration, or the file exists already.
+        ValueError: there is no such configuration, or the file already exists.
     """
     configs = shipped()
     source = configs.get(name.removesuffix(".toml"))

@@ -1,4 +1,4 @@
-"""Parsing of command lines. A wrong call ends with one line on stderr, before any work.
+"""Command-line parsing. A usage error prints one line on stderr before any work:
 
 error: --world-size must be ...; what to do
 """
@@ -11,10 +11,10 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a program whose help is the docstring of its module.
+    """A parser that prints the docstring of the program's module as help.
 
-    Unlike argparse it prints no usage with an error and accepts no abbreviated options: a misspelt
-    option must not be taken for another one.
+    Unlike argparse, it prints no usage with an error. It accepts no abbreviated options, so that a
+    misspelt option is never taken for another one.
     """
 
     def __init__(self, doc: str | None):
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def exit_on_value_error() -> Iterator[None]:
-    """A ValueError inside is a wrong call: one line on stderr, and exit code 2."""
+    """Turn a ValueError inside into one line on stderr and exit code 2."""
     try:
         yield
     except ValueError as error:

@@ -1,1 +1,1 @@
-"""Triton kernels of the data path, one file for each stage file of the same name."""
+"""Triton kernels. Each stage of the method has a file of the same name here."""

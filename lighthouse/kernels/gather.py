@@ -1,19 +1,19 @@
-"""Gather and its backward pass: entries pooled from tokens, gradients spread back to them.
+"""Gather kernels: forward pools tokens into entries, backward spreads gradients to the tokens.
 
-    gather            by slot: tokens i*p**l .. + p**l - 1, mean; the coarsest level is copied from
-                      its own buffer
-    gather backward   by token: entry t // p**l of level l, times p**-l
+    gather            by slot: mean of the tokens i*p**l .. i*p**l + p**l - 1; entries of the
+                      coarsest level are copied from their own buffer
+    gather backward   by token: sum over levels l of the gradient of entry t // p**l, times p**-l
 
-With a table of phases, q and k are rotated to the last token of a span, and their gradients back.
+With a rotary table, q and k are rotated to the last token of a span, and their gradients back.
 
 Bytes moved, with b bytes per element and R = B * (H + 2 Hkv) * D * b bytes per row of q, k and v,
-and C = k p**(L-1) tokens below the selected entries of the coarsest level:
+and C = k p**(L-1) tokens under the selected entries of the coarsest level:
 
     gather            read (C + N/p**(L-1)) R, written S R
     gather backward   read S R, written N R
 
-and the maps, 4 B Hkv S by slot or 4 B Hkv E by token, and a table of phases, 4 R' p**(L-1) for R'
-rotated elements of a head.
+The maps add 4 B Hkv S (by slot) or 4 B Hkv E (by token). A rotary table adds 4 R' p**(L-1), where
+R' elements of a head are rotated.
 """
 
 import torch
@@ -102,7 +102,7 @@ def _gather_rows(
     PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
     MAX_ROWS: tl.constexpr = POOLING_FACTOR ** (NUM_LEVELS - 2)
-    # Spans are powers of two: the quotient is exact. It is one for a copied row.
+    # Spans are powers of two, so the quotient is exact. It is 1 for a copied row.
     share = (1.0 / tl.maximum(num_rows, 1).to(tl.float32))[:, None]
     coarsest_ptrs = coarsest_ptr + index.to(tl.int64)[:, None] * HEAD_DIM
     sub_ptrs = sub_ptr + offs_s.to(tl.int64)[:, None] * HEAD_DIM
@@ -137,7 +137,7 @@ def _add_rotated_rows(
     MAX_ROWS: tl.constexpr, PAIRS: tl.constexpr,
     HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """`_add_rows` for rows as pairs, each rotated to the position of the last one."""
+    """`add_rows` for rows as pairs. Each row is rotated to the position of the last one."""
     UNROLL: tl.constexpr = min(MAX_ROWS, 4)
     row_ptrs = x_ptr + first.to(tl.int64)[:, None] * stride_n
     row_stride = tl.full((), stride_n, tl.int64)
@@ -206,8 +206,8 @@ def _spread_rows(
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of tokens of one head: of every level the row in the slot of the token,
-    times p**-level, rotated back from the last token of the entry."""
+    """Gradients of a block of tokens of one head. Each level contributes the row in the token's
+    slot, times p**-level, rotated back from the last token of the entry."""
     if PAIRS == NO_PAIRS:
         dx = sum_slots(
             dsub_ptr, stride_s, stride_d, slots,
@@ -253,7 +253,7 @@ def gather(
     sin: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `lighthouse::gather`; `slot` is not read."""
+    """See `lighthouse::gather`. `slot` is unused."""
     batch, n_heads, seq_len, _ = q.shape
     n_kv_heads = k.shape[1]
     sub_seq_len = entry.shape[-1]

@@ -1,8 +1,8 @@
-"""Rows of a head as pairs of elements, and their rotation, for the other kernels.
+"""Device functions that load, store and rotate rows of a head as pairs of elements.
 
-A tile of rows is two tensors [rows, BLOCK_P]: the first and the second elements of the pairs. How
-they lie in memory is PAIRS: INTERLEAVED (2i, 2i + 1) or HALVES (i, i + R/2). Elements behind R are
-pairs, too, which are not rotated. NO_PAIRS says that there is no table.
+A tile of rows is two tensors [rows, BLOCK_P], the first and the second elements of the pairs. PAIRS
+gives their positions in memory: INTERLEAVED (2i, 2i + 1) or HALVES (i, i + R/2). Elements after the
+first R also form pairs, which are not rotated. NO_PAIRS means that there is no table.
 """
 
 import torch
@@ -19,7 +19,7 @@ def load_pairs(
     row_ptrs, stride_d, mask_s,
     PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The rows at `row_ptrs`, [rows, 1], where `mask_s`, [rows, 1], in their dtype; else zeros."""
+    """Load the rows at `row_ptrs`, [rows, 1], in their dtype; zeros outside `mask_s`, [rows, 1]."""
     if PAIRS == INTERLEAVED:
         offs_d = tl.arange(0, 2 * BLOCK_P)[None, :]
         mask = mask_s & (offs_d < HEAD_DIM)
@@ -38,7 +38,7 @@ def store_pairs(
     row_ptrs, first, second, mask_s,
     PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Store pairs as the rows at `row_ptrs`, [rows, 1], whose elements are neighbours."""
+    """Store pairs as the rows at `row_ptrs`, [rows, 1], whose elements are contiguous."""
     dtype = row_ptrs.dtype.element_ty
     if PAIRS == INTERLEAVED:
         offs_d = tl.arange(0, 2 * BLOCK_P)[None, :]
@@ -54,13 +54,13 @@ def store_pairs(
 
 @triton.jit
 def split_pairs(x):
-    """Neighbouring elements of a tile, [rows, 2 * BLOCK_P], as pairs."""
+    """Split adjacent elements of a tile, [rows, 2 * BLOCK_P], into pairs."""
     return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit
 def rotate(first, second, cos, sin):
-    """The pairs in fp32, rotated."""
+    """Rotate pairs in fp32."""
     first = first.to(tl.float32)
     second = second.to(tl.float32)
     return first * cos - second * sin, second * cos + first * sin
@@ -68,7 +68,7 @@ def rotate(first, second, cos, sin):
 
 @triton.jit
 def _halves(offs_p, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr):
-    """Offsets of the elements of each pair; those behind R = 2 * NUM_PAIRS are halves again."""
+    """Offsets of the elements of each pair. Those after R = 2 * NUM_PAIRS also pair in halves."""
     if 2 * NUM_PAIRS == HEAD_DIM:
         return offs_p, offs_p + NUM_PAIRS
     is_rotary = offs_p < NUM_PAIRS
@@ -81,7 +81,7 @@ def load_phases(
     cos_ptr, sin_ptr, offset, mask_s, NUM_PAIRS: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
     """Cosines and sines of the rotation by `offset` positions, [rows, 1]: two [rows, BLOCK_P]."""
-    # A thread loads what it needs, row by row, from the first cache: no other thread is asked.
+    # Each thread loads its own values row by row from L1, without exchange between threads.
     offs_p = tl.arange(0, BLOCK_P)[None, :]
     mask = mask_s & (offs_p < NUM_PAIRS)
     offs = offset * NUM_PAIRS + offs_p
@@ -91,7 +91,7 @@ def load_phases(
 
 
 def pair_sizes(cos: torch.Tensor | None, interleaved: bool) -> dict[str, int]:
-    """The constants PAIRS and NUM_PAIRS of a launch with this table."""
+    """The constexprs PAIRS and NUM_PAIRS for a launch with this table."""
     if cos is None:
         return {"PAIRS": NO_PAIRS.value, "NUM_PAIRS": 0}
     pairs = INTERLEAVED if interleaved else HALVES
@@ -101,5 +101,5 @@ def pair_sizes(cos: torch.Tensor | None, interleaved: bool) -> dict[str, int]:
 def table_pointers(
     cos: torch.Tensor | None, sin: torch.Tensor | None, unused: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cos and sin for a launch; without a table `unused`, which the kernel does not read."""
+    """Cos and sin for a launch. Without a table, `unused` twice, which the kernel does not read."""
     return (unused, unused) if cos is None else (cos.contiguous(), sin.contiguous())

@@ -1,12 +1,12 @@
-"""Rows summed through the two maps, for the kernels of gather and scatter-back.
+"""Device functions of gather and scatter-back that sum rows through the two maps.
 
-Two ways to walk, and each kernel writes every row of its output once, with fp32 sums:
+Each kernel writes every row of its output once and sums in fp32. There are two access patterns:
 
-    by slot    a program takes a block of slots and reads the rows of tokens that each entry sums
-    by token   a program takes a tile of tokens and reads the rows in the slots of each level
+    by slot    a program has a block of slots and reads the rows of the tokens that each entry sums
+    by token   a program has a tile of tokens and reads the rows in the slots of each level
 
-Rows that several entries or tokens of one block share come from the cache. With GQA a program
-serves all tensors that share the maps of a kv head, one after another.
+Rows shared by several entries or tokens of a block come from the cache. With GQA a program
+processes, one after another, all tensors that share the maps of a kv head.
 """
 
 import torch
@@ -14,13 +14,16 @@ import triton
 import triton.language as tl
 
 _TILE = 4096
-"""Elements of a block of slots or tokens: 32 rows of 128, 32 elements for each of 128 threads."""
+"""Elements per block of slots or tokens: 32 rows of 128, or 32 elements for each of 128 threads."""
 
 
 @triton.jit
 def block_batch_head(n_heads):
-    """Block along the sequence; batch, head and both as one, int64 since they meet strides."""
-    # Heads are fastest: neighbours touch neighbouring rows of [B, N, H, D].
+    """Index of the block along the sequence, batch, head, and batch and head as one index.
+
+    All but the first are int64, since they are multiplied by strides.
+    """
+    # Heads vary fastest, so that adjacent programs access adjacent rows of [B, N, H, D].
     pid = tl.program_id(0)
     head = (pid % n_heads).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -32,7 +35,7 @@ def decode(
     entry_ptr, offs_s, mask_s, seq_len,
     NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Index within its level and span of the entry in each slot."""
+    """Index within the level, and span, of the entry in each slot."""
     entry = tl.load(entry_ptr + offs_s, mask=mask_s, other=0)
     index = entry
     span = tl.full((BLOCK_S,), 1, tl.int32)
@@ -51,13 +54,13 @@ def add_rows(
     MAX_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add the `num_rows` rows from `first` on to `acc`, [BLOCK_S, BLOCK_D]."""
-    # Rows of one slot that are in flight together.
+    # Number of rows of one slot that are loaded together.
     UNROLL: tl.constexpr = min(MAX_ROWS, 4)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask_d = offs_d < HEAD_DIM
     x_ptrs = x_ptr + first.to(tl.int64)[:, None] * stride_n + offs_d * stride_d
     row_stride = tl.full((), stride_n, tl.int64)
-    # Few blocks hold entries of every level: stop after the longest span that is there.
+    # Few blocks hold entries of every level, so stop after the longest span of this block.
     most = MAX_ROWS if MAX_ROWS == UNROLL else tl.max(num_rows, 0)
     for start in range(0, most, UNROLL):
         for j in tl.static_range(UNROLL):
@@ -72,10 +75,10 @@ def load_slots(
     slot_ptr, offs_s, mask_s, seq_len,
     SHIFT: tl.constexpr, NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Slots that each token takes from, one [BLOCK_S] per level, -1 for none.
+    """Slots that each token reads, one [BLOCK_S] per level, -1 for none.
 
-    With SHIFT 0 those of the entries that cover the token; with SHIFT 1 those of the entries
-    whose output reaches it.
+    SHIFT 0 gives the slots of the entries that cover the token. SHIFT 1 gives the slots of the
+    entries whose output reaches it.
     """
     slots = ()
     level_ptr = slot_ptr
@@ -115,7 +118,7 @@ def launch_sizes(
     x: torch.Tensor, num_levels: int, pooling_factor: int, cos: torch.Tensor | None = None
 ) -> dict[str, int]:
     head_dim = x.shape[-1]
-    # Cosines and sines take registers, too.
+    # Cosines and sines also need registers.
     tile = _TILE if cos is None else _TILE // 2
     block_d = triton.next_power_of_2(head_dim)
     return {

@@ -1,15 +1,16 @@
-"""Scatter-back and its backward pass: outputs of entries to the tokens they reach, and back.
+"""Scatter-back kernels: forward sums entry outputs per token, backward sums gradients per entry.
 
-    scatter-back            by token: entry (t + 1) // p**l - 1 of level l, or, where that is in the
-                            chunk before, the edge of level l
-    scatter-back backward   by slot: tokens i*p**l + p**l - 1 .. + p**l - 1, those in the chunk
+    scatter-back            by token: sum over levels l of the output of entry (t + 1) // p**l - 1,
+                            or of the edge of level l if that entry is in the previous chunk
+    scatter-back backward   by slot: sum over p**l tokens from i*p**l + p**l - 1 on, within the
+                            chunk
 
 Bytes moved, with b bytes per element and R = B * H * D * b bytes per row:
 
     scatter-back            read S R, written N R
     scatter-back backward   read N R, written S R
 
-and the maps, 4 B Hkv E by token or 4 B Hkv S by slot.
+The maps add 4 B Hkv E (by token) or 4 B Hkv S (by slot).
 """
 
 import torch
@@ -65,7 +66,7 @@ def _scatter_back_kernel(
 def _without_edges(
     slots, offs_s, chunk_len, NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr
 ):
-    """The slots, but -1 for an entry that is in the chunk before."""
+    """The slots, with -1 for entries of the previous chunk."""
     kept = (slots[0],)
     for level in tl.static_range(1, NUM_LEVELS):
         is_edge = offs_s % chunk_len < POOLING_FACTOR**level - 1
@@ -131,7 +132,7 @@ def scatter_back(
     pooling_factor: int,
     seq_len: int,
 ) -> torch.Tensor:
-    """See `lighthouse::scatter_back`; `entry` is not read."""
+    """See `lighthouse::scatter_back`. `entry` is unused."""
     batch, n_heads = sub_out.shape[:2]
     n_kv_heads, num_entries = slot.shape[1:]
     out = empty_bnhd(sub_out, seq_len)

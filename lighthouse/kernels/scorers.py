@@ -1,19 +1,20 @@
 """Norm scores of all levels and the pooled coarsest level, in one pass over q, k and v.
 
-A program takes a few spans of the coarsest level of one kv head: of k, of v, then of the query
-heads of its group one after another (in this order it needs the fewest registers). It walks all
-its spans at once, token by token: a row of [spans, D] at a time, unrolled, so that only the norm
-of a row needs more than one thread. Maxima over the tokens of an entry and sums over a span stay
-in registers. (As one tile [tokens, spans, D] this is less to write, but Triton up to 3.6 lays its
-tokens over threads.) Of a span longer than 16 tokens, 8 are unrolled in a loop with running
-maxima. Nothing of level 0 is written.
+A program processes a few spans of the coarsest level of one kv head: first k, then v, then each
+query head of the group. This order needs the fewest registers. The loop over the tokens of a span
+is unrolled, and each iteration reads one row of [spans, D]. Only the norm of a row then needs a
+reduction over threads. Maxima over the tokens of an entry and sums over a span stay in registers.
+A tile [tokens, spans, D] would be shorter code, but Triton up to 3.6 distributes its tokens over
+threads. For spans longer than 16 tokens, 8 tokens are unrolled in a loop with running maxima.
+Nothing of level 0 is written.
 
 Bytes moved, with b bytes per element and R = B * (H + 2 Hkv) * D * b bytes per token:
 
     read     N R
     written  N R / p**(L-1), and 8 B Hkv (E - N) of scores
 
-and 4 R p**(L-1) of a table of phases, where q and k are rotated to the last token of a span.
+A rotary table, which rotates q and k to the last token of a span, adds 4 p**(L-1) bytes read per
+rotated element of a head.
 """
 
 import torch
@@ -34,11 +35,11 @@ from lighthouse.kernels.rotary import (
 )
 
 _ROW_BYTES = 2048
-"""Bytes of a token of all spans of a program: a load of 16 bytes for each of 128 threads."""
+"""Bytes per token over all spans of a program: one load of 16 bytes for each of 128 threads."""
 
 _ROWS = 8
-"""Loads that a thread has to make for a tensor, at least, and the tokens of a longer span that are
-unrolled."""
+"""Minimum number of loads per thread and tensor. Also the number of tokens unrolled in a long
+span."""
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _norm_score_pool_kernel(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    # Heads are fastest: neighbours read neighbouring rows of [B, N, H, D].
+    # Heads vary fastest, so that adjacent programs read adjacent rows of [B, N, H, D].
     pid = tl.program_id(0)
     head = (pid % n_kv_heads).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -99,19 +100,19 @@ def _score_pool_head(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """One head: scores if HAS_NORMS, and means of the coarsest level.
+    """Scores of one head if HAS_NORMS, and its means of the coarsest level.
 
-    In a group, a head after the first (`has_scores`) raises the scores that are there.
+    For the later heads of a group (`has_scores`), the result is the maximum with the stored scores.
     """
     SPAN: tl.constexpr = POOLING_FACTOR ** (NUM_LEVELS - 1)
-    # Rows of one span that are in flight together.
+    # Number of rows of one span that are loaded together.
     IN_FLIGHT: tl.constexpr = min(BLOCK_T, 8 if PAIRS == INTERLEAVED else 4)
     BLOCK_P: tl.constexpr = max(BLOCK_D // 2, 1)
     mask_r = offs_r < seq_len // SPAN
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     mask = mask_r[:, None] & mask_d[None, :]
-    # Of rows with pairs, the sums of the first and of the second elements.
+    # For rows as pairs, these are the sums of the first and of the second elements.
     sums = tl.zeros((BLOCK_R, BLOCK_D if PAIRS == NO_PAIRS else BLOCK_P), tl.float32)
     second_sums = sums
     best = tl.full((LEVEL_LANES, BLOCK_R), float("-inf"), tl.float32)
@@ -124,7 +125,7 @@ def _score_pool_head(
         tile_sums = tl.zeros_like(sums)
         second_tile_sums = tile_sums
         for group in tl.static_range(0, BLOCK_T, IN_FLIGHT):
-            # The loads of a group stand before their first use: they are in flight together.
+            # All loads of a group are issued before the first use.
             rows = ()
             for t in tl.static_range(IN_FLIGHT):
                 offset = (group + t) * row_stride
@@ -164,7 +165,7 @@ def _score_pool_head(
                     NUM_LEVELS, LEVEL_LANES, POOLING_FACTOR, BLOCK_T, BLOCK_R,
                 )  # fmt: skip
     if HAS_NORMS and IS_GROUP:
-        # The next head of the group reads what other threads have written.
+        # The next head of the group reads scores written by other threads.
         tl.debug_barrier()
     _store_means(
         coarsest_ptr, sums * (1.0 / SPAN), second_sums * (1.0 / SPAN), offs_r, mask_r[:, None],
@@ -178,7 +179,7 @@ def _store_means(
     HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the coarsest level; of rows with pairs, their first and second elements."""
+    """Store rows of the coarsest level, given as rows or as first and second elements of pairs."""
     row_ptrs = coarsest_ptr + offs_r.to(tl.int64)[:, None] * HEAD_DIM
     if PAIRS == NO_PAIRS:
         offs_d = tl.arange(0, BLOCK_D)[None, :]
@@ -193,8 +194,11 @@ def _rotate_row(
     row, to_last, cos_ptr, sin_ptr, mask,
     PAIRS: tl.constexpr, NUM_PAIRS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A token of each span, rotated by `to_last` positions: first and second elements of its pairs,
-    each [BLOCK_R, BLOCK_P], and what sums up to its squared norm."""
+    """Rotate one token of each span by `to_last` positions.
+
+    Returns the first and second elements of its pairs, each [BLOCK_R, BLOCK_P], and the terms of
+    its squared norm.
+    """
     if PAIRS == HALVES:
         a = row[0].to(tl.float32)
         b = row[1].to(tl.float32)
@@ -214,8 +218,10 @@ def _store_tile_maxima(
     scores_ptr, maxima, first, mask_r, has_scores, seq_len, IS_GROUP: tl.constexpr,
     NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the entries of a tile, from its squared norms; returns those of the coarsest level
-    in it."""
+    """Store the scores of the entries of a tile, from its squared norms.
+
+    Returns the scores of the coarsest level in the tile.
+    """
     level_ptr = scores_ptr
     level_len = seq_len
     for level in tl.static_range(1, NUM_LEVELS):
@@ -234,7 +240,7 @@ def _store_tile_maxima(
 
 @triton.jit
 def _strongest(scores, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Elementwise maximum of COUNT tensors of a tuple."""
+    """Elementwise maximum of COUNT tensors of a tuple, starting at FIRST."""
     strongest = scores[FIRST]
     for i in tl.static_range(1, COUNT):
         strongest = tl.maximum(strongest, scores[FIRST + i])
@@ -247,7 +253,10 @@ def _store_running_maxima(
     NUM_LEVELS: tl.constexpr, LEVEL_LANES: tl.constexpr, POOLING_FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the entries longer than a tile that end with it: a row of `best` per level."""
+    """Store the scores of entries longer than a tile that end with it.
+
+    `best` has one row of running maxima per level.
+    """
     offs_l = tl.arange(0, LEVEL_LANES)
     span = tl.full((LEVEL_LANES,), 1, tl.int32)
     offset = tl.zeros((LEVEL_LANES,), tl.int32)
@@ -281,7 +290,7 @@ def norm_score_pool(
     sin: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `lighthouse::norm_score_pool`; q, k, v are bf16, fp16 or fp32, with any strides."""
+    """See `lighthouse::norm_score_pool`. q, k, v are bf16, fp16 or fp32 with any strides."""
     batch, n_heads, seq_len, head_dim = q.shape
     n_kv_heads = k.shape[1]
     span = pooling_factor ** (num_levels - 1)
@@ -293,7 +302,7 @@ def norm_score_pool(
     coarsest = [x.new_empty((*x.shape[:2], coarsest_len, head_dim)) for x in (q, k, v)]
     block_d = triton.next_power_of_2(head_dim)
     pairs = pair_sizes(cos, interleaved)
-    # Half rows in separate tiles need more registers: fewer tokens at a time.
+    # Half rows in separate tiles need more registers, so fewer tokens are unrolled.
     is_long = span > (_ROWS if pairs["PAIRS"] == HALVES.value else 2 * _ROWS)
     block_t = _ROWS if is_long else span
     block_r = max(_ROW_BYTES // (q.element_size() * block_d), 1) * max(_ROWS // block_t, 1)

@@ -1,29 +1,29 @@
-"""The cascade of selections of one stratum in one program.
+"""Selection kernel: one program selects all levels of one stratum.
 
-Selected are the 64 largest scores, found by bisection over order-preserving int32 images of the
-fp32 scores: 32 counts at most find the 64th largest, a prefix sum picks among its equals,
-and the result is a mask in the order of the index, which the slots need anyway.
+The 64 largest scores are found by bisection over int32 images of the fp32 scores, which have the
+same order. At most 32 counts find the 64th largest score, and a prefix sum resolves ties. The
+result is a mask in index order, which the slots need.
 
-    down   select level by level; keep the rank of each candidate among the selected (-1 for the
+    down   select level by level; store the rank of each candidate among the selected (-1 for the
            others) and the index of each selected entry
-    up     slots that each selected entry fills together with its descendants
-    down   prefix sums of those along each level: `entry` and `slot` (see selection.py)
+    up     number of slots that each selected entry and its descendants occupy
+    down   prefix sums of these sizes along each level give `entry` and `slot` (see selection.py)
 
-Candidates are found through the selected entries above them, and these through their ranks: both
-pass through a workspace that stays in the cache, since a program cannot index its registers.
-A stratum owns a contiguous part of every level and of the sub-sequence, and writes all of it:
-first -1 into its part of the slot map below the coarsest level, then the slots.
+A candidate is found through the selected entry above it, and a selected entry through its rank. A
+program cannot index its registers, so both are stored in a workspace that stays in the cache. A
+stratum owns a contiguous part of every level and of the sub-sequence and writes all of it. It first
+fills its part of the slot map below the coarsest level with -1 and then writes the slots.
 
-Bytes moved: B Hkv times 4 E + 8 S written, 8 (N/p**(L-1) + (L-2) p k) of scores read. What takes
-the time is the chain of up to 64 (L-1) counts. They are sums over the lanes of one warp wherever a
-warp can hold the candidates.
+Bytes moved: B Hkv times 4 E + 8 S written, 8 (N/p**(L-1) + (L-2) p k) of scores read. The chain of
+up to 64 (L-1) counts dominates the time. If the candidates fit into one warp, the counts are sums
+over its lanes.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# Below the image of every score, minus infinity included.
+# Lower than the image of every score, including minus infinity.
 _LOWEST = tl.constexpr(-(2**31))
 _INFINITY = tl.constexpr(0x7F800000)
 
@@ -40,7 +40,7 @@ def _select_kernel(
     IS_START: tl.constexpr,
 ):  # fmt: skip
     TOP: tl.constexpr = NUM_LEVELS - 1
-    # Ranks of a level, behind which stand 128 indices, sizes and starts of the selected.
+    # Each level stores its ranks, then 128 indices, sizes and starts of the selected entries.
     WIDTH: tl.constexpr = max(BLOCK_C, 128 * POOLING_FACTOR)
     LEVEL_SPACE: tl.constexpr = WIDTH + 3 * 128
 
@@ -49,7 +49,7 @@ def _select_kernel(
     batch = (pid_head // n_kv_heads).to(tl.int64)
     head = (pid_head % n_kv_heads).to(tl.int64)
     flat_head = pid_head.to(tl.int64)
-    # Scores hold no level 0; with this they have the ids of the entries.
+    # Scores have no level 0. This shift makes them addressable by entry id.
     q_scores_ptr += batch * q_stride_b + head * q_stride_h - seq_len.to(tl.int64) * q_stride_e
     k_scores_ptr += batch * k_stride_b + head * k_stride_h - seq_len.to(tl.int64) * k_stride_e
     entry_ptr += flat_head * sub_seq_len
@@ -80,7 +80,7 @@ def _select_levels(
     NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDTH: tl.constexpr, IS_START: tl.constexpr,
 ):  # fmt: skip
-    """Down: select; store the rank of each candidate and the index of each selected entry."""
+    """Down: select, and store the rank of each candidate and the index of each selected entry."""
     TOP: tl.constexpr = NUM_LEVELS - 1
     NUM_CHILDREN: tl.constexpr = 128 * POOLING_FACTOR
     LEVEL_SPACE: tl.constexpr = WIDTH + 3 * 128
@@ -113,7 +113,7 @@ def _select_levels(
 def _store_sizes(
     workspace_ptr, NUM_LEVELS: tl.constexpr, POOLING_FACTOR: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Up: store the sizes of the subtrees of the selected."""
+    """Up: store the sizes of the subtrees of the selected entries."""
     NUM_CHILDREN: tl.constexpr = 128 * POOLING_FACTOR
     LEVEL_SPACE: tl.constexpr = WIDTH + 3 * 128
     for level in tl.static_range(2, NUM_LEVELS):
@@ -182,7 +182,7 @@ def _fill_absent(slot_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _children(parents_ptr, offs_c, POOLING_FACTOR: tl.constexpr):
-    """Indices of the candidates `offs_c` below the selected entries."""
+    """Indices of the candidates `offs_c`, the children of the selected entries."""
     parent = tl.load(parents_ptr + offs_c // POOLING_FACTOR)
     return parent * POOLING_FACTOR + offs_c % POOLING_FACTOR
 
@@ -192,7 +192,7 @@ def _weights(
     ranks_ptr, offs_c, count,
     LEVEL: tl.constexpr, WIDTH: tl.constexpr, POOLING_FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Slots that each candidate fills with its descendants, and its rank among the selected."""
+    """Number of slots of each candidate and its descendants, and its rank among the selected."""
     mask_c = offs_c < count
     if LEVEL == 0:
         return mask_c.to(tl.int32), tl.full(offs_c.shape, -1, tl.int32)
@@ -206,7 +206,7 @@ def _weights(
 
 @triton.jit
 def _order_preserving(score):
-    """int32 images of scores in the order of the scores."""
+    """int32 images of scores, in the same order as the scores."""
     bits = score.to(tl.float32).to(tl.int32, bitcast=True)
     image = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     # -1 is the image of -0.0 alone, which ties with 0.0.
@@ -215,9 +215,9 @@ def _order_preserving(score):
 
 @triton.jit
 def _best_64(image):
-    """Mask of the 64 largest, ties to the lowest index. At least 64 are above the lowest."""
-    # The largest threshold that 64 reach, bit by bit from the sign on. A threshold that exactly 64
-    # reach is as good, and mostly found after half of the bits.
+    """Mask of the 64 largest; ties go to the lowest index. At least 64 are above `_LOWEST`."""
+    # Find the largest threshold that 64 images reach, bit by bit from the sign on. A threshold that
+    # exactly 64 reach also suffices. It is usually found after half of the bits.
     count = tl.sum((image >= 0).to(tl.int32), 0)
     threshold = tl.where(count >= 64, 0, _LOWEST)
     reached = tl.where(count >= 64, count, image.shape[0])
@@ -243,7 +243,7 @@ def select(
     seq_len: int,
     is_start: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `lighthouse::select`; the scores are compared in fp32; any strides."""
+    """See `lighthouse::select`. The scores have any strides and are compared in fp32."""
     batch, n_kv_heads, num_scores = q_scores.shape
     num_strata = topk // 128
     num_top = seq_len // pooling_factor ** (num_levels - 1) // num_strata
