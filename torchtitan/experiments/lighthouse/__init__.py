@@ -1,24 +1,24 @@
-"""Llama 3 with Lighthouse Attention, trained in two stages, for torchtitan 0.2.2.
+"""Two-stage training of Llama 3 with Lighthouse Attention, for torchtitan 0.2.2.
 
     launch.py             `lighthouse train`: one process, or one for each GPU
     train.py              TwoStageTrainer and the entry point
-    preflight.py          runs every check of a configuration before anything expensive starts
-    apply_lighthouse.py   puts Lighthouse around a model's attention and takes it away again
-    flavors.py            sizes of models
-    context_parallel.py   batches and attention over a sequence that several ranks share
+    preflight.py          checks a configuration before anything expensive starts
+    apply_lighthouse.py   wraps a model's attention in Lighthouse and removes the wrapper
+    flavors.py            model sizes
+    context_parallel.py   batches and attention for sequences shared by several ranks
     loss.py               cross-entropy in chunks of tokens
     validate.py           held-out loss
     metrics.py            metrics.jsonl, and the stage in TensorBoard and W&B
-    selection_metrics.py  what the layers select in stage 1
+    selection_metrics.py  statistics of the selection in stage 1
 
-Rooms, each of which imports only from those below it:
+Subpackages. Each imports only from those listed below it:
 
-    analysis    what the metrics of a run say, and how runs compare
-    planner     what a run will do and need, counted before it starts
+    analysis    reports on the metrics of a run, comparison of runs
+    planner     predictions of what a run does and needs
     inference   trained models: loading, generation, export
-    checkpoint  what is saved, kept, compared and loaded; the hand-over between the stages
-    config      the fields of a run and their rules
-    data        corpora, packed to seq_len, resumable; tokenized corpora
+    checkpoint  saving, retention, comparison and loading; the stage switch
+    config      the configuration fields of a run and their rules
+    data        resumable corpora, packed to seq_len; tokenized corpora
     runtime     devices, signals, errors, files, command lines
 
 Importing this package registers the model `llama3_lighthouse` and does nothing else.

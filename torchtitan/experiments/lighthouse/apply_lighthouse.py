@@ -1,10 +1,10 @@
-"""Lighthouse around the attention of a torchtitan model, put there and taken away.
+"""Wrap the attention of a torchtitan model in Lighthouse, and remove the wrapper.
 
 torchtitan's `Attention` calls `self.inner_attention(q, k, v, enable_gqa=...)` on [B, H, N, D].
-`use_lighthouse` wraps that module after torchtitan has parallelised the model, so that its
-context parallelism, which hooks the inner module, its activation checkpointing and its FSDP stay
-as they are; compilation is lazy and takes the wrapped module in. No parameter is added or
-renamed: the checkpoints are plain Llama 3 checkpoints in both stages.
+`use_lighthouse` wraps that module after torchtitan has parallelised the model. This leaves
+torchtitan's context parallelism (hooks on the inner module), activation checkpointing and FSDP
+unchanged. Compilation is lazy and includes the wrapper. No parameter is added or renamed, so the
+checkpoints are standard Llama 3 checkpoints in both stages.
 """
 
 import functools
@@ -32,15 +32,15 @@ def use_lighthouse(
     pool_rotary: str = "averaged",
     cp: ContextParallel | None = None,
 ) -> None:
-    """Wrap the attention of all layers but `full_attn_layers`.
+    """Wrap the attention of all layers except `full_attn_layers`.
 
     Args:
-        model: a Transformer, or the part of one that a pipeline stage holds.
+        model: a Transformer, or the part of one in a pipeline stage.
         full_attn_layers: layers that stay dense; negative ones count from the last.
-        n_layers: layers of the whole model.
-        pool_rotary: `aligned` pools q and k at the last position of a span, by the model's own
-            rotary embedding; `averaged` as they are.
-        cp: this rank's place under context parallelism.
+        n_layers: number of layers of the whole model.
+        pool_rotary: `averaged` pools q and k as they are. `aligned` first rotates them to the last
+            position of a span, using the model's own rotary embedding.
+        cp: this rank's position under context parallelism.
     """
     dense = dense_layers(full_attn_layers, n_layers)
     rotary = rotary_phases(model, config) if pool_rotary == "aligned" else None
@@ -59,7 +59,7 @@ def use_stage_1(
     n_layers: int,
     cp: ContextParallel | None = None,
 ) -> None:
-    """`use_lighthouse` with the fields of the section [lighthouse]."""
+    """Call `use_lighthouse` with the fields of the section [lighthouse]."""
     use_lighthouse(
         model,
         lighthouse.attention_config(),
@@ -71,20 +71,20 @@ def use_stage_1(
 
 
 def rotary_phases(model: nn.Module, config: LighthouseConfig) -> RotaryPhases:
-    """The first rows of the model's own table, scaling of its frequencies included."""
+    """The first rows of the model's own rotary table, with its frequency scaling."""
     phases = model.freqs_cis[: config.span(config.num_levels - 1)]  # [p**(L-1), D/2], complex
     return RotaryPhases(phases.real, phases.imag, interleaved=True)
 
 
 def use_dense(model: nn.Module) -> None:
-    """Give every layer its own attention back; a dense model stays as it is."""
+    """Restore the original attention of every layer. A dense model stays unchanged."""
     for block in model.layers.values():
         if isinstance(block.attention.inner_attention, LighthouseAttention):
             block.attention.inner_attention = block.attention.inner_attention.inner
 
 
 def use_fused_attention(model: nn.Module, dtype: torch.dtype, seq_len: int, prefer: str) -> None:
-    """Keep every layer's attention to fused kernels: torchtitan's list ends with one that is not.
+    """Allow only fused kernels in every layer. torchtitan's list also has one that is not fused.
 
     Args:
         dtype: of q, k, v.
@@ -97,12 +97,11 @@ def use_fused_attention(model: nn.Module, dtype: torch.dtype, seq_len: int, pref
 
 
 def save_selections(model: nn.Module) -> None:
-    """Make activation checkpointing keep the selections, the only thing it must not recompute.
+    """Make activation checkpointing save the selections, which must not be recomputed.
 
-    A near-tie between scores can fall the other way in the recomputation, which then no longer
-    belongs to the outputs that were kept: the gradients would be wrong, in silence. Scores that
-    are expensive to compute are kept with them. Checkpointing by op keeps what it kept, and what
-    was sent between ranks.
+    A recomputation can resolve a near-tie between scores differently. The new selection would not
+    match the saved outputs, and the gradients would be wrong without an error. Expensive scores
+    are saved too. Per-op checkpointing still saves its own ops, and also the all-to-all outputs.
     """
     for module in model.modules():
         if isinstance(module, CheckpointWrapper):
@@ -118,7 +117,7 @@ def _keep_selections():
 
 
 def _keep_more(context_fn: Callable):
-    """The contexts of `context_fn`, whose policy is asked about other ops alone."""
+    """Contexts that also save our ops. The policy of `context_fn` decides about all other ops."""
     policy = context_fn()[0].policy_fn
 
     def keep(ctx, op, *args, **kwargs):
@@ -135,12 +134,12 @@ def flops_saved_per_token(
     full_attn_layers: list[int],
     seq_len: int,
 ) -> float:
-    """FLOPs per token, forward and backward, that Lighthouse saves against dense attention.
+    """FLOPs per token, forward and backward, that Lighthouse saves compared with dense attention.
 
-    Counted as torchtitan counts: six per head dimension of q·k and of p·v and attended position,
-    causal or not. Attention over S entries costs S * S instead of N * N for N tokens. Scoring has
-    no backward pass: a position that it attends to costs a third. Scoring by norms and pooling,
-    some bytes and next to no FLOPs, are not counted.
+    The count follows torchtitan: six per head dimension and attended position for q·k, six for
+    p·v, not halved for causality. Attention over S entries costs S * S instead of N * N for N
+    tokens. Scoring has no backward pass, so a position that it attends to costs a third. Scoring
+    by norms and pooling is not counted, since its FLOPs are negligible.
     """
     dense = dense_layers(full_attn_layers, model_args.n_layers)
     n_layers = model_args.n_layers - len(dense)
@@ -152,12 +151,12 @@ def flops_saved_per_token(
 
 
 def flops_saved_by_pieces(model_args: TransformerModelArgs, seq_len: int, piece_len: int) -> float:
-    """FLOPs per token, forward and backward, that dense attention over pieces of `piece_len` tokens
-    saves against whole sequences, counted as in `flops_saved_per_token`."""
+    """FLOPs per token, forward and backward, saved by dense attention over pieces of `piece_len`
+    tokens compared with whole sequences. The count is that of `flops_saved_per_token`."""
     head_dim = model_args.dim // model_args.n_heads
     return 6 * model_args.n_layers * model_args.n_heads * 2 * head_dim * (seq_len - piece_len)
 
 
 def dense_layers(full_attn_layers: list[int], n_layers: int) -> set[int]:
-    """The layers that stay dense, each by its one index from 0 on."""
+    """Indices of the layers that stay dense, counted from 0."""
     return {layer % n_layers for layer in full_attn_layers}

@@ -1,11 +1,11 @@
-"""Context parallelism for torchtitan's Llama 3: how a batch is cut, and what attends over it.
+"""Context parallelism for torchtitan's Llama 3: sharding of batches, and attention over shards.
 
-torchtitan gives every rank of the context-parallel mesh the same batch. `shard_batch` cuts it as
-the scheme wants it. torchtitan has made each layer's attention a ring by then, on a GPU; under
-`ulysses`, and on the CPU, `use_context_parallel` puts ours in its place, in both stages alike.
+torchtitan gives every rank of the context-parallel mesh the same batch. `shard_batch` shards it by
+the layout of the scheme. On a GPU, torchtitan has already turned each layer's attention into ring
+attention. Under `ulysses`, and on the CPU, `use_context_parallel` replaces it in both stages.
 
-Where stage 2 trains on pieces, a rank holds whole ones (`cut_batch`) and attends to them alone
-(`use_local_attention`). Sequences of the validation are shared all the same.
+If stage 2 trains on pieces, each rank holds whole pieces (`cut_batch`) and attends within them
+without communication (`use_local_attention`). Validation sequences are still sharded.
 """
 
 import torch
@@ -20,25 +20,25 @@ from lighthouse.ring import RingAttention
 
 
 def context_parallel_of(mesh: DeviceMesh | None, scheme: str) -> ContextParallel | None:
-    """This rank's place in torchtitan's `cp` mesh; None without one."""
+    """This rank's position in torchtitan's `cp` mesh; None without one."""
     return None if mesh is None else ContextParallel.of(mesh.get_group(), scheme)
 
 
 def use_context_parallel(
     model: nn.Module, cp: ContextParallel, rotate_method: str, device_type: str
 ) -> None:
-    """Make every layer attend over the whole sequence by the scheme of `cp`.
+    """Make every layer attend over the whole sequence with the scheme of `cp`.
 
     Args:
         model: parallelised by torchtitan with this mesh; its layers are dense.
-        rotate_method: `allgather` or `alltoall`, how a ring moves keys and values.
+        rotate_method: `allgather` or `alltoall`, the way a ring exchanges keys and values.
     """
-    # torchtitan 0.2.2 reads the method for its validation only.
+    # torchtitan 0.2.2 sets the method only for its own validation.
     set_rotate_method(rotate_method)
     for block in model.layers.values():
         attention = block.attention
         if cp.scheme == "ulysses":
-            # A new one: the old one is hooked into the ring.
+            # The old module has the hooks of the ring, so a new one is needed.
             stock = ScaledDotProductAttentionWrapper()
             attention.inner_attention = UlyssesAttention(stock, cp)
         elif device_type == "cpu":
@@ -46,11 +46,11 @@ def use_context_parallel(
 
 
 class LocalAttention(nn.Module):
-    """Attention of a layer that trains on whole sequences here and validates on shared ones.
+    """Attention over local whole sequences in training, and over sharded sequences in validation.
 
     Args:
         stock: causal attention over whole sequences, used in training.
-        shared: the layer's attention over sequences that ranks share, used in evaluation.
+        shared: the layer's attention over sharded sequences, used in evaluation.
     """
 
     def __init__(self, stock: nn.Module, shared: nn.Module):
@@ -65,11 +65,11 @@ class LocalAttention(nn.Module):
 
 
 def use_local_attention(model: nn.Module, backends: list[SDPBackend]) -> None:
-    """Make every layer attend in training to whole sequences on this rank, and exchange nothing.
+    """Make every layer attend to whole sequences on this rank in training, without communication.
 
     Args:
         model: prepared by `use_context_parallel`; its layers are dense.
-        backends: kernels of attention, in order of preference.
+        backends: attention kernels in order of preference.
     """
     for block in model.layers.values():
         stock = ScaledDotProductAttentionWrapper()
@@ -79,7 +79,7 @@ def use_local_attention(model: nn.Module, backends: list[SDPBackend]) -> None:
 
 
 def use_shared_attention(model: nn.Module) -> None:
-    """Undo `use_local_attention`; other models stay as they are."""
+    """Undo `use_local_attention`. Other models stay unchanged."""
     for block in model.layers.values():
         if isinstance(block.attention.inner_attention, LocalAttention):
             block.attention.inner_attention = block.attention.inner_attention.shared
@@ -88,11 +88,11 @@ def use_shared_attention(model: nn.Module) -> None:
 def cut_batch(
     inputs: torch.Tensor, labels: torch.Tensor, seq_len: int, context: ContextParallel | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's pieces of a batch: consecutive ones, whole.
+    """This rank's pieces of a batch, which are consecutive and whole.
 
     Args:
         inputs, labels: [B, N].
-        seq_len: tokens of a piece, n.
+        seq_len: length of a piece in tokens, n.
 
     Returns:
         Both [B * N / n / W, n]; W is 1 without context parallelism.
@@ -106,14 +106,14 @@ def cut_batch(
 def shard_batch(
     inputs: torch.Tensor, labels: torch.Tensor, cp: ContextParallel | None
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """This rank's tokens and labels, and the positions that its model is to be told.
+    """This rank's tokens and labels, and their positions as an extra argument of the model.
 
     Args:
         inputs, labels: [B, N].
 
     Returns:
-        Both [B, N / W], and `{"positions": [1, N / W]}`; without context parallelism what came in
-        and nothing to tell.
+        Both [B, N / W], and `{"positions": [1, N / W]}`. Without context parallelism, the inputs
+        unchanged and no extra arguments.
     """
     if cp is None:
         return inputs, labels, {}

@@ -1,8 +1,8 @@
-"""What the layers of a model select in stage 1, measured in a forward pass of its own.
+"""Statistics of the selections of a model in stage 1, measured in a separate forward pass.
 
-The pass takes one sequence, without gradients and without compiled code, so that what is compiled
-stays as it is; under FSDP all ranks take part. Training is the same with it and without, bit for
-bit. The figures are those of a rank's own sequence and heads.
+The pass takes one sequence, without gradients and without compiled code, which keeps existing
+compilations unchanged. Under FSDP all ranks take part. Training is bitwise the same with and
+without the measurement. The statistics are those of a rank's own sequence and heads.
 """
 
 import torch
@@ -13,12 +13,12 @@ from lighthouse import LighthouseAttention
 from lighthouse.selection_stats import measure
 
 NUM_LAYERS = 3
-"""Layers that are measured: the first, the last and one between, of those with Lighthouse."""
+"""Number of measured layers: the first, the last and one in between, of those with Lighthouse."""
 
 
 @torch.no_grad()
 def measure_layers(model: nn.Module, inputs: torch.Tensor) -> dict[str, float]:
-    """Figures of the sampled layers, as `telemetry/layer_1/coverage/level_0`.
+    """Statistics of the sampled layers, with names such as `telemetry/layer_1/coverage/level_0`.
 
     Args:
         model: a Transformer in stage 1.
@@ -43,7 +43,7 @@ def measure_layers(model: nn.Module, inputs: torch.Tensor) -> dict[str, float]:
 
 
 def sampled_layers(model: nn.Module) -> dict[str, LighthouseAttention]:
-    """`NUM_LAYERS` of the layers with Lighthouse, or all if there are fewer, by name."""
+    """`NUM_LAYERS` of the layers with Lighthouse by name, or all if there are fewer."""
     attentions = {name: block.attention.inner_attention for name, block in model.layers.items()}
     names = [name for name, x in attentions.items() if isinstance(x, LighthouseAttention)]
     num_sampled = min(NUM_LAYERS, len(names))

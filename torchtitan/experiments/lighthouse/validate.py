@@ -1,7 +1,7 @@
-"""Held-out loss: the same text at every validation, attended as the current stage attends.
+"""Held-out loss on the same text at every validation, with the attention of the current stage.
 
-torchtitan's validator reads only its own datasets and goes on in them from one validation to the
-next; this one starts its held-out text from the beginning each time.
+torchtitan's validator reads only its own datasets and continues in them from one validation to the
+next. This validator restarts its held-out text each time.
 """
 
 import torch
@@ -17,10 +17,10 @@ from torchtitan.tools import utils
 
 
 class HeldOutValidator(BaseValidator):
-    """Mean loss per token over `validation.steps` batches of every data-parallel rank.
+    """Mean loss per token over `validation.steps` batches per data-parallel rank.
 
-    It runs every `validation.freq` steps, after the last step, and at the stage switch under
-    both kinds of attention.
+    It runs every `validation.freq` steps, after the last step, and at the stage switch with both
+    kinds of attention.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class HeldOutValidator(BaseValidator):
             inputs, labels, extra_kwargs = shard_batch(inputs, labels, self.cp)
             with self.context(), self.maybe_enable_amp:
                 loss = self.loss_fn(model(inputs, **extra_kwargs), labels)
-            # Under tensor parallelism the vocabulary is sharded, and the loss knows of it.
+            # Under tensor parallelism the vocabulary is sharded and the loss is a DTensor.
             loss_sum += loss.full_tensor() if isinstance(loss, DTensor) else loss
             num_tokens += (labels != IGNORE_INDEX).sum()
-        # Tokens of whole sequences: what is logged divides by the ranks that share one.
+        # Count tokens of whole sequences, since logging divides by the ranks that share one.
         self.metrics_processor.ntokens_since_last_log = int(num_tokens) * self.parallel_dims.cp
         mesh = self.parallel_dims.get_optional_mesh("loss")
         loss = dist_utils.dist_sum(loss_sum, mesh) / dist_utils.dist_sum(num_tokens, mesh)
@@ -77,7 +77,7 @@ class HeldOutValidator(BaseValidator):
 
 
 def reshard(model: nn.Module) -> None:
-    """Shard again what FSDP leaves gathered after a forward pass without a backward pass."""
+    """Reshard parameters that FSDP leaves gathered after a forward pass without a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
