@@ -44,7 +44,8 @@ def main() -> None:
     module, _ = COMMANDS[name]
     try:
         if module.startswith(_TRAINER):
-            # This package imports torch first. Otherwise torch warns if NumPy is missing.
+            # This fails without the trainer's dependencies. Our own package would import torch
+            # before that, and torch warns if NumPy is missing.
             importlib.import_module("torchtitan.components")
         program = importlib.import_module(module)
     except ModuleNotFoundError as error:

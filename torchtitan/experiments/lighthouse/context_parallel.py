@@ -33,7 +33,7 @@ def use_context_parallel(
         model: parallelised by torchtitan with this mesh; its layers are dense.
         rotate_method: `allgather` or `alltoall`, the way a ring exchanges keys and values.
     """
-    # torchtitan 0.2.2 sets the method only for its own validation.
+    # torchtitan 0.2.2 reads the method only in its own validation.
     set_rotate_method(rotate_method)
     for block in model.layers.values():
         attention = block.attention

@@ -1,20 +1,25 @@
-"""Train in two stages from a TOML file: in this process, or in one process for each GPU.
+"""Train in two stages from a TOML file, in this process or in one process per GPU.
 
     lighthouse train debug.toml
     lighthouse train debug.toml --nproc-per-node 2 --training.steps 100
 
-Any field of the configuration can be overridden by --section.field VALUE. --job.config_file FILE
-may take the place of FILE. --nproc-per-node is by default the number of GPUs that are visible, and
-1 without any. Started by torchrun or srun, which set WORLD_SIZE, this process is one of theirs.
+--section.field VALUE overrides any field of the configuration. --job.config_file FILE can replace
+FILE. --nproc-per-node defaults to the number of visible GPUs, or 1 without a GPU. If torchrun or
+srun started this process and set WORLD_SIZE, it starts no further processes.
 
-The exit code is 0 at the end, 75 after a signal (SIGTERM, SIGUSR1, SIGINT, SIGHUP) with everything
-saved, 2 for a configuration that is refused, which is checked before any process is started, or
-for a dump folder that another run writes to, and 1 for a run that failed. A second SIGINT or SIGHUP
-ends the run at once.
+Exit codes:
 
-Several processes are started here and not by torchrun, because torchrun ends with 1 whatever the
-exit code of its workers is, and kills them 30 s after a signal, before a long step has ended. They
-end with this process, however it ends (`runtime/launcher.py`).
+    0    the run is complete
+    75   the run stopped after a signal (SIGTERM, SIGUSR1, SIGINT, SIGHUP), with everything saved
+    2    the configuration is invalid, which is checked before any process starts, or another run
+         writes to the dump folder
+    1    the run failed
+
+A second SIGINT or SIGHUP ends the run at once.
+
+This program starts the processes itself. torchrun always exits with 1 when a worker fails, and it
+kills workers 30 s after a signal, before a long step has ended. The processes end when this process
+ends for any reason (`runtime/launcher.py`).
 """
 
 import os
@@ -36,15 +41,15 @@ from torchtitan.experiments.lighthouse.runtime.signals import (
 )
 
 NPROC = ("--nproc-per-node", "--nproc_per_node", "--nproc", "--world-size")
-"""Spellings of the number of processes, torchrun's first."""
+"""Accepted names of the option for the number of processes, torchrun's first."""
 
 TRAINER = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train"]
 
 GRACE_SECONDS = 30.0
-"""Between the failure of a process and the end of those that wait for it, as torchrun has it."""
+"""Seconds from the failure of a process until the others are killed, as in torchrun."""
 
 REFUSAL, REFUSAL_SECONDS = 2, 5.0
-"""The exit code of a process that refuses to start, and the grace of those that wait for it."""
+"""The exit code of a process that refuses to start, and seconds until the others are killed."""
 
 
 def main() -> None:
@@ -52,7 +57,7 @@ def main() -> None:
     args = sys.argv[1:]
     if {"-h", "--help"} & set(args):
         print(__doc__)
-        # Prints the fields, and exits.
+        # This prints the fields and exits.
         load_config(["--help"])
     with exit_on_value_error():
         args, nproc = split(args)
@@ -72,10 +77,13 @@ def main() -> None:
 
 
 def split(args: list[str]) -> tuple[list[str], int | None]:
-    """Take the number of processes out of a command line, and name its file as torchtitan does.
+    """Remove the number of processes from a command line, and pass FILE as --job.config_file.
+
+    Returns:
+        The remaining arguments, and the number of processes or None.
 
     Raises:
-        ValueError: no file comes first, or the number is none.
+        ValueError: FILE does not come first, or the number is invalid.
     """
     rest, nproc = [], None
     remaining = iter(args)
@@ -99,9 +107,9 @@ def split(args: list[str]) -> tuple[list[str], int | None]:
 
 
 def default_nproc(args: list[str]) -> int:
-    """One process for each visible GPU, and one without any."""
+    """One process per visible GPU, or one process without a GPU."""
     num_gpus = torch.cuda.device_count()
-    # torchtitan's fake backend plays all ranks in one process.
+    # torchtitan's fake backend simulates all ranks in one process.
     is_alone = num_gpus > 1 and load_config(args).comm.mode == "fake_backend"
     return 1 if is_alone else max(1, num_gpus)
 
@@ -109,7 +117,8 @@ def default_nproc(args: list[str]) -> int:
 def launch(args: list[str], nproc: int) -> int:
     """Train in `nproc` processes on this machine and return the exit code of the run.
 
-    It is that of the first process that failed; 128 and the signal's number if one ended it.
+    It is the exit code of the first process that failed, or 128 plus the number of the signal that
+    ended it.
     """
     asked, workers, port = [], [], free_port()
 
@@ -132,9 +141,9 @@ def launch(args: list[str], nproc: int) -> int:
 
 
 def start(args: list[str], rank: int, nproc: int, port: int) -> subprocess.Popen:
-    """Start the process of one rank. Until its trainer listens to signals it ignores them."""
+    """Start the process of one rank. It ignores signals until its trainer handles them."""
     environment = {
-        # As with torchrun.
+        # torchrun's default.
         "OMP_NUM_THREADS": "1",
         **os.environ,
         "RANK": str(rank),
@@ -149,16 +158,19 @@ def start(args: list[str], rank: int, nproc: int, port: int) -> subprocess.Popen
 
 
 def free_port() -> int:
-    """A port at which the processes can meet."""
+    """A free port for the rendezvous of the processes."""
     with socket.create_server(("localhost", 0)) as server:
         return server.getsockname()[1]
 
 
 def wait(workers: list[subprocess.Popen], asked: list) -> int:
-    """Wait for all, or until GRACE_SECONDS after one has failed; returns the exit code of the run.
+    """Wait for all processes, and return the exit code of the run.
+
+    If one fails, the wait ends after GRACE_SECONDS, or REFUSAL_SECONDS if it refused to start.
 
     Args:
-        asked: not empty once a signal has come. The trainers are asked until they have ended.
+        asked: not empty once a signal has arrived. SIGTERM is then sent to the trainers repeatedly
+            until they end.
     """
     code, deadline = 0, float("inf")
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
@@ -178,7 +190,7 @@ def first_failure(workers: list[subprocess.Popen]) -> int:
 
 
 def end(workers: list[subprocess.Popen]) -> None:
-    """Kill the processes that still run, and reap them all."""
+    """Kill the processes that are still running, and reap all of them."""
     signal_all(workers, signal.SIGKILL)
     for worker in workers:
         worker.wait()
@@ -186,5 +198,5 @@ def end(workers: list[subprocess.Popen]) -> None:
 
 def signal_all(workers: list[subprocess.Popen], number: int) -> None:
     for worker in workers:
-        # Does nothing to one that has ended.
+        # This has no effect on a process that has ended.
         worker.send_signal(number)

@@ -1,29 +1,29 @@
-"""Cross-entropy in chunks of tokens: the logits of a whole sequence never exist.
+"""Cross-entropy in chunks of tokens, which never stores the logits of a whole sequence.
 
     logits = hidden @ weight.T                                    # [C, V], one chunk of C tokens
     loss = sum over counted tokens of log(sum(exp(logits))) - logits[label]
     dlogits = (softmax(logits) - onehot(label)) * counted
     dhidden[chunk] = dlogits @ weight;  dweight += dlogits.T @ hidden[chunk]
 
-The gradients are made in the forward pass, chunk by chunk, where any are wanted; the backward pass
-multiplies them by its scalar. That is three matrix products per chunk, as without chunks; without
-gradients one.
+If gradients are needed, the forward pass computes them chunk by chunk. The backward pass multiplies
+them by its scalar. This takes three matrix products per chunk, as without chunks, and one without
+gradients.
 
-Numerics: products in the compute dtype (autocast's, else the weight's), softmax and loss in at
-least fp32, dlogits rounded to the compute dtype as autograd would. Each chunk's part of dweight is
-a product of that dtype, their sum is at least fp32 and rounded to the weight's dtype once, in the
-backward pass. No atomics: the same input gives the same bits.
+Numerics: matrix products use the compute dtype (autocast's, else the weight's). Softmax and loss
+use at least fp32. dlogits is rounded to the compute dtype, as in autograd. Each chunk's part of
+dweight is a product in the compute dtype. Their sum is at least fp32 and is rounded to the weight's
+dtype once, in the backward pass. There are no atomics, so results are bitwise reproducible.
 
-Memory in bytes, e for the compute dtype's (bf16 2, fp32 4), h and w for those of hidden and weight:
+Memory in bytes, where e, h and w are the bytes per element of the compute dtype (bf16 2, fp32 4),
+of hidden and of weight:
 
-    logits      6 C V in bf16, 4 C V in fp32 (one buffer, dlogits take the place of the logits), or,
-                while dweight is summed, e C V + e V dim, whichever is more; without gradients the
-                former
-    kept        h n dim for dhidden and 4 V dim for dweight, until the backward pass
-    backward    the kept and, more, h n dim + w V dim: what it hands on
+    logits      the larger of two: 6 C V in bf16 or 4 C V in fp32 (one buffer for logits and
+                dlogits), and e C V + e V dim while dweight is summed; without gradients, the first
+    saved       h n dim for dhidden and 4 V dim for dweight, until the backward pass
+    backward    the saved tensors, and h n dim + w V dim for its results
     autocast    e V dim more for the cast weight, in the forward pass
 
-Nothing grows with n V. In bf16 a CPU, whose kernels copy what they cast, takes 4 V dim more.
+Nothing grows with n V. In bf16 a CPU needs 4 V dim more, because its kernels copy what they cast.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from torchtitan.tools.logging import logger
 
 
 def build_loss(job_config: JobConfig, **kwargs) -> LossFunction:
-    """torchtitan's hook for the loss of a model: in chunks where `loss_chunk_size` says so."""
+    """torchtitan's hook for the loss of a model, in chunks if `loss_chunk_size` is set."""
     chunk_size = job_config.training.loss_chunk_size
     if chunk_size == 0:
         return build_cross_entropy_loss(job_config, **kwargs)
@@ -50,10 +50,10 @@ def build_loss(job_config: JobConfig, **kwargs) -> LossFunction:
 
 
 class ChunkedCrossEntropy:
-    """The sum of the cross-entropy, called as torchtitan calls a loss: `loss(model(...), labels)`.
+    """The summed cross-entropy, with torchtitan's interface `loss(model(...), labels)`.
 
-    `attach` makes the model return the input of its head. The head stays where it is and what it
-    is, for checkpoints, optimizer and FSDP; its weight is multiplied here.
+    `attach` makes the model return the input of its head. The head module stays unchanged for
+    checkpoints, optimizer and FSDP. The multiplication by its weight happens here.
     """
 
     head: nn.Linear | None = None
@@ -63,27 +63,27 @@ class ChunkedCrossEntropy:
         self.loss_of_logits = loss_of_logits or replace_logits
 
     def attach(self, model: nn.Module) -> None:
-        """Take over the head of a Transformer, after torchtitan has parallelised it."""
+        """Bypass the head of a Transformer, after torchtitan has parallelised it."""
         self.head = model.output
         assert self.head.bias is None
-        # An attribute of this one module: a subclass would be lost where a converter replaces the
-        # head. The hooks of the module still run: FSDP gathers the weight and counts on its call.
+        # Override forward on this instance, since a converter that replaces the head would drop a
+        # subclass. The hooks of the module still run. FSDP needs them to gather the weight.
         self.head.forward = lambda hidden: hidden
 
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            pred: what the model returns, [B, N, dim].
-            labels: token ids, [B, N] int64; IGNORE_INDEX where none counts.
+            pred: output of the model, [B, N, dim].
+            labels: token ids, [B, N] int64; IGNORE_INDEX for tokens that do not count.
 
         Returns:
             The sum over all tokens, a scalar.
         """
         assert self.head is not None, "attach(model) comes first"
         if isinstance(self.head, FSDPModule):
-            # Gathered still, unless parallelism.fsdp_reshard_after_forward is "always". The head is
-            # in one group with the last norm, whose backward pass ends after that of the loss and
-            # reduces the gradients of both.
+            # The weight is still gathered unless parallelism.fsdp_reshard_after_forward is
+            # "always". The head shares an FSDP group with the last norm. The backward pass of that
+            # norm ends after that of the loss and reduces the gradients of both.
             self.head.unshard()
         hidden, labels = pred.flatten(0, 1), labels.flatten()
         return chunked_cross_entropy(
@@ -98,20 +98,20 @@ def chunked_cross_entropy(
     chunk_size: int,
     loss_of_logits: Callable | None = None,
 ) -> torch.Tensor:
-    """The sum of the cross-entropy of `hidden @ weight.T`, differentiable once in both.
+    """The summed cross-entropy of `hidden @ weight.T`, with first derivatives for both.
 
     Args:
         hidden: [n, dim], floating point.
         weight: [V, dim], the dtype of `hidden` unless autocast is on.
-        labels: [n] int64 below V; IGNORE_INDEX where none counts.
-        chunk_size: tokens whose logits exist at a time; the last chunk may have fewer.
+        labels: [n] int64 below V; IGNORE_INDEX for tokens that do not count.
+        chunk_size: tokens per chunk; the last chunk may have fewer.
         loss_of_logits: `replace_logits` or its compiled form.
 
     Returns:
         A scalar, fp32, or fp64 for fp64.
     """
     if not torch.is_grad_enabled():
-        # A Function cannot tell; it looks at its inputs.
+        # An autograd Function does not see this mode, only whether its inputs need gradients.
         hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedCrossEntropy.apply(
         hidden, weight, labels, chunk_size, loss_of_logits or replace_logits
@@ -121,16 +121,16 @@ def chunked_cross_entropy(
 def replace_logits(
     logits: torch.Tensor, labels: torch.Tensor, wants_gradient: bool
 ) -> torch.Tensor:
-    """The loss of one chunk, a scalar of at least fp32; its gradient takes the place of `logits`.
+    """The loss of one chunk, a scalar of at least fp32. Its gradient overwrites `logits`.
 
     Args:
         logits: [C, V]; overwritten.
-        labels: [C] int64; IGNORE_INDEX where none counts.
-        wants_gradient: without it, what is left in `logits` means nothing.
+        labels: [C] int64; IGNORE_INDEX for tokens that do not count.
+        wants_gradient: if False, the contents of `logits` are undefined afterwards.
     """
     is_counted = labels != IGNORE_INDEX
     index = labels.where(is_counted, 0).unsqueeze(1)
-    # For fp32 and fp64 no copy.
+    # This makes no copy for fp32 and fp64.
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     x -= x.amax(1, keepdim=True)
     x_label = x.gather(1, index)
@@ -165,7 +165,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(hidden_c, head.t(), out=logits)
             loss = loss_of_logits(logits, labels[rows], wants_dhidden or wants_dweight)
             losses.append(loss)
-            # The logits are their gradient now.
+            # `logits` now holds its gradient.
             if wants_dhidden:
                 dhidden[rows] = logits @ head
             if wants_dweight:
@@ -181,7 +181,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if dhidden is not None:
             dhidden = dhidden * dloss
         if dweight is not None:
-            # Rounded as it is multiplied: no fp32 copy in between.
+            # Rounding happens in the multiplication, without an fp32 copy in between.
             out = torch.empty_like(dweight, dtype=ctx.weight_dtype)
             dweight = torch.mul(dweight, dloss, out=out)
         return dhidden, dweight, None, None, None

@@ -1,9 +1,9 @@
-"""Metrics with the stage: every line to `metrics.jsonl`, and to TensorBoard and W&B if enabled.
+"""Metrics with their stage, written to `metrics.jsonl`, and to TensorBoard and W&B if enabled.
 
-`metrics.jsonl` in the dump folder holds one JSON object a line: `step`, `stage`, `phase` and the
+`metrics.jsonl` in the dump folder has one JSON object per line: `step`, `stage`, `phase` and the
 metrics under torchtitan's names. `phase` is `lighthouse`, `pieces` (stage 2 on pieces of a
-sequence) or `full` (stage 2 on whole sequences). A resumed run appends; where a step stands twice,
-the later line counts (`read_metrics`).
+sequence) or `full` (stage 2 on whole sequences). A resumed run appends to the file. If a step
+occurs twice, the later line counts (`read_metrics`).
 """
 
 import collections
@@ -38,17 +38,17 @@ TOKENS_PER_SECOND = "throughput(tps)"
 TOKENS_SEEN = "n_tokens_seen"
 SWITCH = "lighthouse/switch"
 FULL_LENGTH = "lighthouse/full_length"
-"""Marks the step after which stage 2 goes from pieces to whole sequences."""
+"""Marks the step after which stage 2 changes from pieces to whole sequences."""
 SPIKE = "lighthouse/spike"
 
 SPIKE_WINDOW = 20
 SPIKE_DEVIATIONS = 6.0
-"""A loss is a spike if it lies above the mean of so many lines before it by more than so many times
-their standard deviation, which is some 1 in 10^9 for noise that is normal."""
+"""A loss is a spike if it exceeds the mean of the previous SPIKE_WINDOW lines by more than
+SPIKE_DEVIATIONS standard deviations. For normal noise the probability is about 1 in 10^9."""
 
 
 class StagedMetricsProcessor(MetricsProcessor):
-    """torchtitan's metrics, each marked with the stage it was measured in."""
+    """torchtitan's metrics, each marked with its stage."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
@@ -56,7 +56,7 @@ class StagedMetricsProcessor(MetricsProcessor):
         if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
             path = Path(job_config.job.dump_folder) / FILE_NAME
             self.console = Console(torch.distributed.get_world_size())
-            # What the trainer knows of stages, it tells the console later.
+            # The trainer replaces this by the phases of the run later.
             self.console.clock.phases = [Phase("training", job_config.training.steps, 1.0)]
         if not is_terminal():
             self.color = utils.NoColor()
@@ -64,8 +64,8 @@ class StagedMetricsProcessor(MetricsProcessor):
         self._losses = collections.deque(maxlen=SPIKE_WINDOW)
 
     def log(self, step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=None) -> None:
-        # torchtitan counts the tokens of a sequence once for each rank that shares it, in the sum
-        # of all tokens and in what the largest loss of a rank is divided by.
+        # torchtitan counts the tokens of a sequence once for each rank that shares it. This affects
+        # the total number of tokens and the divisor of the largest loss of a rank.
         degree = self.parallel_dims.cp
         if extra_metrics and TOKENS_SEEN in extra_metrics:
             num_tokens = extra_metrics[TOKENS_SEEN] // degree
@@ -101,7 +101,7 @@ class StagedMetricsProcessor(MetricsProcessor):
             losses.append(loss)
 
     def enter_phase(self, stage: int, phase: str, num_flops_per_token: float) -> None:
-        """Measure from here on in `phase`: nothing of the phase before is averaged in."""
+        """Start measuring `phase`. Averages include nothing of the previous phase."""
         self.logger.stage = stage
         self.logger.phase = phase
         self.num_flops_per_token = num_flops_per_token
@@ -109,25 +109,25 @@ class StagedMetricsProcessor(MetricsProcessor):
 
     @contextlib.contextmanager
     def stopped_clock(self) -> Iterator[None]:
-        """Leave out of the throughput what happens inside."""
+        """Exclude the time spent inside from the throughput."""
         utils.device_module.synchronize()
         start = time.perf_counter()
         yield
         self.time_last_log += time.perf_counter() - start
 
     def restart_clock(self) -> None:
-        """Leave out of the throughput what has happened since the last line."""
+        """Exclude the time since the last line from the throughput."""
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
         self.time_last_log = time.perf_counter()
 
 
 class StagedLogger(BaseLogger):
-    """Adds the stage, appends to `path` if there is one, and hands on to `inner`.
+    """Adds the stage, appends to `path` if given, and forwards to `inner`.
 
-    A failure of `inner` ends neither the run nor its last checkpoint: a signal that asks the run to
-    stop may have ended the service of W&B with which it speaks. Nor does a full disk: lines that
-    cannot be written wait in memory, and are tried again with each further line.
+    A failure of `inner` affects neither the run nor its last checkpoint. For example, a signal that
+    stops the run may also have ended W&B's service process. A full disk does not end the run
+    either. Lines that cannot be written stay in memory and are retried with each further line.
     """
 
     def __init__(self, inner: BaseLogger, path: Path | None):
@@ -178,8 +178,9 @@ class StagedLogger(BaseLogger):
             self._fails = False
 
     def _marked(self, metrics: dict[str, Any], step: int) -> dict[str, Any]:
-        # W&B has one row for a step, in which a later value takes the place of a former one. At
-        # the switch these are the stage that trained the step, and the loss under its attention.
+        # W&B has one row per step, in which a later value replaces an earlier one. At the switch,
+        # two values must not be replaced: the stage that trained the step, and the loss with the
+        # attention of that stage.
         marked = dict(metrics)
         if step != self._last_step:
             marked["lighthouse/stage"] = self.stage
@@ -204,10 +205,10 @@ def build_metrics_processor(
 
 
 def read_metrics(dump_folder: str | Path, metric: str) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` that hold `metric`, by step.
+    """The lines of `metrics.jsonl` that contain `metric`, by step.
 
-    Of several for a step and stage the last; a line cut short by a crash is passed over, and what
-    else is no line of metrics.
+    The last of several lines for a step and stage counts. Lines cut short by a crash and other
+    invalid lines are skipped.
 
     Raises:
         OSError: the file cannot be opened.
@@ -228,7 +229,7 @@ def read_metrics(dump_folder: str | Path, metric: str) -> list[dict[str, Any]]:
 
 
 def _is_torn(path: Path) -> bool:
-    """Whether a file ends within a line."""
+    """Whether the last line of a file is incomplete."""
     with path.open("rb") as file:
         if not file.seek(0, os.SEEK_END):
             return False

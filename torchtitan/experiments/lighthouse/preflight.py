@@ -1,6 +1,6 @@
-"""Every rule of a configuration, checked before process groups, data or compilation.
+"""Checks all rules of a configuration before process groups, data loading and compilation.
 
-Each breach is one `ValueError` of one line: the field, the rule, the value, and what to do.
+A violation raises a `ValueError` of one line with the field, the rule, the value and what to do.
 """
 
 import importlib.util
@@ -41,16 +41,16 @@ def check_config(
 ) -> None:
     """Check the values of a configuration for a run of `world_size` processes.
 
-    The sizes that `model.hf_config` names are written into `config.model.override`, so that the
-    saved configuration describes the model without that folder.
+    The sizes in `model.hf_config` are written into `config.model.override`, so that the saved
+    configuration describes the model without that folder.
 
     Args:
-        device_type: what the run is for, `cuda` or `cpu`; what is here by default.
-        is_start: whether it is to start now, with the outputs, checkpoints, tokenizer and data that
-            are there.
+        device_type: device of the run, `cuda` or `cpu`; the device of this machine by default.
+        is_start: whether the run starts now. If so, outputs, checkpoints, tokenizer and data on
+            this machine are checked too.
 
     Raises:
-        ValueError: the first rule that is broken.
+        ValueError: the first violated rule.
     """
     device_type = device_type or cpu_device.device_type()
     check_numbers(config)
@@ -73,7 +73,7 @@ def check_config(
 
 
 def _take_sizes(config: JobConfig) -> None:
-    """Fill the sizes that are not set from the folder `model.hf_config`."""
+    """Fill in unset sizes from the folder `model.hf_config`."""
     if config.model.hf_config is None:
         return
     try:
@@ -86,7 +86,7 @@ def _take_sizes(config: JobConfig) -> None:
 
 
 def warnings_of(config: JobConfig) -> list[str]:
-    """What a run may do, and its user has perhaps not meant; of a configuration that is right."""
+    """Warnings about settings of a valid configuration that are perhaps unintended."""
     found = []
     steps, stage1_steps = config.training.steps, config.lighthouse.stage1_steps
     if config.lighthouse.stage_of(steps) == 1:
@@ -110,7 +110,7 @@ def warnings_of(config: JobConfig) -> list[str]:
 
 
 def _check_surroundings(config: JobConfig) -> None:
-    """What a start finds around it: the folder it writes to, variables, modules."""
+    """Check the output folder, environment variables and modules that a start needs."""
     check_output_folder("job.dump_folder", config.job.dump_folder)
     require(
         config.comm.mode != "fake_backend" or os.environ.get("NGPU", "").isdecimal(),

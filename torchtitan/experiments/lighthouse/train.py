@@ -2,14 +2,14 @@
 
     torchrun --nproc-per-node 2 -m torchtitan.experiments.lighthouse.train --job.config_file FILE
 
-Stage 1 trains with Lighthouse Attention, stage 2 the same parameters, optimizer state, learning
-rate schedule and data position with dense attention. One process does both: between the last step
-of stage 1 and the first of stage 2 the wrapper is taken off, and training goes on. With
-`lighthouse.stage2_seq_len` stage 2 trains on pieces of the same batches, in its last
-`lighthouse.stage2_full_steps` steps on whole sequences again. A restart loads the newest checkpoint
-and finds its phase by the step. SIGTERM, SIGUSR1, SIGINT and SIGHUP end the run after the step it
-is in, with a checkpoint and exit code 75 (`signals.py`). One run at a time writes to a dump folder
-(`run_lock.py`).
+Stage 1 trains with Lighthouse Attention. Stage 2 continues with dense attention and the same
+parameters, optimizer state, learning rate schedule and data position. The stage switch removes the
+wrapper within the running process. With `lighthouse.stage2_seq_len`, stage 2 trains on pieces of
+the same batches. Its last `lighthouse.stage2_full_steps` steps train on whole sequences again.
+
+A restart loads the newest checkpoint and derives the phase from the step. SIGTERM, SIGUSR1, SIGINT
+and SIGHUP end the run after the current step, with a checkpoint and exit code 75 (`signals.py`).
+Only one run at a time can write to a dump folder (`run_lock.py`).
 """
 
 import atexit
@@ -92,7 +92,8 @@ class TwoStageTrainer(Trainer):
         )
         sdpa_backend = lighthouse.sdpa_backend
         if self.cp is not None and lighthouse.context_parallel == "ring":
-            # cuDNN can fail a stride assertion in the backward pass of a ring (pytorch #176915).
+            # cuDNN can fail a stride assertion in the backward pass of ring attention
+            # (pytorch #176915).
             sdpa_backend = "flash"
         for part in self.model_parts:
             if self.cp is not None:
@@ -108,7 +109,7 @@ class TwoStageTrainer(Trainer):
                 cpu_device.sum_gradients_on_gloo(part)
                 cpu_device.draw_initial_weights(part)
         if job_config.has_pieces:
-            # Each phase has one shape and gets kernels of its own, not one set for any shape.
+            # Each phase has one shape. Compile separate static kernels for each phase.
             torch._dynamo.config.automatic_dynamic_shapes = False
         self._local_backends = fused_backends(dtype, training.seq_len, lighthouse.sdpa_backend)
         dense_flops = self.metrics_processor.num_flops_per_token
@@ -137,12 +138,12 @@ class TwoStageTrainer(Trainer):
 
     @train_spec.setter
     def train_spec(self, spec: TrainSpec) -> None:
-        # torchtitan looks the model up by the name of its flavor.
+        # torchtitan looks up the model by its flavor name.
         args = {self.job_config.model.flavor: model_args(self.job_config)}
         self._train_spec = dataclasses.replace(spec, model_args=args)
 
     def _show_progress(self) -> None:
-        """Tell the console which steps belong to which stage, and what one of them costs."""
+        """Pass the steps of each phase and their FLOPs per token to the console."""
         console, steps = self.metrics_processor.console, self.job_config.training.steps
         if console is None:
             return
@@ -154,7 +155,7 @@ class TwoStageTrainer(Trainer):
         ]
 
     def _replace_checkpointer(self) -> None:
-        """torchtitan names the class of its own in the constructor that has just run."""
+        """Replace torchtitan's checkpointer, whose class is fixed in torchtitan's constructor."""
         config = self.job_config
         self.checkpointer.close()
         lighthouse, dims = config.lighthouse, self.parallel_dims
@@ -180,13 +181,13 @@ class TwoStageTrainer(Trainer):
         try:
             yield from super().batch_generator(data_iterable)
         except ValueError as error:
-            # From the data: what a caller does with a batch is not raised in here.
+            # The data raised this error. Errors in the use of a batch are not raised here.
             raise TrainingAborted(
                 f"{error}; {self.checkpointer.last_good()}", of_all_ranks=False
             ) from error
 
     def post_dataloading_process(self, input_dict, labels):
-        # A dictionary of tokens alone comes from our data loader.
+        # Our data loader returns a dictionary with tokens only.
         inputs = input_dict["input"]
         if self.phase == PIECES:
             seq_len = self.job_config.lighthouse.stage2_seq_len
@@ -213,7 +214,7 @@ class TwoStageTrainer(Trainer):
         return loss
 
     def should_continue_training(self) -> bool:
-        # Between two steps: after everything of the last, before the data of the next.
+        # This runs between two steps, after the last step is complete and before the next data.
         if not super().should_continue_training():
             return False
         if self.folder_lock is not None and self.folder_lock.is_gone():
@@ -228,7 +229,7 @@ class TwoStageTrainer(Trainer):
         return True
 
     def _stop(self) -> None:
-        # No phase yet: no step of this process that could be lost.
+        # Without a phase, this process has run no step that could be lost.
         is_saved = self.phase is None or self.checkpointer.save_now(self.step)
         self.exit_code = signals.EXIT_CODE if is_saved else 1
         kept = "nothing is lost" if is_saved else "without checkpoints its steps are lost"
@@ -311,11 +312,11 @@ class TwoStageTrainer(Trainer):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point. A wrong configuration ends it with one line on stderr and exit code 2."""
+    """Entry point. An invalid configuration prints one line on stderr and exits with code 2."""
     end_with_launcher()
     init_logger()
     quiet_start()
-    # torchrun would print what torchtitan writes there, tracebacks of all ranks, once more.
+    # torchtitan writes the tracebacks of all ranks to this file, and torchrun would repeat them.
     os.environ.pop("TORCHELASTIC_ERROR_FILE", None)
     with contextlib.ExitStack() as stack:
         is_first = True
@@ -323,7 +324,7 @@ def main(args: list[str] | None = None) -> None:
             check_environment()
             is_first = os.environ["LOCAL_RANK"] == "0"
             config = load_config(sys.argv[1:] if args is None else args)
-            # One process that plays rank 0 of NGPU has torchtitan's fake backend.
+            # With torchtitan's fake backend, one process simulates rank 0 of NGPU ranks.
             is_alone = config.comm.mode == "fake_backend"
             world_size = count_of("NGPU" if is_alone else "WORLD_SIZE")
             check_config(config, world_size)
@@ -361,8 +362,8 @@ def run(config: JobConfig, lock: FolderLock | None) -> int:
             raise
         if message:
             print(f"error: {message}", file=sys.stderr)
-        # A file that could not be written cannot be closed either: from Python 3.13 on the end of
-        # the process would tell that with a traceback.
+        # A file that could not be written cannot be closed either. From Python 3.13 on, this would
+        # print a traceback at exit.
         atexit.register(setattr, sys, "unraisablehook", lambda _: None)
         raise SystemExit(1) from None
     finally:
@@ -375,7 +376,11 @@ def run(config: JobConfig, lock: FolderLock | None) -> int:
 
 
 def _last_words(error: Exception, trainer: TwoStageTrainer | None) -> str | None:
-    """What this rank says of an error: "" if another rank tells it, None for one of the program."""
+    """The message of this rank about an error.
+
+    Returns:
+        "" if another rank reports the error; None for a bug in the program.
+    """
     rank, step = dist.get_rank() if dist.is_initialized() else 0, getattr(trainer, "step", 0)
     cause = error if isinstance(error, RuntimeError) else error.__cause__
     if dist.is_initialized() and dist.get_world_size() > 1 and is_of_communication(cause):
