@@ -123,7 +123,7 @@ class TwoStageCheckpointManager(CheckpointManager):
                 raise TrainingAborted(str(error)) from None
 
     def _load_once(self, path: str | None, step: int, is_own: bool) -> tuple[bool, str | None]:
-        """Returns whether a checkpoint was loaded, and the fault. The fault is equal on all ranks."""
+        """Returns whether a checkpoint was loaded, and the fault, which is equal on all ranks."""
         if path is not None and self._with_checksums:
             fault = checksum_fault(path, dist.get_rank(), dist.get_world_size())
             fault = _first_of_all_ranks(fault)
