@@ -1,1 +1,1 @@
-"""What is saved, kept, compared and loaded; the hand-over between the stages."""
+"""Save, verify, compare and load checkpoints, and record the switch between the stages."""

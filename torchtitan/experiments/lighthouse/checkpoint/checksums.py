@@ -1,11 +1,11 @@
-"""Checksums of the files of a checkpoint, written with it and compared before it is loaded.
+"""Checksums of checkpoint files, saved with the checkpoint and verified before loading.
 
-    __0_0.distcp, __1_0.distcp, ...               what the ranks save
+    __0_0.distcp, __1_0.distcp, ...               files of the ranks
     __0_checksums.json, __1_checksums.json, ...   CRC-32 and size of the files of each rank
-    metadata_checksums.json                       those of .metadata
+    metadata_checksums.json                       CRC-32 and size of .metadata
 
-A CRC-32 notices any change of up to 32 bits in a row, and others but for one in 4 billion. It is
-computed from the bytes that are written, not from those that can be read back.
+CRC-32 detects any change within 32 consecutive bits, and misses one in 4 billion other changes.
+The checksum is computed from the bytes as they are written. The file is not read back.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _CHUNK_BYTES = 2**22
 
 
 class ChecksumWriter(FileSystemWriter):
-    """torch's writer of a distributed checkpoint, which writes the checksums, too."""
+    """torch's writer of a distributed checkpoint, extended to write checksums."""
 
     def __init__(self, path: str):
         super().__init__(path)
@@ -52,7 +52,7 @@ class _ChecksumFileSystem(FileSystem):
         self._sums[Path(path).name] = [counted.crc, counted.size]
 
     def rename(self, path, new_path) -> None:
-        # The metadata get their name last, when all else is there.
+        # torch renames the metadata file last, after all other files are written.
         self._sums[Path(new_path).name] = self._sums.pop(Path(path).name)
         self.write_checksums(Path(new_path).parent / f"metadata_{SUFFIX}")
         super().rename(path, new_path)
@@ -63,7 +63,7 @@ class _ChecksumFileSystem(FileSystem):
 
 
 class _CountedStream:
-    """Hands on to a file that is open for writing."""
+    """Wraps a file open for writing, and computes the CRC-32 and size of what is written."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -79,12 +79,12 @@ class _CountedStream:
 
 
 def checksum_fault(path: str | Path, part: int = 0, num_parts: int = 1) -> str | None:
-    """What differs from the checksums in the checkpoint `path`, in words; None if nothing does.
+    """Describe the first file of the checkpoint `path` that fails its checksum, or return None.
 
-    Of a checkpoint without checksums nothing is compared.
+    A checkpoint without checksums passes.
 
     Args:
-        part: of `num_parts` equal parts of the files, which the ranks share.
+        part: which of `num_parts` equal parts of the files to check. Each rank checks one part.
     """
     path, sums = Path(path), {}
     try:

@@ -1,15 +1,15 @@
-"""What a checkpoint was trained with: kept in it, and compared before a run goes on from it.
+"""Compare the configuration of a run with that of the checkpoint it resumes from.
 
-Every checkpoint holds `trained_with.json`: the model, the digest of the tokenizer, and the fields
-of the configuration that a continued run must share. Three kinds of loading ask for more and more:
+Every checkpoint holds `trained_with.json`. It records the model, the digest of the tokenizer, and
+the configuration fields that a resumed run must share. Each kind of loading adds requirements:
 
     the model alone     the same model and tokenizer
-    training state      the same optimizer, too; the data is compared with its position
-    the same run        the same batches, hyperparameters of the optimizer, schedule and stages, too
+    training state      also the same optimizer; the data is compared with its position
+    the same run        also the same batches, optimizer hyperparameters, schedule and stages
 
-What differs stops the run with the name of the field. `checkpoint.accept_changes` names fields that
-may differ; a model of other shapes never fits. A checkpoint without the file, as torchtitan writes
-it, is compared by the shapes of its parameters.
+Resuming with a changed field raises an error that names the field. `checkpoint.accept_changes`
+lists fields that may differ. The parameter shapes must always match. torchtitan's own checkpoints
+do not have the file, so only their parameter shapes are compared.
 """
 
 import dataclasses
@@ -51,20 +51,20 @@ OF_RUN = (
     *OF_STAGES,
 )
 FIELDS = (*OF_MODEL, *OF_STATE, *OF_RUN)
-"""What is compared, by name."""
+"""Names of the fields that are compared."""
 
 ACCEPTABLE = (*FIELDS, ACCEPT_FILES)
-"""What `checkpoint.accept_changes` may name."""
+"""Values that `checkpoint.accept_changes` may contain."""
 
 _KINDS = {"lr_scheduler.decay_ratio": float | None, "training.max_norm": float}
-"""Types of fields that are not those of every value."""
+"""Types of fields whose current value does not show every type that is allowed."""
 
 
 def record_of(config: JobConfig, data_parallel_degree: int) -> dict[str, Any]:
-    """What a checkpoint of this run is trained with, by field, as JSON has it.
+    """The values of `FIELDS` in this run, as JSON types.
 
     Args:
-        data_parallel_degree: of the run, for the sequences of a step where they follow from it.
+        data_parallel_degree: of the run. A global batch size that is not set follows from it.
     """
     record = {}
     for name in FIELDS:
@@ -79,13 +79,13 @@ def record_of(config: JobConfig, data_parallel_degree: int) -> dict[str, Any]:
         record["lr_scheduler.total_steps"] = config.training.steps
     if not config.has_pieces:
         record[STAGE2_SEQ_LEN] = 0
-    # Not compared: with it `stage2_full_steps` says where the pieces end.
+    # This value is not compared. It gives the last step on pieces, with `stage2_full_steps`.
     record["training.steps"] = config.training.steps
     return json.loads(json.dumps(record))
 
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
-    """Put the record into the folder of a checkpoint, whole or not at all."""
+    """Write the record atomically into the folder of a checkpoint."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / FILE_NAME, record)
@@ -98,14 +98,14 @@ def check_checkpoint(
     step: int | None,
     model_only: bool,
 ) -> None:
-    """Check that the whole checkpoint `path` is one that the run can go on from.
+    """Check that the run can resume from the complete checkpoint `path`.
 
     Args:
-        step: of the checkpoint, where it is the run's own; None for one of another run.
-        model_only: whether the parameters alone are loaded.
+        step: step of the checkpoint if this run saved it. None for a checkpoint of another run.
+        model_only: whether only the parameters are loaded.
 
     Raises:
-        ValueError: a field that differs.
+        ValueError: a field differs.
     """
     path = Path(path)
     if (path / METADATA).is_file():
@@ -121,7 +121,7 @@ def check_checkpoint(
     if was is None:
         return
     was.setdefault("lighthouse.pool_rotary", POOL_ROTARY_BEFORE)
-    # Before there were pieces, stage 2 was at full length.
+    # In records without these fields, stage 2 was at full length.
     was.setdefault(STAGE2_SEQ_LEN, 0)
     was.setdefault(STAGE2_FULL_STEPS, 0)
     names = [*OF_MODEL]
@@ -148,10 +148,10 @@ def check_checkpoint(
 
 
 def read_record(path: str | Path, now: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """The record in the checkpoint `path`, with the sizes of `sizes_of`; None without one.
+    """Read the record of the checkpoint `path`, with sizes as in `sizes_of`. None if it has none.
 
     Args:
-        now: a record whose types the fields must have.
+        now: a record. The fields read must have the same types as in it.
     """
     file = Path(path) / FILE_NAME
     if not os.path.lexists(file):
@@ -179,7 +179,7 @@ def read_record(path: str | Path, now: dict[str, Any] | None = None) -> dict[str
 
 
 def _size_difference(path: Path, config: JobConfig) -> str | None:
-    """The first size that differs from the record in the checkpoint `path`, in words."""
+    """Describe the first size that differs from the record in the checkpoint `path`."""
     was, now = (read_record(path) or {}).get("model.flavor", {}), sizes_of(model_args(config))
     for name in now:
         if name in was and was[name] != now[name]:
@@ -188,7 +188,7 @@ def _size_difference(path: Path, config: JobConfig) -> str | None:
 
 
 def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None:
-    """Where the parameters in the checkpoint `path` first differ from a model's, in words."""
+    """Describe the first parameter of the checkpoint `path` whose shape differs from the model."""
     metadata = read_metadata(path).state_dict_metadata
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(args).named_parameters()}
@@ -207,11 +207,11 @@ def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None
 def _affects_remaining_steps(
     name: str, was: dict[str, Any], now: dict[str, Any], step: int
 ) -> bool:
-    """Whether the change would make `step` steps, or those after them, of two kinds.
+    """Whether a change after `step` steps contradicts past steps or alters a phase already begun.
 
-    The switch may move as long as no step was trained beyond either place, and so may the end of
-    the pieces in stage 2. What stage 1 is, no later step feels once it is over; how long the pieces
-    are, no step before them or after them.
+    The stage switch may move if neither its old nor its new step has passed. The same holds for the
+    last step on pieces in stage 2. Fields of stage 1 may change after stage 1. The piece length may
+    change before the first and after the last step on pieces.
     """
     stage1_steps = _stage1_steps(now)
     if name == "lighthouse.stage1_steps":
@@ -232,7 +232,7 @@ def _stage1_steps(record: dict[str, Any]) -> float:
 
 
 def _last_piece_step(record: dict[str, Any]) -> int:
-    """Of a record with pieces in stage 2."""
+    """The last step on pieces. The record must have pieces in stage 2."""
     return record["training.steps"] - record[STAGE2_FULL_STEPS]
 
 

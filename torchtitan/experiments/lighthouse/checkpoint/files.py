@@ -1,11 +1,12 @@
-"""What lies in the folder of a checkpoint, read without running anything that it holds.
+"""Inspect the folder of a checkpoint without executing code that its pickles may name.
 
-A distributed checkpoint is a file of tensors and values for each rank, and `.metadata`, written
-last, that says which bytes of which file are what. It is whole if the metadata can be read and
-every file is there to its last byte. The metadata and all values that are no tensors are pickles,
-which may name any function to be called. Here they are read as what they should be, and anything
-else is refused. torchtitan then loads the same bytes without such limits: look here first,
-`check_safe`.
+A distributed checkpoint has one file of tensors and values per rank. `.metadata` is written last.
+It maps each tensor and value to a byte range of a file. A checkpoint is whole if the metadata can
+be read and no file is missing or truncated.
+
+The metadata and all values other than tensors are pickles, which can call any function. This module
+accepts only the expected types. torchtitan loads the same bytes without this restriction, so call
+`check_safe` first.
 """
 
 import io
@@ -38,10 +39,10 @@ from torchtitan.experiments.lighthouse.runtime.read_files import (
 )
 
 METADATA, INDEX = ".metadata", "model.safetensors.index.json"
-"""What is written last: of a distributed checkpoint, and of a model in Hugging Face's format."""
+"""The files written last in a distributed checkpoint and in a model in Hugging Face format."""
 
 DOUBTFUL = "doubtful.json"
-"""File in a checkpoint that is not to be trained on from, with the reason."""
+"""File that marks a checkpoint as not safe to resume from. It holds the reason."""
 
 STEP = "train_state.step"
 """The key of the step in a checkpoint of a run."""
@@ -50,7 +51,7 @@ _FILES = re.compile(
     r"\.metadata(\.tmp)?|__\d+_\d+\.distcp|(__\d+|metadata)_checksums\.(json|tmp)"
     r"|(trained_with|doubtful)\.(json|tmp)|.*\.safetensors|.*\.safetensors\.index\.json|sharded"
 )
-"""Names of what a run writes into a checkpoint."""
+"""Names of the files that a run writes into a checkpoint."""
 
 _METADATA_CLASSES = "torch.distributed.checkpoint.metadata"
 _NAMES = {
@@ -63,7 +64,7 @@ _NAMES = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-"""All that the metadata of a checkpoint may name, by module; data types of torch, too."""
+"""Names that the metadata of a checkpoint may use, by module. torch dtypes are also allowed."""
 
 
 def checkpoint_faults(folder: str | Path) -> dict[int, str | None]:
@@ -71,7 +72,7 @@ def checkpoint_faults(folder: str | Path) -> dict[int, str | None]:
     faults = {}
     folder = Path(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
-        # Not step-007, which a run would neither write nor load.
+        # Names with leading zeros, such as step-007, are neither written nor loaded.
         match = re.fullmatch(r"step-(0|[1-9]\d{0,17})", path.name, re.ASCII)
         if match and path.is_dir():
             faults[int(match.group(1))] = damage_reason(path)
@@ -89,14 +90,14 @@ def whole_steps(folder: str | Path) -> list[int]:
 
 
 def is_whole(path: str | Path) -> bool:
-    """Whether the checkpoint in the folder `path` is there to its last byte."""
+    """Whether the checkpoint in the folder `path` is whole and not marked as doubtful."""
     return damage_reason(path) is None
 
 
 def damage_reason(path: str | Path) -> str | None:
-    """Why the checkpoint in the folder `path` is not good, in words; None if it is.
+    """Describe why the checkpoint in the folder `path` is not good, or return None.
 
-    It is good if it is whole and nothing has marked it as doubtful.
+    A checkpoint is good if it is whole and not marked as doubtful.
     """
     path = Path(path)
     if os.path.lexists(path / DOUBTFUL):
@@ -125,7 +126,7 @@ def damage_reason(path: str | Path) -> str | None:
         try:
             found = check_regular(path / name).st_size
         except (OSError, ValueError):
-            # Never there, or purged while it is looked at.
+            # The file was never written, or is being purged.
             return f"{name} is missing"
         if found < size:
             return f"{name} ends after {found:,} of {size:,} bytes"
@@ -133,17 +134,17 @@ def damage_reason(path: str | Path) -> str | None:
 
 
 def mark_doubtful(path: str | Path, reason: str) -> None:
-    """Let the checkpoint `path` no longer count as good."""
+    """Mark the checkpoint `path` as doubtful, so that it is no longer good."""
     write_json(Path(path) / DOUBTFUL, {"reason": reason})
 
 
 def foreign_files(path: str | Path) -> list[str]:
-    """Names of what lies in the folder of a checkpoint and was not written by a run."""
+    """Names of files in the folder of a checkpoint that no run has written."""
     return sorted(file.name for file in Path(path).iterdir() if not _FILES.fullmatch(file.name))
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, but no file that is not of it."""
+    """Remove a checkpoint, but keep files that no run has written."""
     if path.is_symlink():
         path.unlink()
     elif not foreign_files(path):
@@ -155,21 +156,21 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def read_metadata(path: str | Path) -> Metadata:
-    """The metadata of the checkpoint `path`.
+    """Read the metadata of the checkpoint `path`.
 
     Raises:
-        ValueError: they are none, or name what has no place in them.
+        ValueError: the file is not valid metadata, or contains names that are not allowed.
     """
     try:
         metadata = _Unpickler(io.BytesIO(read_bytes(Path(path) / METADATA, 2**31))).load()
     except Exception as error:
         if "too many values to unpack" in str(error):
-            # A field more in the properties of a tensor.
+            # torch 2.15 added a field to the properties of a tensor.
             raise ValueError(
                 f"{METADATA} was written by torch 2.15 or newer, which torch {torch.__version__} "
                 "cannot read; use the torch that wrote it, or a newer one"
             ) from None
-        # Bytes that are no pickle can raise errors of any type.
+        # Unpickling arbitrary bytes can raise any type of error.
         raise ValueError(f"{METADATA}: {type(error).__name__}: {reason_of(error)}") from None
     kinds = TensorStorageMetadata | BytesStorageMetadata
     is_right = (
@@ -189,7 +190,7 @@ def read_metadata(path: str | Path) -> Metadata:
 
 
 def _is_right(info: _StorageInfo) -> bool:
-    """Whether attributes, which a pickle sets as it likes, have their types."""
+    """Whether the attributes have the right types. A pickle can set them to anything."""
     values = vars(info)
     numbers = values.get("offset"), values.get("length")
     return isinstance(values.get("relative_path"), str) and all(
@@ -212,10 +213,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def check_safe(path: str | Path) -> None:
-    """Check that the whole checkpoint `path` holds tensors and plain values alone.
+    """Check that the whole checkpoint `path` holds only tensors and plain values.
 
     Raises:
-        ValueError: it holds what would be called when it is loaded, or it cannot be read.
+        ValueError: loading it would call a function, or it cannot be read.
     """
     path = Path(path)
     if not (path / METADATA).is_file():
@@ -248,7 +249,8 @@ def _check_plain(data: bytes, name: str) -> None:
     try:
         value = torch.load(io.BytesIO(data), weights_only=True)
         if name.startswith("dataloader.") and isinstance(value, bytes):
-            # A pickle in a pickle: the data position, of numbers, strings and containers.
+            # The data position is a pickle inside a pickle. It may hold numbers, strings and
+            # containers.
             _Plain(io.BytesIO(value)).load()
     except Exception as error:
         reason = str(error).split("\n")[0]
@@ -261,12 +263,12 @@ class _Plain(pickle.Unpickler):
 
 
 def holds_training_state(path: str | Path) -> bool:
-    """Whether training can go on from the whole checkpoint `path`; a model alone is not enough."""
+    """Whether the whole checkpoint `path` holds the training state, and not just the model."""
     return (Path(path) / METADATA).is_file() and STEP in _keys(path)
 
 
 def data_parallel_degree(path: str | Path) -> int | None:
-    """Data-parallel ranks whose data position the whole checkpoint `path` holds; None if none.
+    """Number of data-parallel ranks with a data position in the whole checkpoint `path`, or None.
 
     Raises:
         ValueError: its metadata cannot be read.
@@ -275,7 +277,7 @@ def data_parallel_degree(path: str | Path) -> int | None:
 
 
 def prepared_position(path: str | Path) -> dict[str, Any] | None:
-    """Data position in prepared data, of all ranks, that the checkpoint `path` holds, or None.
+    """The data position in tokenized data that all ranks share, in the checkpoint `path`, or None.
 
     Raises:
         ValueError: its metadata cannot be read.
@@ -292,18 +294,20 @@ def prepared_position(path: str | Path) -> dict[str, Any] | None:
 
 
 def saved_step(path: str | Path) -> int | None:
-    """The step at which the whole, safe checkpoint `path` was saved; None in a model alone."""
+    """The step of the whole, safe checkpoint `path`. None if it holds only a model."""
     value = _value(path, STEP)
     return value if is_a(value, int) else None
 
 
 def documents_position(path: str | Path) -> dict[str, Any] | None:
-    """The data position of the first rank in a corpus of documents, as `packing.py` saves it, in
-    the whole, safe checkpoint `path`; None where it holds none."""
+    """The first rank's data position in a corpus of documents, as `packing.py` saves it.
+
+    The checkpoint `path` must be whole and safe. None if it holds no such position.
+    """
     data = _value(path, "dataloader.dp_rank_0")
     if not isinstance(data, bytes):
         return None
-    # The loader's state has that of the dataset in it, at a depth that its workers decide.
+    # The loader's state contains the dataset's state. Its depth depends on the number of workers.
     waiting = [_Plain(io.BytesIO(data)).load()]
     while waiting:
         state = waiting.pop()
@@ -316,7 +320,7 @@ def documents_position(path: str | Path) -> dict[str, Any] | None:
 
 
 def _value(path: str | Path, name: str) -> Any:
-    """What the whole, safe checkpoint `path` holds under a name, other than tensors, or None."""
+    """A value other than a tensor by its name in the whole, safe checkpoint `path`, or None."""
     if name not in _keys(path):
         return None
     infos = read_metadata(path).storage_data
@@ -327,7 +331,7 @@ def _value(path: str | Path, name: str) -> Any:
 
 
 def _keys(path: str | Path) -> list[str]:
-    """What a checkpoint holds, by name: nothing where it is none."""
+    """Names of all entries of a checkpoint. Empty if `path` is not a distributed checkpoint."""
     return (
         list(read_metadata(path).state_dict_metadata) if (Path(path) / METADATA).is_file() else []
     )

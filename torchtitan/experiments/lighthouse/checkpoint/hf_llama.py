@@ -1,12 +1,12 @@
-"""Llama 3 in the format of Hugging Face: its configuration and its weights.
+"""Convert the configuration and weights of Llama 3 to and from Hugging Face format.
 
     config.json           sizes and RoPE, for `transformers.LlamaConfig`
     *.safetensors         weights, in one file or several
 
-Both compute the same, but for rounding. What differs: names, and the order of the rows of the
-projections to q and k, since torchtitan rotates neighbouring elements of a head and transformers
-elements half a head apart; `Llama3Adapter` sees to both. And torchtitan scales the frequencies of
-RoPE in every model, as Llama 3.1 does: `rope_scaling` says so.
+torchtitan and transformers compute the same function up to rounding. Parameter names differ, and so
+does the row order of the q and k projections: torchtitan rotates neighbouring elements of a head,
+and transformers rotates elements half a head apart. `Llama3Adapter` converts both. torchtitan
+scales the RoPE frequencies in every model as Llama 3.1 does. `rope_scaling` records this.
 """
 
 import importlib.util
@@ -38,20 +38,20 @@ _FIXED = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
-"""Fields that must have one value, which is also the one they have where they are left out."""
+"""Fields with one allowed value. It is also the default if the field is missing."""
 
 
 class Llama3Adapter(Llama3StateDictAdapter):
-    """torchtitan's conversion of names and rows, right for sharded weights as well.
+    """torchtitan's conversion of names and rows, corrected for sharded weights.
 
-    Where the ranks do not divide the heads, DTensor cannot permute the rows of its shards: it
-    raises an error or, with torch 2.13 and one key/value head on two ranks, leaves them in the
-    wrong order. Here each weight is gathered for as long as it is permuted.
+    DTensor cannot permute the rows of its shards if the ranks do not divide the heads. It raises an
+    error. With torch 2.13 and one key/value head on two ranks, it silently gives the wrong order.
+    This class gathers each weight, permutes it, and shards it again.
     """
 
     def __init__(self, model_args: TransformerModelArgs, hf_assets_path: str | None):
-        # torchtitan warns of a folder without an index of weights, and means one whose model is
-        # saved again under the same split. The folder of a tokenizer alone has none.
+        # torchtitan warns about a folder without an index of weights, because it saves a model
+        # with the same split into files. The folder of a tokenizer has no index.
         has_index = hf_assets_path is not None and (Path(hf_assets_path) / INDEX).is_file()
         super().__init__(model_args, hf_assets_path if has_index else None)
         self.hf_assets_path = hf_assets_path
@@ -74,7 +74,7 @@ def _permute_whole(permute: Callable, w: torch.Tensor, *args) -> torch.Tensor:
 
 
 def to_config(args: TransformerModelArgs) -> dict[str, Any]:
-    """The fields of `config.json` that say what the model computes.
+    """The fields of `config.json` that define what the model computes.
 
     `max_position_embeddings` is `args.max_seq_len`.
     """
@@ -102,10 +102,10 @@ def to_config(args: TransformerModelArgs) -> dict[str, Any]:
 
 
 def from_config(folder: str | Path) -> TransformerModelArgs:
-    """The model that the `config.json` in `folder` describes.
+    """The model arguments that the `config.json` in `folder` describes.
 
     Raises:
-        ValueError: there is none, or one of a model that torchtitan's Llama 3 cannot be.
+        ValueError: the file is missing, or torchtitan's Llama 3 cannot represent the model.
     """
     config = read_config(folder)
     rope = config["rope_scaling"]
@@ -127,13 +127,12 @@ def from_config(folder: str | Path) -> TransformerModelArgs:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The fields of `to_config`, read from the `config.json` in `folder`.
+    """Read the fields of `to_config` from the `config.json` in `folder`.
 
-    Both spellings of RoPE are known, that of transformers 4 and that of 5. Without scaling, the
-    factor is 1.
+    The RoPE fields of both transformers 4 and 5 are accepted. Without scaling, the factor is 1.
 
     Raises:
-        ValueError: there is none, or one of a model that torchtitan's Llama 3 cannot be.
+        ValueError: the file is missing, or torchtitan's Llama 3 cannot represent the model.
     """
     path = Path(folder) / CONFIG
     try:
@@ -156,7 +155,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     n_heads = config.get("num_attention_heads")
     for name in ("num_attention_heads", "hidden_size"):
         _check_kind(path, name, config.get(name), known[name])
-    # transformers' own defaults, for the fields that older files leave out.
+    # Defaults of transformers for fields that are missing in older files.
     defaults = {
         **_FIXED,
         "num_key_value_heads": n_heads,
@@ -192,7 +191,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _check_kind(path: Path, name: str, value: Any, like: Any) -> None:
-    """Raise ValueError unless a field is as `like`, and positive if it is a number; None passes."""
+    """Raise ValueError unless the value is None or has the type of `like`.
+
+    Numbers must be positive.
+    """
     is_number = is_a(like, float)
     is_right = is_a(value, type(like)) and (not is_number or 0 < value < 2**53)
     if value is not None and not is_right:
@@ -201,17 +203,17 @@ def _check_kind(path: Path, name: str, value: Any, like: Any) -> None:
 
 
 def check_flavor(folder: str | Path, args: TransformerModelArgs, flavor: str) -> None:
-    """Check that training of the flavor `args` can start from the model in `folder`.
+    """Check that training of a model with `args` can start from the weights in `folder`.
 
     Raises:
-        ValueError: the model is another one, or cannot be read.
+        ValueError: the model differs or cannot be read.
     """
     check_installed()
     got, expected = read_config(folder), to_config(args)
     if got["rope_scaling"]["factor"] == expected["rope_scaling"]["factor"] == 1:
-        # With a factor of 1 the others have no effect.
+        # With a factor of 1 the other scaling fields have no effect.
         got["rope_scaling"] = expected["rope_scaling"]
-    # A model may be trained on longer sequences than before.
+    # The model may be trained on longer sequences than before.
     got["max_position_embeddings"] = expected["max_position_embeddings"]
     for name in expected:
         if got[name] != expected[name]:
@@ -224,7 +226,7 @@ def check_flavor(folder: str | Path, args: TransformerModelArgs, flavor: str) ->
 
 
 def check_weights(field: str, folder: str | Path, args: TransformerModelArgs) -> None:
-    """Check that the files of weights in `folder` are whole and hold the model `args`.
+    """Check that the weight files in `folder` are complete and match the model `args`.
 
     Raises:
         ValueError: a file is missing or cannot be read, or a weight has another shape.
@@ -244,7 +246,7 @@ def check_weights(field: str, folder: str | Path, args: TransformerModelArgs) ->
                 for name in opened.keys():  # noqa: SIM118
                     shapes[name] = torch.Size(opened.get_slice(name).get_shape())
         except Exception as error:
-            # That of the safetensors package is no subclass of another.
+            # The error of the safetensors package derives from Exception alone.
             raise ValueError(
                 f"{field} must hold readable weights, got {str(file)!r} ({reason_of(error)}); "
                 "download it again"
@@ -262,7 +264,7 @@ def check_weights(field: str, folder: str | Path, args: TransformerModelArgs) ->
 
 
 def check_installed() -> None:
-    """Raise ValueError unless files of weights can be read and written."""
+    """Raise ValueError unless the package safetensors is installed."""
     if importlib.util.find_spec("safetensors") is None:
         raise ValueError(
             "the format of Hugging Face needs the package safetensors, which is not installed; "
@@ -271,7 +273,7 @@ def check_installed() -> None:
 
 
 def load_weights(model: Transformer, folder: str | Path) -> None:
-    """Copy the weights in `folder` to those of `model`, converted to their dtype."""
+    """Load the weights in `folder` into `model`, converted to the dtype of its parameters."""
     adapter = Llama3Adapter(model.model_args, None)
     state_dict = adapter.to_hf(model.state_dict())
     dcp.load(state_dict, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)

@@ -1,20 +1,19 @@
-"""Checkpoints of a run in two stages: torchtitan's, with these differences.
+"""Checkpoint manager of a two-stage run. It extends torchtitan's manager as follows.
 
-- One is saved at the stage switch, whatever the interval, and never purged: the last state
-  trained with Lighthouse, from which a dense run can start.
-- Checkpoints count for `keep_latest_k` only if they are good (`files.py`); others older than the
-  newest good one are removed with the old ones. The newest good one is loaded.
-- One whose parameters are not sane, or that was saved while steps were left out, is marked as
-  doubtful: it is not good.
-- Checksums are saved with each and compared before it is loaded (`checksums.py`). What cannot be
-  loaded is passed over with a warning where there is an older good checkpoint.
-- One can be saved at any step, when the run is asked to stop.
-- Each says what it was trained with (`compatibility.py`).
-- A folder without a good checkpoint stops the run: torchtitan would train from scratch.
-- The hyperparameters of the optimizer are those of the configuration: torchtitan would go on with
-  those that were saved, whatever the configuration says.
-- A save that fails ends the run with one line that names the last good checkpoint.
-- Files in the folder of a checkpoint that a run has not written are never removed.
+- It saves a checkpoint at the stage switch, whatever the interval, and never purges it. This is the
+  last state trained with Lighthouse Attention. A dense run can start from it.
+- Only good checkpoints (`files.py`) count for `keep_latest_k`. Bad checkpoints older than the
+  newest good one are purged. The newest good one is loaded.
+- A checkpoint is marked as doubtful if its parameters are not sane, or if steps were skipped around
+  it. Doubtful checkpoints are not good.
+- Checksums are saved with each checkpoint and verified before loading (`checksums.py`). If a
+  checkpoint cannot be loaded, the next older good one is tried, with a warning.
+- A checkpoint can be saved at any step, when the run is asked to stop.
+- Each checkpoint records the configuration it was trained with (`compatibility.py`).
+- A folder without a good checkpoint stops the run. torchtitan would train from scratch.
+- Optimizer hyperparameters come from the configuration. torchtitan would use the saved ones.
+- A failed save ends the run with one line that names the last good checkpoint.
+- Files that no run has written are never removed from the folder of a checkpoint.
 """
 
 import contextlib
@@ -49,21 +48,21 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import GarbageCollection
 
 LARGEST_SANE = 1e6
-"""Parameters beyond it are not those of a model that works: they start below 1 and stay below some
-hundreds."""
+"""Largest absolute value of a parameter in a working model. Parameters start below 1 and stay below
+a few hundred."""
 
 DOUBT_STEPS = 10
-"""A checkpoint is doubtful if steps were left out before and after it, each within so many."""
+"""A checkpoint is doubtful if steps were skipped before and after it, each within this many."""
 
 
 class TwoStageCheckpointManager(CheckpointManager):
-    """See the module."""
+    """The checkpoint manager that the module docstring describes."""
 
     saved_step: int | None = None
-    """Step of the newest checkpoint of this process."""
+    """Step of the last checkpoint that this process saved."""
 
     wanted_step: int | None = None
-    """A step that is saved whatever the interval."""
+    """A step to save whatever the interval."""
 
     def __init__(
         self,
@@ -77,14 +76,14 @@ class TwoStageCheckpointManager(CheckpointManager):
         """
         Args:
             switch_step: last step of stage 1, or None for a run without a switch.
-            record: what checkpoints of this run are trained with.
-            with_checksums: whether they are written and compared.
-            check_step: raises ValueError unless the run can go on from its checkpoint of a step.
+            record: the configuration to record in each checkpoint.
+            with_checksums: whether checksums are written and verified.
+            check_step: raises ValueError unless the run can resume from its checkpoint of a step.
         """
         self.switch_step, self.record = switch_step, record
         self._with_checksums, self._check_step = with_checksums, check_step
         self._left_out_step: int | None = None
-        # Steps of this run that could not be loaded, though they look whole.
+        # Steps whose checkpoints look whole but could not be loaded.
         self._unloadable: set[int] = set()
         super().__init__(*args, **kwargs)
 
@@ -101,7 +100,7 @@ class TwoStageCheckpointManager(CheckpointManager):
         return is_loaded
 
     def _load_or_fall_back(self, step: int) -> bool:
-        """Load a checkpoint; of this run's own, the newest that can be loaded."""
+        """Load a checkpoint. If this run saved several, load the newest that can be loaded."""
         is_own = os.path.exists(self.folder)
         is_free = is_own and step == -1
         while True:
@@ -124,7 +123,7 @@ class TwoStageCheckpointManager(CheckpointManager):
                 raise TrainingAborted(str(error)) from None
 
     def _load_once(self, path: str | None, step: int, is_own: bool) -> tuple[bool, str | None]:
-        """Returns whether something was loaded, and why it could not be, the same on all ranks."""
+        """Returns whether a checkpoint was loaded, and the fault, which is equal on all ranks."""
         if path is not None and self._with_checksums:
             fault = checksum_fault(path, dist.get_rank(), dist.get_world_size())
             fault = _first_of_all_ranks(fault)
@@ -143,7 +142,7 @@ class TwoStageCheckpointManager(CheckpointManager):
         return is_loaded, _first_of_all_ranks(fault)
 
     def is_good(self, step: int) -> bool:
-        """Whether there is a good checkpoint of a step."""
+        """Whether the checkpoint of `step` exists and is good."""
         return self.enable and step in self._good_steps()
 
     def _good_steps(self) -> list[int]:
@@ -153,7 +152,7 @@ class TwoStageCheckpointManager(CheckpointManager):
         if not self._should_save(curr_step, last_step):
             return
         with self._loudly(f"the checkpoint of step {curr_step}"):
-            # The save before, if it still goes on, belongs to another folder.
+            # An earlier asynchronous save must end before this folder is prepared.
             self._async_wait()
             doubt = self._doubt(curr_step)
             if dist.get_rank() == 0:
@@ -164,7 +163,7 @@ class TwoStageCheckpointManager(CheckpointManager):
         self._unloadable.discard(curr_step)
 
     def _prepare_folder(self, path: Path, doubt: str | None = None) -> None:
-        """Make the folder of a checkpoint anew: of one that was torn no file may count as new."""
+        """Empty the folder of a checkpoint, so that no file of a torn one counts as new."""
         if os.path.lexists(path):
             remove_checkpoint(path)
         if self.record is not None:
@@ -175,7 +174,7 @@ class TwoStageCheckpointManager(CheckpointManager):
             logger.warning(f"{path} does not count as good: {doubt}")
 
     def _doubt(self, step: int) -> str | None:
-        """Why a checkpoint of the state as it is now is not good; the same on all ranks."""
+        """Why a checkpoint of the current state would not be good, or None. Equal on all ranks."""
         largest = largest_parameter(self.states[MODEL].model)
         if not largest <= LARGEST_SANE:
             return f"its largest parameter is {largest:.3g}"
@@ -184,9 +183,9 @@ class TwoStageCheckpointManager(CheckpointManager):
         return None
 
     def note_left_out(self, step: int) -> None:
-        """Take note of a step that was left out of training, the same on all ranks.
+        """Record a skipped step, the same on all ranks.
 
-        A checkpoint that was saved between two such steps is marked.
+        A checkpoint saved between two skipped steps is marked as doubtful.
         """
         before, saved = self._left_out_step, self.saved_step
         self._left_out_step = step
@@ -194,7 +193,7 @@ class TwoStageCheckpointManager(CheckpointManager):
             return
         if saved - DOUBT_STEPS < before <= saved < step <= saved + DOUBT_STEPS:
             doubt = f"it was saved between the steps {before} and {step}, which were left out"
-            # An asynchronous save may still be writing, to files of other names.
+            # An asynchronous save may still be writing, but to other files.
             if dist.get_rank() == 0:
                 mark_doubtful(self._create_checkpoint_id(saved), doubt)
 
@@ -231,7 +230,7 @@ class TwoStageCheckpointManager(CheckpointManager):
 
     @contextlib.contextmanager
     def _loudly(self, what: str) -> Iterator[None]:
-        """A failure inside ends the run with one line."""
+        """Turn an error inside the context into a `TrainingAborted` of one line."""
         try:
             yield
         except (CheckpointException, OSError, RuntimeError) as error:
@@ -241,7 +240,7 @@ class TwoStageCheckpointManager(CheckpointManager):
             ) from error
 
     def last_good(self) -> str:
-        """The newest whole checkpoint, as part of a sentence."""
+        """A clause for error messages that names the newest good checkpoint."""
         if not self.enable:
             return "nothing is saved"
         good = self._good_steps()
@@ -267,10 +266,10 @@ class TwoStageCheckpointManager(CheckpointManager):
         return newest
 
     def save_now(self, step: int) -> bool:
-        """Save `step` unless it is saved, and wait until it is written.
+        """Save `step` if it is not saved yet, and wait until it is written.
 
         Returns:
-            Whether there is a checkpoint of it: not where saving is not enabled.
+            Whether the checkpoint exists. False if saving is not enabled.
         """
         if not self.enable or self.load_only:
             return False
@@ -305,7 +304,7 @@ class TwoStageCheckpointManager(CheckpointManager):
 
 
 def largest_parameter(model_parts: list[torch.nn.Module]) -> float:
-    """The largest parameter of all ranks, without its sign; infinite where one is not a number."""
+    """The largest absolute value of a parameter on all ranks. Infinite if a parameter is NaN."""
     parameters = [p.detach() for part in model_parts for p in part.parameters()]
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     norms = torch._foreach_norm([p for p in local if p.numel()], float("inf"))
@@ -316,7 +315,7 @@ def largest_parameter(model_parts: list[torch.nn.Module]) -> float:
 
 
 def _first_of_all_ranks(fault: str | None) -> str | None:
-    """The fault of the first rank that has one, the same on all ranks."""
+    """The fault of the first rank that has one. The result is equal on all ranks."""
     faults = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
     if len(faults) == 1:
@@ -330,7 +329,7 @@ def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def _use_hyperparameters(scheduler: LambdaLR, values: list[dict[str, Any]]) -> None:
-    """From the next step on, the one after `scheduler.last_epoch` others."""
+    """Set the hyperparameters of the next step, which follows `scheduler.last_epoch` steps."""
     groups = scheduler.optimizer.param_groups
     for group, value, factor in zip(groups, values, scheduler.lr_lambdas, strict=True):
         group.update(value, lr=value["initial_lr"] * factor(scheduler.last_epoch))
@@ -339,7 +338,7 @@ def _use_hyperparameters(scheduler: LambdaLR, values: list[dict[str, Any]]) -> N
 
 
 def _reason(error: BaseException) -> str:
-    """The error of the first rank that had one, in one line."""
+    """The error of the first failed rank, in one line."""
     if isinstance(error, CheckpointException):
         rank, (error, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_reason(error)}"

@@ -1,4 +1,4 @@
-"""Whether a run can start from the checkpoints that are there, and save those to come."""
+"""Check that a run can start from the existing checkpoints and can save new ones."""
 
 import shutil
 from pathlib import Path
@@ -42,7 +42,7 @@ from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
 from torchtitan.models.llama3 import Transformer
 
 TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
-"""What a checkpoint holds beside the model, by torchtitan's names."""
+"""Parts of a checkpoint other than the model, by torchtitan's names."""
 
 
 BEGIN_DATA_ANEW = 'begin the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
@@ -63,7 +63,7 @@ def ends_in_stage_1(config: JobConfig, device_type: str) -> bool:
 
 
 def goes_with(in_hf: str, model_only: str) -> Rule:
-    """A checkpoint in Hugging Face's format is of the model alone."""
+    """A rule that Hugging Face format is used only for the model alone."""
     return Rule(
         f"checkpoint.{model_only}",
         lambda x, config: x or not getattr(config.checkpoint, in_hf),
@@ -106,13 +106,13 @@ CHECKPOINT_RULES = [
         applies=has_two_stages,
     ),
 ]
-"""What is saved and loaded."""
+"""Rules for saving and loading."""
 
 
 def check_checkpointing(
     config: JobConfig, world_size: int, device_type: str, is_start: bool
 ) -> None:
-    """Check the fields of checkpoints and, for a run that starts, what is on disk."""
+    """Check the checkpoint fields. If the run starts now, also check the files on disk."""
     if is_start and not config.checkpoint.enable:
         _check_not_superseded(config)
     check_values(CHECKPOINT_RULES, config, device_type)
@@ -121,7 +121,7 @@ def check_checkpointing(
 
 
 def _check_start(config: JobConfig, world_size: int) -> None:
-    """The checkpoint that the run goes on from, and room for those to come."""
+    """Check the checkpoint to start from, and the disk space for new ones."""
     checkpoint = config.checkpoint
     folder = Path(config.job.dump_folder) / checkpoint.folder
     check_folder(folder)
@@ -172,9 +172,9 @@ def _check_start(config: JobConfig, world_size: int) -> None:
 
 
 def _check_own_steps(config: JobConfig, world_size: int, steps: list[int]) -> None:
-    """Check the newest of the run's own checkpoints that is as it was written.
+    """Check the newest of this run's checkpoints whose checksums match.
 
-    Others are passed over here as they are when a checkpoint is loaded.
+    Checkpoints with wrong checksums are skipped, as they are when loading.
     """
     while True:
         step = steps.pop()
@@ -186,13 +186,13 @@ def _check_own_steps(config: JobConfig, world_size: int, steps: list[int]) -> No
 
 
 def check_own_step(config: JobConfig, world_size: int, step: int) -> None:
-    """Check that the run can go on from its own whole checkpoint of `step`.
+    """Check that the run can resume from its own whole checkpoint of `step`.
 
     Raises:
-        ValueError: in one line, what speaks against it.
+        ValueError: it cannot. The message is one line with the reason.
     """
     path = _own_path(config, step)
-    # Of a seed checkpoint, step 0, the model alone is loaded.
+    # Only the model is loaded from a seed checkpoint, which is step 0.
     degree = _data_parallel_degree(config, world_size)
     _check_load(config, path, degree, step or None, model_only=not step)
 
@@ -207,8 +207,10 @@ def _data_parallel_degree(config: JobConfig, world_size: int) -> int:
 
 
 def _check_not_superseded(config: JobConfig) -> None:
-    """A run that saves nothing would begin at step 0, and its metrics count for those of a run
-    whose checkpoints stay."""
+    """Reject a run without checkpoints in the dump folder of a run with checkpoints.
+
+    The new run would start at step 0, and its metrics would replace those of the saved run.
+    """
     dump_folder = Path(config.job.dump_folder)
     if not (dump_folder / METRICS).is_file():
         return
@@ -222,7 +224,10 @@ def _check_not_superseded(config: JobConfig) -> None:
 
 
 def _check_not_lost(config: JobConfig, folder: Path) -> None:
-    """Where metrics tell of steps after the first that is saved, there were checkpoints."""
+    """Raise ValueError if checkpoints are missing that the run must have saved.
+
+    Metrics of steps after the first save show that checkpoints existed.
+    """
     checkpoint, dump_folder = config.checkpoint, Path(config.job.dump_folder)
     if not (dump_folder / METRICS).exists():
         return
@@ -239,21 +244,21 @@ def _check_not_lost(config: JobConfig, folder: Path) -> None:
 
 
 def _check_space(config: JobConfig, folder: Path, num_whole: int) -> None:
-    """There must be room for the checkpoints that will be there at a time, beside those that are.
+    """Check that the disk has space for all checkpoints that the run keeps at one time.
 
     Args:
-        num_whole: checkpoints in `folder` that are whole.
+        num_whole: number of whole checkpoints in `folder`.
     """
     checkpoint, training = config.checkpoint, config.training
     with torch.device("meta"):
         model = Transformer(model_args(config))
-    # Two moments for each parameter.
+    # Each parameter has two optimizer moments.
     elements = 3 * sum(parameter.numel() for parameter in model.parameters())
     size = elements * TORCH_DTYPE_MAP[training.dtype].itemsize
     has_switch = 0 < config.lighthouse.stage1_steps < training.steps
     saves = -(-training.steps // checkpoint.interval) + has_switch
     if checkpoint.keep_latest_k:
-        # A new one is whole before an old one goes.
+        # An old checkpoint is purged only after the new one is complete.
         saves = min(saves, checkpoint.keep_latest_k + 1 + has_switch)
     needed = max(1, saves - num_whole) * size
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
@@ -269,11 +274,11 @@ def _check_space(config: JobConfig, folder: Path, num_whole: int) -> None:
 def _check_load(
     config: JobConfig, path: Path, degree: int, step: int | None, model_only: bool
 ) -> None:
-    """The whole checkpoint `path` must be one to go on from, with `degree` data-parallel ranks.
+    """Check that a run with `degree` data-parallel ranks can load the whole checkpoint `path`.
 
     Args:
-        step: of the checkpoint, where it is the run's own; None for one of another run.
-        model_only: whether the parameters alone are loaded.
+        step: step of the checkpoint if this run saved it. None for a checkpoint of another run.
+        model_only: whether only the parameters are loaded.
     """
     check_safe(path)
     found = saved_step(path)
@@ -294,8 +299,11 @@ def _check_load(
 
 
 def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
-    """A checkpoint holds the one position of all ranks in tokenized data, for any number of them;
-    otherwise the data position of each data-parallel rank, for as many ranks alone."""
+    """Check that the run can resume at the data position of the checkpoint `path`.
+
+    For tokenized data, all ranks share one position, which fits any number of ranks. For other
+    data, each data-parallel rank has its own position, so the number of ranks must be equal.
+    """
     if "dataloader" in config.checkpoint.exclude_from_loading:
         return
     training = config.training
@@ -323,7 +331,7 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
             f"tensor parallel {model_parallel}; start {saved * model_parallel} processes or change "
             f"those degrees, or {BEGIN_DATA_ANEW}"
         )
-    # That of the hub is not asked before the run starts.
+    # A dataset on the hub is not queried before the run starts.
     is_here = DATASETS[training.dataset].reader != "hub"
     if is_here and (state := documents_position(path)) is not None:
         documents = open_documents(

@@ -1,9 +1,14 @@
-"""The hand-over: what one stage leaves to the other, written down and shown to be unchanged.
+"""Record the stage switch, with digests that show the training state is unchanged.
 
-`handover.json` in the dump folder holds both phases, the sequence length of the new one, the step,
-the learning rate, the tokens seen, the data position of every data-parallel rank, and SHA-256
-digests of all parameters and of all optimizer state before and after the switch. Where stage 2 goes
-on from pieces to whole sequences, the same facts of that change stand under `full_length`.
+`handover.json` in the dump folder holds these facts about the switch:
+
+- the names of both phases and the sequence length of the new one
+- the step, the learning rate and the number of tokens seen
+- the data position of every data-parallel rank
+- SHA-256 digests of all parameters and of all optimizer state, before and after the switch
+
+If stage 2 changes from pieces to whole sequences, `full_length` holds the same facts about that
+change.
 """
 
 import contextlib
@@ -23,12 +28,12 @@ from torchtitan.tools.logging import logger
 
 FILE_NAME = "handover.json"
 
-# What activation checkpointing and compilation add to the name of a parameter.
+# Prefixes that activation checkpointing and compilation add to parameter names.
 _WRAPPER = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names and values, of the shards of all ranks in order of rank."""
+    """SHA-256 of the names and values of the shards of all ranks, in rank order."""
     sha = hashlib.sha256()
     for name, tensor in named_tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -54,10 +59,10 @@ def state_digests(trainer) -> dict[str, str]:
 
 
 def data_positions(trainer) -> list[Any]:
-    """Data position of every rank; None for data loaded by a worker."""
+    """Data position of every rank. None for data loaded by a worker."""
     position = None
     if trainer.dataloader.num_workers == 0:
-        # A loaded position is taken up when the loader is next asked for something.
+        # The loader applies a loaded position only at its next call.
         trainer.dataloader.state_dict()
         position = trainer.dataloader.dataset.position()
     positions = [None] * dist.get_world_size()
@@ -66,9 +71,9 @@ def data_positions(trainer) -> list[Any]:
 
 
 def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
-    """Write the record on rank 0, whole or not at all.
+    """Write the record atomically on rank 0.
 
-    The run does not need it: where it cannot be written, a warning says so.
+    The run does not depend on the file. A failed write only logs a warning.
     """
     path = Path(dump_folder) / FILE_NAME
     if dist.get_rank() == 0:
@@ -83,7 +88,7 @@ def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """The record of the stage switch; empty for a run without one, or a file of something else."""
+    """The record of the stage switch. Empty if there is none or the file is invalid."""
     with contextlib.suppress(ValueError):
         return read_json(path)
     return {}

@@ -1,1 +1,1 @@
-"""The fields of a run and their rules."""
+"""The configuration of a run and its rules."""

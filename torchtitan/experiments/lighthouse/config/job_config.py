@@ -1,6 +1,6 @@
 """The configuration of a run: torchtitan's sections, our defaults, and [lighthouse].
 
-A TOML file sets fields, the command line overrides them: `--lighthouse.topk 512`.
+A TOML file sets fields. The command line overrides them, as in `--lighthouse.topk 512`.
 """
 
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER
 from lighthouse import LighthouseConfig
 
 SAVED_CONFIG = "config.json"
-"""File in the dump folder of a run that keeps its configuration."""
+"""File in the dump folder that holds the configuration of the run."""
 
 
 PoolRotary = Literal["averaged", "aligned"]
 POOL_ROTARY = get_args(PoolRotary)
-"""How q and k with rotary embeddings are pooled."""
+"""Ways to pool q and k with rotary embeddings."""
 
 POOL_ROTARY_BEFORE = "averaged"
 """`lighthouse.pool_rotary` of checkpoints and configurations that were saved without the field."""
 
 
 LIGHTHOUSE, PIECES, FULL = "lighthouse", "pieces", "full"
-"""Phases of training, in order: stage 1, stage 2 on pieces of a sequence, stage 2 on whole ones."""
+"""Phases of training, in order: stage 1, stage 2 on pieces, stage 2 on whole sequences."""
 
 
 @dataclass
@@ -41,48 +41,49 @@ class Lighthouse:
     """Entries selected per level, a multiple of 128."""
 
     scorer: str = "norm"
-    """What ranks the entries: norm, dilated or gla."""
+    """How entries are scored: norm, dilated or gla."""
 
     dilation: int = 4
     """Stride of the dilated scorer, in tokens."""
 
     pool_rotary: PoolRotary = "averaged"
-    """Rotary phases of pooled entries. averaged: q and k are averaged as they are, each rotated by
-    its own position, as in the code of the paper. aligned: tokens are rotated to the last position
-    of their span first, as its authors have proposed since."""
+    """Rotary phases of pooled entries. averaged: q and k are rotated by their own positions and
+    then averaged, as in the paper's code. aligned: q and k are rotated to the last position of
+    their span and then averaged, as the paper's authors proposed later."""
 
     full_attn_layers: list[int] = field(default_factory=list)
-    """Layers that stay dense in stage 1; negative ones count from the last."""
+    """Layers that use dense attention in stage 1. Negative indices count from the last layer."""
 
     stage1_steps: int = -1
-    """Steps trained with Lighthouse before the switch to dense attention.
-    0: dense from the start; -1: never switch."""
+    """Steps trained with Lighthouse Attention before the switch to dense attention.
+    0: dense from the start. -1: never switch."""
 
     stage2_seq_len: int = 0
-    """Sequence length of stage 2 in tokens, a divisor of training.seq_len. Each batch [B, N] is cut
-    into [B * N / n, n], and positions start at 0 in each piece. Under context parallelism each rank
-    holds whole pieces. 0: training.seq_len."""
+    """Sequence length n of stage 2 in tokens, a divisor of training.seq_len. Each batch [B, N] is
+    cut into pieces, [B * N / n, n]. Positions start at 0 in each piece. Under context parallelism
+    each rank holds whole pieces. 0: training.seq_len."""
 
     stage2_full_steps: int = 0
-    """Last steps of stage 2 that train at training.seq_len again; 0: none. Only with
-    stage2_seq_len."""
+    """Number of steps at the end of stage 2 that train at training.seq_len again. 0: none.
+    Requires stage2_seq_len."""
 
     sdpa_backend: Literal["cudnn", "flash"] = "cudnn"
-    """Kernel of attention on a GPU, in both stages; where it does not apply, the other one."""
+    """Attention kernel on a GPU, in both stages. Inputs that it does not support use the other
+    one."""
 
     context_parallel: Literal["ulysses", "ring"] = "ulysses"
-    """How attention is parallel over the sequence, in both stages, where
+    """Context parallelism of attention, in both stages. It applies where
     parallelism.context_parallel_degree is more than 1. ulysses: contiguous shards, one all-to-all
-    from sequence to heads and one back. ring: shards of a head and a tail chunk, keys and values
-    go round as parallelism.context_parallel_rotate_method says; for degrees that do not divide the
-    key/value heads."""
+    from sequence to heads and one back. ring: each shard is a head chunk and a tail chunk, and
+    parallelism.context_parallel_rotate_method says how keys and values are exchanged. Use ring for
+    degrees that do not divide the key/value heads."""
 
     telemetry_freq: int = 0
-    """Steps of stage 1 between measurements of what is selected, telemetry/... in the metrics;
-    0: none. Not under context parallelism."""
+    """Steps of stage 1 between measurements of the selection, telemetry/... in the metrics.
+    0: none. Not available under context parallelism."""
 
     def attention_config(self) -> LighthouseConfig:
-        """The fields of the attention itself. Raises ValueError for an illegal one."""
+        """The fields of the attention operator. Raises ValueError for an illegal value."""
         return LighthouseConfig(
             num_levels=self.num_levels,
             pooling_factor=self.pooling_factor,
@@ -92,7 +93,7 @@ class Lighthouse:
         )
 
     def stage_of(self, step: int) -> int:
-        """The stage, 1 or 2, that trains `step`; steps count from 1."""
+        """The stage, 1 or 2, that trains `step`. Steps count from 1."""
         return 1 if self.stage1_steps == -1 or step <= self.stage1_steps else 2
 
 
@@ -103,7 +104,7 @@ class Job(titan.Job):
 
 @dataclass
 class Sizes:
-    """Sizes of the model over those of `model.flavor`. What is left out is as in the flavor."""
+    """Overrides of the sizes of `model.flavor`. A size that is not set is that of the flavor."""
 
     dim: int | None = None
     """Width of the model."""
@@ -112,16 +113,16 @@ class Sizes:
     """Transformer blocks."""
 
     n_heads: int | None = None
-    """Query heads; dim is a multiple of them."""
+    """Number of query heads. dim must be a multiple of it."""
 
     n_kv_heads: int | None = None
-    """Key/value heads; n_heads is a multiple of them."""
+    """Number of key/value heads. n_heads must be a multiple of it."""
 
     ffn_dim: int | None = None
-    """Width of the feed-forward layers, exactly. Left out, torchtitan's rule applies to dim."""
+    """Exact width of the feed-forward layers. If not set, torchtitan computes it from dim."""
 
     vocab_size: int | None = None
-    """At least the tokens of the tokenizer."""
+    """Size of the vocabulary, at least that of the tokenizer."""
 
     norm_eps: float | None = None
     """Added to the mean square in RMSNorm."""
@@ -130,16 +131,17 @@ class Sizes:
     """Base of the frequencies of rotary embeddings."""
 
     rope_scaling_factor: float | None = None
-    """By which Llama 3.1 stretches long wavelengths of rotary embeddings; 1: no scaling."""
+    """Factor by which long wavelengths of rotary embeddings are scaled, as in Llama 3.1.
+    1: no scaling."""
 
     rope_low_freq_factor: float | None = None
-    """Wavelengths above rope_original_seq_len divided by this are stretched in full."""
+    """Wavelengths above rope_original_seq_len divided by this are scaled by the full factor."""
 
     rope_high_freq_factor: float | None = None
-    """Wavelengths below rope_original_seq_len divided by this are not stretched."""
+    """Wavelengths below rope_original_seq_len divided by this are not scaled."""
 
     rope_original_seq_len: int | None = None
-    """Tokens that the scaling starts from."""
+    """Sequence length before scaling, in tokens."""
 
 
 @dataclass
@@ -148,8 +150,8 @@ class Model(titan.Model):
     hf_assets_path: str = BYTE_TOKENIZER_PATH
 
     hf_config: str | None = None
-    """Folder with the config.json of a Llama in Hugging Face's format. The run takes the sizes
-    that [model.override] leaves out from there, and none from the flavor."""
+    """Folder with the config.json of a Llama in Hugging Face format. Sizes that [model.override]
+    does not set come from this file. The sizes of the flavor are not used."""
 
     override: Sizes = field(default_factory=Sizes)
 
@@ -162,42 +164,42 @@ class Training(titan.Training):
     """The key of JSON lines, or the column of Parquet tables, that holds the text."""
 
     loss_chunk_size: int = 0
-    """Tokens whose logits exist at a time while the loss and its gradient are computed.
-    0: those of the whole sequence."""
+    """Number of tokens per chunk in the computation of the loss and its gradient. Only the logits
+    of one chunk are in memory at a time. 0: the whole sequence."""
 
     max_skipped_steps: int = 0
-    """Steps of a process whose loss or gradient is not finite that are left out of training; one
+    """Maximum number of steps that a process skips because the loss or gradient is not finite. One
     more stops the run."""
 
 
 @dataclass
 class Validation(titan.Validation):
     dataset: str | None = None
-    """Of the held-out text; by default the corpus, and the path, that is trained on."""
+    """Dataset of the held-out text. Default: the dataset and path of training."""
 
     text_field: str = "text"
     """The key of JSON lines, or the column of Parquet tables, that holds the text."""
 
     steps: int = 10
-    """Batches per data-parallel rank, the same ones at every validation."""
+    """Batches per data-parallel rank. Every validation uses the same batches."""
 
     def __post_init__(self):
-        # torchtitan asserts a rule here; ours stand in config/rules.py.
+        # torchtitan asserts a rule here. Our rules are in config/rules.py.
         pass
 
 
 @dataclass
 class Checkpoint(titan.Checkpoint):
-    # A checkpoint without its optimizer cannot go on in stage 2.
+    # Stage 2 cannot resume from a checkpoint without optimizer state.
     last_save_model_only: bool = False
     initial_load_model_only: bool = False
 
     checksums: bool = True
-    """Save checksums with each checkpoint, and compare them before it is loaded."""
+    """Save checksums with each checkpoint, and verify them before loading."""
 
     accept_changes: list[str] = field(default_factory=list)
-    """Fields that may differ from those a checkpoint was trained with when a run goes on from it,
-    such as lighthouse.topk; see checkpoint/compatibility.py."""
+    """Fields, such as lighthouse.topk, that may differ from those of the checkpoint when a run
+    resumes. See checkpoint/compatibility.py."""
 
 
 @dataclass
@@ -218,11 +220,11 @@ class JobConfig(titan.JobConfig):
 
     @property
     def last_piece_step(self) -> int:
-        """The last step that trains on pieces, if any step of stage 2 does."""
+        """The last step of stage 2 that trains on pieces, if any does."""
         return self.training.steps - self.lighthouse.stage2_full_steps
 
     def phase_of(self, step: int) -> str:
-        """The phase, `LIGHTHOUSE`, `PIECES` or `FULL`, that trains `step`; steps count from 1."""
+        """The phase, `LIGHTHOUSE`, `PIECES` or `FULL`, that trains `step`. Steps count from 1."""
         if self.lighthouse.stage_of(step) == 1:
             return LIGHTHOUSE
         return PIECES if self.has_pieces and step <= self.last_piece_step else FULL

@@ -1,6 +1,6 @@
-"""From a command line and its TOML file to a configuration: names and types of fields.
+"""Load the configuration from a command line and its TOML file, and check field names and types.
 
-Each breach is one `ValueError` of one line: the field, the rule, the value, and what to do.
+Every error is a `ValueError` of one line with the field, the rule, the value, and what to do.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ _OLD_DATASETS = {"prepared": "tokenized"}
 
 
 def load_config(args: list[str]) -> JobConfig:
-    """The configuration of a command line, with the TOML file it names.
+    """Load the configuration from command-line arguments and the TOML file that they name.
 
     Raises:
-        ValueError: a file, a section, a field or a type that is wrong.
+        ValueError: a file, section, field or type is wrong.
         SystemExit: after `--help`.
     """
     if not args:
@@ -49,7 +49,7 @@ def load_config(args: list[str]) -> JobConfig:
     except ImportError as error:
         raise ValueError(_NO_CUSTOM_CONFIG.format(error)) from None
     except Exception as error:
-        # torchtitan's own rule for old tokenizers has no type of its own.
+        # torchtitan raises a plain Exception for old tokenizers.
         if type(error) is not Exception:
             raise
         raise ValueError(
@@ -57,7 +57,7 @@ def load_config(args: list[str]) -> JobConfig:
             "tokenizer.model; name the folder of the new one"
         ) from None
     except SystemExit:
-        # The parser draws a box around what it has to say, and lines inside it.
+        # The parser prints its message inside a box with lines.
         words = " ".join(re.sub(r"[^\x20-\x7e]+", " ", message.getvalue()).split())
         _, *parts = re.split(r" ?-{10,} ?", words)
         raise ValueError(f"command line: {parts[0] if parts else words}; see --help") from None
@@ -66,7 +66,7 @@ def load_config(args: list[str]) -> JobConfig:
 
 
 def _rename_old_values(config: JobConfig) -> None:
-    """Replace values that had another name before, with a warning."""
+    """Replace outdated dataset names and log a warning."""
     for name, section in (("training", config.training), ("validation", config.validation)):
         if new := _OLD_DATASETS.get(section.dataset):
             logger.warning(f"{name}.dataset = {section.dataset!r} is now called {new!r}; rename it")
@@ -74,7 +74,7 @@ def _rename_old_values(config: JobConfig) -> None:
 
 
 def _follow_training(config: JobConfig) -> JobConfig:
-    """Validate on the corpus that is trained on, unless another one is named."""
+    """Use the training dataset for validation unless another one is named."""
     training, validation = config.training, config.validation
     if validation.dataset is None:
         validation.dataset = training.dataset
@@ -105,7 +105,7 @@ def _check_flags(args: list[str]) -> None:
 
 
 def _check_value(name: str, value: str, annotations: dict[str, Any]) -> None:
-    """Say how a switch and a list are written where the parser would say what it does not know."""
+    """Explain the syntax of switches and lists, where the parser's message would not."""
     annotation = annotations.get(name)
     if annotation is bool and value.lower() in ("true", "false", "1", "0", "yes", "no"):
         section, _, leaf = name.rpartition(".")
@@ -122,7 +122,7 @@ def _check_value(name: str, value: str, annotations: dict[str, Any]) -> None:
 
 
 def _elsewhere(name: str, prefix: str = "") -> str | None:
-    """Where a field stands that is in the wrong section, or in none."""
+    """Suggest the right section for a field that is in a wrong section or in none."""
     section, _, leaf = name.removeprefix(prefix).rpartition(".")
     fields = [field for field, _ in leaves(JobConfig)]
     if section and not any(field.startswith(f"{section}.") for field in fields):
@@ -132,7 +132,7 @@ def _elsewhere(name: str, prefix: str = "") -> str | None:
 
 
 def _flag_value(args: list[str], flag: str) -> str | None:
-    """The value of a flag with underscores in its name, or None; it may stand there once."""
+    """The value of a flag, or None. The flag's name has underscores and may be given once."""
     values = []
     for i, arg in enumerate(args):
         name, is_joined, value = arg.partition("=")
@@ -150,7 +150,7 @@ def _flag_value(args: list[str], flag: str) -> str | None:
 
 
 def _check_toml(path: str) -> None:
-    # Read twice, here and by torchtitan: a pipe would be empty then.
+    # torchtitan reads the file again, so a pipe would be empty the second time.
     try:
         values = read_toml(path)
     except ValueError as error:

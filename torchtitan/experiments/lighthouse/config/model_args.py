@@ -1,4 +1,4 @@
-"""The model of a run: its flavor, with the sizes of [model.override].
+"""The model of a run: its flavor and the sizes of [model.override].
 
 `preflight.check_config` fills [model.override] from `model.hf_config`.
 """
@@ -13,13 +13,13 @@ from torchtitan.models.llama3 import TransformerModelArgs
 
 
 def model_args(config: JobConfig) -> TransformerModelArgs:
-    """The model that the run trains, for sequences of `training.seq_len`."""
+    """Arguments of the model of the run, for sequences of `training.seq_len`."""
     args = with_sizes(FLAVORS[config.model.flavor], asdict(config.model.override))
     return replace(args, max_seq_len=config.training.seq_len)
 
 
 def model_name(config: JobConfig) -> str:
-    """The model in a few words, for messages."""
+    """A short name of the model for messages."""
     if config.model.hf_config is not None:
         return str(Path(config.model.hf_config))
     is_changed = config.model.override != Sizes()
@@ -27,10 +27,10 @@ def model_name(config: JobConfig) -> str:
 
 
 def check_sizes(config: JobConfig) -> None:
-    """Check the sizes that the run sets, each alone and all together.
+    """Check each size that the run sets, and whether the sizes fit each other.
 
     Raises:
-        ValueError: one that is too small, or sizes that do not fit each other.
+        ValueError: a size is too small, or sizes do not fit each other.
     """
     for rule in _rules():
         rule.check(config, "")

@@ -1,6 +1,6 @@
-"""Rules of how ranks share a sequence and a batch, and of Lighthouse Attention itself.
+"""Rules for parallelism, for the batch size and for Lighthouse Attention.
 
-The tables read like those of `rules.py`. A rule relies on the ones before it.
+The tables have the format of those in `rules.py`. A rule relies on the ones before it.
 """
 
 from dataclasses import replace
@@ -68,14 +68,14 @@ DEGREE_RULES = [
     ),
     at_least("parallelism.data_parallel_replicate_degree", 1),
 ]
-"""How many ranks share what, each degree on its own."""
+"""Rules for each degree of parallelism alone."""
 
 
 def process_rules(world_size: int) -> list[Rule]:
-    """Rules of how the degrees and the batch fit `world_size` processes."""
+    """Rules that the degrees and the batch must satisfy for `world_size` processes."""
 
     def other_degrees(config: JobConfig) -> int:
-        """Processes that share a shard of the data-parallel dimension."""
+        """Product of all degrees other than the data-parallel shard degree."""
         parallelism = config.parallelism
         return (
             parallelism.data_parallel_replicate_degree
@@ -103,7 +103,7 @@ def process_rules(world_size: int) -> list[Rule]:
         return world_size > replicated
 
     def sequences(config: JobConfig) -> int:
-        """Sequences that all ranks together take in one forward pass."""
+        """Number of sequences of one forward pass on all ranks."""
         parallelism = config.parallelism
         per_sequence = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
         return config.training.local_batch_size * (world_size // per_sequence)
@@ -157,7 +157,7 @@ def rings_on_gpu(config: JobConfig, device_type: str) -> bool:
 
 
 def rank_kv_heads(config: JobConfig) -> int:
-    """Key/value heads of a rank."""
+    """Number of key/value heads per tensor-parallel rank."""
     return num_kv_heads(config) // config.parallelism.tensor_parallel_degree
 
 
@@ -219,16 +219,16 @@ LIGHTHOUSE_RULES = [
         applies=rings_on_gpu,
     ),
 ]
-"""The stages, and the attention of ranks that share a sequence."""
+"""Rules for the stages, and for attention under context parallelism."""
 
 
 def check_attention(config: JobConfig) -> None:
-    """Check that the fields of Lighthouse Attention fit each other, the lengths and the degrees.
+    """Check the fields of Lighthouse Attention against each other, the lengths and the degrees.
 
-    The rules are those of `lighthouse.config`; the field of this configuration is named here.
+    The rules are in `lighthouse.config`. This function adds the name of the field to the error.
 
     Raises:
-        ValueError: the first rule that is broken.
+        ValueError: a rule is broken. Only the first one is reported.
     """
     lighthouse = config.lighthouse
     n_layers = num_layers(config)
@@ -243,7 +243,7 @@ def check_attention(config: JobConfig) -> None:
     )
     degree = config.parallelism.context_parallel_degree
     num_chunks = degree * CHUNKS_PER_RANK[lighthouse.context_parallel] if degree > 1 else 1
-    # torchtitan asks for the factor of two, in training, whatever the scheme and the degrees.
+    # In training, torchtitan requires the factor of 2 for every scheme and degree.
     divisor = 2 * degree * config.parallelism.tensor_parallel_degree
     try:
         attention = lighthouse.attention_config()
@@ -251,7 +251,7 @@ def check_attention(config: JobConfig) -> None:
         message = str(error)
         rule, is_near, nearest = message.partition("; nearest: ")
         if rule.startswith("topk") and is_near and lighthouse.stage1_steps != 0:
-            # One that fits the length, too.
+            # Suggest a topk that also fits the length.
             other = LighthouseConfig(lighthouse.num_levels, lighthouse.pooling_factor, int(nearest))
             message = f"{rule}; nearest: {_fitting(other, config, num_chunks, divisor)}"
         raise ValueError(f"lighthouse.{message}") from None
@@ -277,7 +277,7 @@ def check_attention(config: JobConfig) -> None:
 
 
 def _fitting(attention: LighthouseConfig, config: JobConfig, num_chunks: int, divisor: int) -> str:
-    """The `topk` nearest to that of `attention` with what else it needs to be legal."""
+    """The legal `topk` nearest to that of `attention`, and other changes that it requires."""
     seq_len = config.training.seq_len
     if topk := attention.nearest_topk(seq_len, num_chunks):
         return str(topk)

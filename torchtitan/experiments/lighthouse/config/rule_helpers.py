@@ -1,4 +1,4 @@
-"""Fields by their names, rules of them, and the one line that a broken rule ends a run with."""
+"""Look up fields by name, define rules for them, and raise one-line errors for broken rules."""
 
 import difflib
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 
 
 def value_of(config: JobConfig, name: str) -> Any:
-    """The value of a field by its name, as `training.steps`."""
+    """The value of a field by its dotted name, such as `training.steps`."""
     value = config
     for part in name.split("."):
         value = getattr(value, part)
@@ -17,7 +17,7 @@ def value_of(config: JobConfig, name: str) -> Any:
 
 
 def leaves(section: type, prefix: str = ""):
-    """Names and annotations of all fields, as `training.steps`."""
+    """Dotted names, such as `training.steps`, and annotations of all fields."""
     for f in fields(section):
         if is_dataclass(f.type):
             yield from leaves(f.type, f"{prefix}{f.name}.")
@@ -27,7 +27,7 @@ def leaves(section: type, prefix: str = ""):
 
 def require(is_right: bool, name: str, rule: str, value: Any, remedy: str) -> None:
     if not is_right:
-        # As TOML writes it.
+        # TOML writes booleans in lower case.
         found = str(value).lower() if isinstance(value, bool) else repr(value)
         raise ValueError(f"{name} must be {rule}, got {found}; {remedy}")
 
@@ -39,20 +39,20 @@ def did_you_mean(value: str, choices, otherwise: str = "see --help for all") -> 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of one field, or of each item of a field that is a list."""
+    """A rule for one field. For a list, it applies to each item."""
 
     field: str
     is_right: Callable[[Any, JobConfig | None], bool]
-    """Of the value and the whole configuration."""
+    """Test of the value, given the whole configuration."""
 
     rule: str | Callable[[JobConfig], str]
     """What the value must be."""
 
     remedy: str | Callable[[Any, JobConfig], str]
-    """What to do otherwise."""
+    """What to do if the rule is broken."""
 
     applies: Callable[[JobConfig, str], bool] = lambda config, device_type: True
-    """Whether the rule holds, from the configuration and the type of device."""
+    """Whether the rule applies to this configuration and type of device."""
 
     def check(self, config: JobConfig, device_type: str) -> None:
         """Raise ValueError if the rule is broken."""
@@ -63,7 +63,7 @@ class Rule:
             self.check_value(item, config)
 
     def check_value(self, value: Any, config: JobConfig | None = None) -> None:
-        """The same for one value; without the configuration if the rule does not look at it."""
+        """Check one value. `config` may be None if the rule does not use it."""
         if not self.is_right(value, config):
             rule = self.rule if isinstance(self.rule, str) else self.rule(config)
             remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(value, config)
@@ -71,14 +71,14 @@ class Rule:
 
 
 def at_least(field: str, least: int, **kwargs) -> Rule:
-    """A number of `least` or more."""
+    """A rule that the value is at least `least`."""
     return Rule(
         field, lambda x, _: x >= least, f"at least {least}", f"use {least} or more", **kwargs
     )
 
 
 def one_of(field: str, choices: list[str] | Callable[[], list[str]], **kwargs) -> Rule:
-    """One of the choices, which a function may look up when they are needed."""
+    """A rule that the value is one of the choices. A callable is evaluated when needed."""
 
     def known() -> list[str]:
         return choices() if callable(choices) else choices
@@ -93,7 +93,7 @@ def one_of(field: str, choices: list[str] | Callable[[], list[str]], **kwargs) -
 
 
 def unset(field: str, reason: str, remedy: str = "remove it", **kwargs) -> Rule:
-    """A switch that must be off; `reason` goes on after 'false'."""
+    """A rule that the value is false or empty. The message appends `reason` to 'false'."""
     return Rule(field, lambda x, _: not x, f"false{reason}", remedy, **kwargs)
 
 

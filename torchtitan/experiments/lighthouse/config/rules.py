@@ -1,12 +1,11 @@
-"""Rules of the values of fields, as tables: field, test, rule, remedy.
+"""Tables of rules for the values of fields. Each entry is a field, test, rule and remedy.
 
-`check_values` goes through them in order and raises for the first that is broken:
+`check_values` checks them in order and raises an error for the first broken rule:
 
     {field} must be {rule}, got {value}; {remedy}
 
-Rules that concern how a sequence and a batch are shared by ranks, and Lighthouse Attention itself,
-are in `parallel_rules.py`; what has to be looked up on disk, in `preflight.py` and
-`checkpoint/resume.py`.
+Rules for parallelism and Lighthouse Attention are in `parallel_rules.py`. Checks that read files
+are in `preflight.py` and `checkpoint/resume.py`.
 """
 
 import importlib.util
@@ -30,13 +29,13 @@ from torchtitan.experiments.lighthouse.flavors import FLAVORS, MODEL_NAME
 from lighthouse.sdpa import LONGEST_EFFICIENT
 
 MOST_TOKENS = 2**31
-"""Of a micro-batch on one rank: no accelerator holds more."""
+"""Upper bound on the tokens of a micro-batch on one rank. No accelerator holds more."""
 
 LARGEST_FACTOR = 1000
-"""Of a learning rate, eps or weight decay: no optimizer trains with more."""
+"""Upper bound on learning rate, eps and weight decay. No optimizer trains with more."""
 
 RUN_FILES = ("metrics.jsonl", "handover.json", "config.json", ".lock")
-"""Files of a run in its dump folder, which no folder of its may take the name of."""
+"""Files of a run in its dump folder. No folder of the run may have one of these names."""
 
 
 def validates(config: JobConfig, device_type: str) -> bool:
@@ -60,7 +59,7 @@ def compiles_model(config: JobConfig) -> bool:
 
 
 def total_steps(config: JobConfig) -> int:
-    """Steps of the schedule of the learning rate."""
+    """Number of steps of the learning rate schedule."""
     steps = config.lr_scheduler.total_steps
     return config.training.steps if steps is None else steps
 
@@ -91,7 +90,7 @@ TRAINING_RULES = [
         "remove it",
     ),
     one_of("model.name", [MODEL_NAME]),
-    # Looked up when it is needed: a program may add flavors of its own.
+    # Evaluated late, because a program may add its own flavors.
     one_of("model.flavor", lambda: list(FLAVORS)),
     at_least("training.steps", 1),
     at_least("training.local_batch_size", 1),
@@ -140,7 +139,7 @@ TRAINING_RULES = [
         applies=validates,
     ),
 ]
-"""The model and what it is trained and validated on."""
+"""Rules for the model, training and validation."""
 
 OPTIMIZER_RULES = [
     one_of("optimizer.name", ["Adam", "AdamW"]),
@@ -181,14 +180,14 @@ OPTIMIZER_RULES = [
     ),
     at_least("lr_scheduler.warmup_steps", 0),
     Rule(
-        # Behind its end the rate would be negative, or the program end.
+        # Past the end of the schedule, the rate would be negative or the program would stop.
         "lr_scheduler.total_steps",
         lambda x, config: x is None or x >= config.training.steps,
         lambda config: f"at least training.steps, {config.training.steps}",
         "raise it or leave it out",
     ),
     Rule(
-        # The default is one for long runs; torchtitan says how it shortens it.
+        # The default suits long runs. torchtitan shortens it and logs this.
         "lr_scheduler.warmup_steps",
         lambda x, config: x <= max(total_steps(config), LRScheduler.warmup_steps),
         lambda config: f"at most the {total_steps(config)} steps of the schedule",
@@ -207,11 +206,11 @@ OPTIMIZER_RULES = [
         "give the last learning rate as a part of optimizer.lr",
     ),
 ]
-"""The optimizer and its schedule."""
+"""Rules for the optimizer and its schedule."""
 
 
 def compile_backends() -> list[str]:
-    # Imported here, for it takes a while.
+    # Imported here because the import is slow.
     from torch._dynamo import list_backends
 
     return list_backends(None)
@@ -268,12 +267,12 @@ COMPUTING_RULES = [
         "pip install torchao, or remove it",
     ),
 ]
-"""Compilation, activation checkpointing, converters."""
+"""Rules for compilation, activation checkpointing and converters."""
 
 
 def is_inside(path: str | None, config: JobConfig) -> bool:
-    """Whether a relative path stays below the folder it is appended to."""
-    # Of an absolute path nothing is before the first separator.
+    """Whether a relative path stays inside the folder that it is appended to."""
+    # An absolute path has an empty string before the first separator.
     return path is None or (
         path != "" and os.path.normpath(path).split(os.sep)[0] not in ("", ".", "..")
     )
@@ -367,7 +366,7 @@ OUTPUT_RULES = [
     at_least("comm.train_timeout_seconds", 1),
     at_least("comm.trace_buf_size", 0),
     one_of("comm.mode", ["default", "fake_backend"]),
-    # Switches of torchtitan for programs of its own, which would be passed over here.
+    # torchtitan switches that other torchtitan programs use. They would be ignored here.
     unset("fault_tolerance.enable", ", for it has no effect"),
     unset(
         "memory_estimation.enable",
@@ -375,11 +374,11 @@ OUTPUT_RULES = [
         "lighthouse plan says what a run needs",
     ),
 ]
-"""Where a run writes, what it records beside its metrics, and how its processes talk."""
+"""Rules for output folders, profiling, checkpoints and communication."""
 
 
 class _Digits(int):
-    """Written in short: Python refuses to write thousands of digits."""
+    """An integer with a short repr. Python refuses to print thousands of digits."""
 
     def __repr__(self) -> str:
         return f"{'-' * (self < 0)}2**{self.bit_length() - 1} or more"

@@ -1,4 +1,4 @@
-"""Rules of stage 2 in pieces. The other fields that they look at are checked before."""
+"""Rules for stage 2 on pieces of sequences. Other fields they use must be checked before."""
 
 import math
 
@@ -7,7 +7,7 @@ from torchtitan.experiments.lighthouse.config.rule_helpers import Rule
 
 
 def has_whole_pieces(length: int, config: JobConfig) -> bool:
-    """Whether a batch can be cut into pieces of `length`, the same number of them on each rank."""
+    """Whether a batch can be cut into pieces of `length` tokens, the same number on each rank."""
     training, parallelism = config.training, config.parallelism
     if length in (0, training.seq_len):
         return True
@@ -18,9 +18,9 @@ def has_whole_pieces(length: int, config: JobConfig) -> bool:
 
 
 def nearest_lengths(length: int, config: JobConfig) -> str:
-    """The legal lengths of a piece on both sides of one that is not."""
+    """The nearest legal piece lengths below and above an illegal one."""
     seq_len = config.training.seq_len
-    # Divisors come in pairs. The bound is for lengths that no machine holds.
+    # Divisors come in pairs. The bound limits the search for unrealistically long sequences.
     small = [n for n in range(1, min(math.isqrt(seq_len), 2**20) + 1) if seq_len % n == 0]
     legal = {n for d in small for n in (d, seq_len // d) if has_whole_pieces(n, config)}
     below = max((n for n in legal if n < length), default=None)

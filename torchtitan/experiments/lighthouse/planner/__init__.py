@@ -1,1 +1,1 @@
-"""What a run will do and need, counted before it starts."""
+"""Estimate the work, memory and time of a run before it starts."""

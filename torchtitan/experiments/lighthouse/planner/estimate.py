@@ -1,12 +1,12 @@
-"""What a run will do and need, before it starts: counted, and timed by stated rates.
+"""Estimate the work, memory and time of a run before it starts, from counts and stated rates.
 
 run_shape.py  tokens, ranks, shards, kinds of layers
-memory.py     the most that a rank holds
-flops.py      FLOPs, and what activation checkpointing computes again
-traffic.py    bytes between ranks
-step_time.py  seconds by stated rates
-gpus.py       the rates
-render.py     the tables that are printed
+memory.py     peak memory of a rank
+flops.py      FLOPs, and recomputation by activation checkpointing
+traffic.py    bytes sent between ranks
+step_time.py  seconds, from stated rates
+gpus.py       the rates of GPUs
+render.py     the printed tables
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +29,7 @@ from torchtitan.experiments.lighthouse.planner.traffic import KINDS, layer_traff
 from lighthouse.config import SELECTED_PER_STRATUM
 
 USABLE_SHARE = 0.9
-"""Of a GPU's memory, for what `memory.py` counts. Assumption: the rest is for what it does not."""
+"""Share of a GPU's memory for what `memory.py` counts. Assumption: the rest covers other uses."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class StagePlan:
     steps: int
 
     flops_per_token: dict[str, float]
-    """Of the model, forward and backward, by part: linear, attention, scoring, head, total."""
+    """Model FLOPs, forward and backward, by part: linear, attention, scoring, head, total."""
 
     recomputed_flops_per_token: float
-    """Forward once more, by activation checkpointing."""
+    """FLOPs that activation checkpointing recomputes."""
 
     logged_flops_per_token: float
-    """As torchtitan counts for MFU."""
+    """FLOPs as torchtitan counts them for MFU."""
 
     flops_per_step: float
-    """On all ranks, without what is recomputed."""
+    """FLOPs on all ranks, without recomputation."""
 
     traffic_per_layer: dict[str, dict[str, int]]
-    """Bytes that a rank sends for a layer and micro-batch, by kind of layer and by purpose; where
-    only some layers are checkpointed, for one of those."""
+    """Bytes that a rank sends for a layer and micro-batch, by kind of layer and by purpose. If only
+    some layers are checkpointed, this is for a checkpointed one."""
 
     traffic_per_step: dict[str, int]
     """Bytes that a rank sends in a step, by purpose."""
@@ -60,43 +60,43 @@ class StagePlan:
     memory: Memory
 
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of a step, by part; nothing where the rates are not known."""
+    """Seconds of a step, by part. Empty if the rates are unknown."""
 
     tokens_per_second: float | None = None
-    """Of one GPU."""
+    """Tokens per second of one GPU."""
 
     mfu: float | None = None
     """Share of the peak rate as torchtitan logs it, by `logged_flops_per_token`."""
 
     gpu_hours: float | None = None
-    """Of all steps of the stage."""
+    """GPU-hours of all steps of the stage."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run; see `plan`."""
+    """The plan of a whole run. See `plan`."""
 
     run: dict[str, object]
     attention: dict[str, object]
     stages: dict[str, StagePlan]
-    """By number, those with at least one step. With `lighthouse.stage2_seq_len` stage 2 is that on
-    pieces, and "2 full" the steps at full length."""
+    """Stages with at least one step, by number. With `lighthouse.stage2_seq_len`, "2" is stage 2
+    on pieces, and "2 full" is stage 2 at full length."""
 
     dense: StagePlan
-    """All steps with dense attention: the alternative."""
+    """The alternative: all steps with dense attention."""
 
     checkpoints: dict[str, object]
     gpu: Gpu | None
 
     @property
     def gpu_hours(self) -> float | None:
-        """Of all stages."""
+        """GPU-hours of all stages."""
         if self.gpu is None:
             return None
         return sum(stage.gpu_hours for stage in self.stages.values())
 
     def to_json(self) -> dict[str, object]:
-        """Plain numbers, strings, lists and dictionaries; bytes, FLOPs and seconds."""
+        """The plan as JSON types, in bytes, FLOPs and seconds."""
         result = asdict(self)
         for stage, found in [(self.dense, result["dense"])] + [
             (self.stages[name], result["stages"][name]) for name in self.stages
@@ -118,10 +118,10 @@ def plan(config: JobConfig, world_size: int, gpu: Gpu | None) -> Plan:
     """Plan a run that `preflight.check_config` has passed.
 
     Args:
-        gpu: what it is to run on; None for the CPU, whose rates are not known.
+        gpu: the GPU of the run. None for the CPU, whose rates are unknown.
 
     Raises:
-        ValueError: what a plan does not cover (`Sizes`).
+        ValueError: the configuration uses a feature that a plan does not cover (`Sizes`).
     """
     sizes = Sizes(config, world_size, "cpu" if gpu is None else "cuda")
     stages = {str(stage): stage_plan(sizes, stage, gpu) for stage in sizes.stages}
@@ -180,7 +180,7 @@ def run_facts(sizes: Sizes) -> dict[str, object]:
 
 
 def attention_facts(sizes: Sizes) -> dict[str, object]:
-    """The sub-sequence and its strata; nothing for a run without Lighthouse."""
+    """Sizes of the sub-sequence and its strata. Empty for a run without Lighthouse Attention."""
     if 1 not in sizes.stages:
         return {}
     config, seq_len = sizes.attention, sizes.seq_len
@@ -208,7 +208,7 @@ def attention_facts(sizes: Sizes) -> dict[str, object]:
 
 
 def stage_plan(sizes: Sizes, stage: int, gpu: Gpu | None, steps: int | None = None) -> StagePlan:
-    """The steps of `stage`; `steps` of them in the place of its own number."""
+    """Plan the steps of `stage`. `steps` replaces its number of steps."""
     flops = flops_per_token(sizes, stage)
     kinds, checkpointing = map(set, zip(*layers_of(sizes, stage), strict=True))
     checkpointing = max(checkpointing, key=["none", "op", "full"].index)
@@ -240,20 +240,20 @@ def stage_plan(sizes: Sizes, stage: int, gpu: Gpu | None, steps: int | None = No
 
 
 def pieces_plan(sizes: Sizes, gpu: Gpu | None, steps: int) -> StagePlan:
-    """`steps` of stage 2 on pieces."""
+    """Plan `steps` steps of stage 2 on pieces."""
     pieces = sizes.in_pieces()
     result = stage_plan(pieces, 2, gpu, steps)
-    # The table of rotations and the batch that the loader gives are those of whole sequences.
+    # The rotation table and the loader's batch have the length of whole sequences.
     memory = replace(result.memory, always=always(sizes))
     traffic = {"pieces": result.traffic_per_layer[KINDS[False]]}
     return replace(result, memory=memory, traffic_per_layer=traffic)
 
 
 def checkpoint_facts(sizes: Sizes) -> dict[str, object]:
-    """Steps at which a checkpoint is saved, bytes of each, and the most on the disk at a time.
+    """Steps at which checkpoints are saved, bytes of each, and the peak disk use.
 
-    One holds the parameters and their two moments. The old ones are removed when the next is
-    saved; that of the stage switch stays.
+    A checkpoint holds the parameters and their two moments. Old checkpoints are removed when a new
+    one is saved. The checkpoint of the stage switch is kept.
     """
     checkpoint, steps = sizes.config.checkpoint, sizes.config.training.steps
     if not checkpoint.enable:

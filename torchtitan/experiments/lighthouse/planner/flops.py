@@ -1,9 +1,9 @@
 """FLOPs of a run, by part.
 
-Those of matrix products: six for each weight and token, four of them backward, and half of the
-square of attention, two and a half times as many backward (`lighthouse/costs.py`). What activation
-checkpointing computes again is counted apart. torchtitan logs MFU by another count
-(`logged_flops_per_token`): the whole square of attention, and twice as many backward.
+A matrix product has 6 FLOPs per weight and token, 4 of them in the backward pass. Attention counts
+half of the square, and 2.5 times as many FLOPs in the backward pass (`lighthouse/costs.py`).
+Recomputation by activation checkpointing is counted separately. torchtitan logs MFU with another
+count (`logged_flops_per_token`): the whole square of attention, and twice as many backward.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from lighthouse.costs import Cost, dense_costs, layer_costs
 
 
 def flops_per_token(sizes: Sizes, stage: int) -> dict[str, float]:
-    """FLOPs per token of a forward and a backward pass, by part; scoring has no backward."""
+    """FLOPs per token of a forward and a backward pass, by part. Scoring has no backward pass."""
     args, layers = sizes.model_args, layers_of(sizes, stage)
     parts = {"linear": 6 * len(layers) * layer_weights(sizes), "attention": 0.0, "scoring": 0.0}
     for is_lighthouse, _ in layers:
@@ -27,7 +27,7 @@ def flops_per_token(sizes: Sizes, stage: int) -> dict[str, float]:
 
 
 def recomputed_flops_per_token(sizes: Sizes, stage: int) -> float:
-    """FLOPs per token of what activation checkpointing computes once more."""
+    """FLOPs per token that activation checkpointing recomputes."""
     total = 0.0
     for is_lighthouse, checkpointing in layers_of(sizes, stage):
         total += 2 * recomputed_weights(sizes, checkpointing)
@@ -61,7 +61,7 @@ def logged_flops_per_token(sizes: Sizes, stage: int) -> float:
 
 
 def layers_of(sizes: Sizes, stage: int) -> list[tuple[bool, str]]:
-    """Of each layer whether it has Lighthouse Attention, and how it is checkpointed."""
+    """For each layer, whether it has Lighthouse Attention, and how it is checkpointed."""
     return [
         (sizes.is_lighthouse(stage, layer), sizes.checkpointing(layer))
         for layer in range(sizes.model_args.n_layers)
@@ -69,13 +69,16 @@ def layers_of(sizes: Sizes, stage: int) -> list[tuple[bool, str]]:
 
 
 def layer_weights(sizes: Sizes) -> int:
-    """Elements of the matrices of a layer."""
+    """Number of elements in the weight matrices of a layer."""
     return sum(p.numel() for p in sizes.model.layers["0"].parameters() if p.dim() == 2)
 
 
 def recomputed_steps(sizes: Sizes, steps: Iterable[str], checkpointing: str) -> set[str]:
-    """Of the steps of attention those that are computed again: never the selection nor scores that
-    are dear, and on a GPU, where `op` keeps the outputs of attention, only `full` attends again."""
+    """The steps of attention that are recomputed.
+
+    The selection and expensive scores are never recomputed. On a GPU, `op` saves the outputs of
+    attention, so only `full` recomputes attention.
+    """
     if checkpointing == "none":
         return set()
     is_kept = {"select"}
@@ -87,7 +90,7 @@ def recomputed_steps(sizes: Sizes, steps: Iterable[str], checkpointing: str) -> 
 
 
 def recomputed_weights(sizes: Sizes, checkpointing: str) -> int:
-    """Elements of the matrices of a layer whose products are computed again."""
+    """Number of elements in the weight matrices of a layer whose products are recomputed."""
     if checkpointing == "none":
         return 0
     if checkpointing == "full":

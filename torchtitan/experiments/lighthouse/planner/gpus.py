@@ -1,6 +1,6 @@
-"""Rates of GPUs that a plan computes with. None of them was measured by this project.
+"""Rates of GPUs for plans. This project measured none of them.
 
-Where a source has no attainable rate, a share of the datasheet's is assumed, the same for all.
+Without a published attainable rate, a share of the datasheet rate is assumed, equal for all GPUs.
 """
 
 import math
@@ -10,22 +10,22 @@ from pathlib import Path
 import tomli
 
 BANDWIDTH_SHARE = 0.9
-"""Of the datasheet's memory bandwidth, in a kernel that does nothing but move. Assumption; for the
-H200 it makes 4.3 TB/s."""
+"""Share of the datasheet's memory bandwidth that a copy kernel reaches. Assumption. For the H200 it
+gives 4.3 TB/s."""
 
 MATMUL_SHARE = 0.7
-"""Of the datasheet's dense bf16 rate, in matrix products as large as a layer's. Assumption."""
+"""Share of the datasheet's dense bf16 rate that matrix products of a layer reach. Assumption."""
 
 LINK_SHARE = 0.8
-"""Of the datasheet's bandwidth of a link, in one direction. Assumption; 380 of 450 GB/s were seen
-on an H100 (NVIDIA/nccl issue 1264)."""
+"""Share of the datasheet's link bandwidth in one direction. Assumption. 380 of 450 GB/s were
+reported for an H100 (NVIDIA/nccl issue 1264)."""
 
 ATTENTION_SHARE, ATTENTION_BACKWARD_SHARE = 0.7, 0.6
-"""Of the datasheet's rate, in attention forward and backward. Assumption; FlashAttention-2 reports
-up to 73 % and 63 % on an A100 (arXiv 2307.08691)."""
+"""Shares of the datasheet's rate in attention forward and backward. Assumption. FlashAttention-2
+reports up to 73 % and 63 % on an A100 (arXiv 2307.08691)."""
 
 GPUS_PER_NODE = 8
-"""Ranks that NVLink connects. Assumption, that of HGX and DGX machines."""
+"""Number of GPUs that NVLink connects. Assumption: as in HGX and DGX machines."""
 
 
 @dataclass(frozen=True)
@@ -35,32 +35,32 @@ class Gpu:
     name: str
 
     memory: int
-    """All there is, as torch reports it, in whole GiB."""
+    """Total memory that torch reports, rounded to whole GiB."""
 
     peak_flops: float
-    """Dense with fp32 accumulation, of the datasheet."""
+    """Datasheet rate of dense products with fp32 accumulation."""
 
     attention_flops: float
-    """Causal attention forward at long lengths, half of the square counted."""
+    """Rate of causal attention forward at long lengths. Half of the square is counted."""
 
     attention_backward_flops: float
-    """The same backward, where two and a half times as much is counted."""
+    """Rate of causal attention backward. 2.5 times the forward FLOPs are counted."""
 
     datasheet_bandwidth: float
-    """Of the memory."""
+    """Memory bandwidth."""
 
     datasheet_nvlink: float
-    """To other GPUs of the machine in one direction: NVLink, or PCIe where there is none."""
+    """Bandwidth to GPUs of the same machine in one direction, by NVLink, or else by PCIe."""
 
     datasheet_network: float
-    """To other nodes in one direction, for each GPU."""
+    """Bandwidth to other nodes in one direction, per GPU."""
 
     source: str
-    """Of the rates of attention and of the network."""
+    """Source of the attention and network rates."""
 
     logged_peak_flops: float | None = None
-    """What torchtitan's log measures MFU against where it is not `peak_flops`: it takes every card
-    that it does not know for an A100."""
+    """Peak rate that torchtitan uses for MFU, if not `peak_flops`. torchtitan treats unknown GPUs
+    as an A100."""
 
     @property
     def matmul_flops(self) -> float:
@@ -80,7 +80,7 @@ class Gpu:
 
 
 def without_published_attention(name: str, peak_flops: float, **fields) -> Gpu:
-    """A GPU whose rates of attention are the assumed shares of its peak."""
+    """A GPU whose attention rates are the assumed shares of its peak rate."""
     return Gpu(
         name=name,
         peak_flops=peak_flops,
@@ -175,7 +175,7 @@ GPUS = {
         ),
     )
 }
-"""By name."""
+"""GPUs by name."""
 
 _REQUIRED = {"name", "memory_gib", "peak_tflops", "bandwidth_gb_s"}
 _OPTIONAL = {"attention_tflops", "attention_backward_tflops", "link_gb_s", "network_gb_s"}
@@ -194,7 +194,7 @@ def read_gpu(path: str | Path) -> Gpu:
         network_gb_s = 25                   # optional: to other machines, one way
 
     Raises:
-        ValueError: the file cannot be read, or a field is missing, unknown or no number above 0.
+        ValueError: the file cannot be read, or a field is missing, unknown or not positive.
     """
     try:
         given = tomli.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,1 +1,1 @@
-"""Devices, signals, errors, files, command lines."""
+"""Helpers for devices, signals, errors, files and command lines."""

@@ -1,11 +1,10 @@
-"""Which rank did not come, when the others have waited for it in vain.
+"""Find the rank that caused a collective to fail or time out.
 
-A collective that fails says which connection broke first, and that is seldom the rank at fault. So
-each rank that fails so reports to the store of the group and waits for the reports of the others:
+The error of a failed collective names the first broken connection. That is seldom the rank at
+fault. So each rank that fails reports to the store of the process group, and waits for the reports
+of the others. A rank without a report hangs or has ended.
 
-    those without a report    hang, or have ended
-
-The store must not lie in the rank that hangs: torchrun's lies in torchrun.
+The store must not be in the process of the rank that hangs. torchrun keeps it in its own process.
 """
 
 import os
@@ -18,21 +17,21 @@ import torch.distributed as dist
 PREFIX = "lighthouse/rank"
 
 REPORT_SECONDS = 15
-"""How long to wait for the reports of the other ranks, which may give up a little later."""
+"""Seconds to wait for the reports of the other ranks, which may fail a little later."""
 
 _SIGNS = ("gloo", "nccl", "timed out", "timeout", "connection closed", "connection reset")
-"""Words in the message of an error of communication; torch has no one type for them."""
+"""Words in the messages of communication errors. torch has no single type for them."""
 
 
 def announce() -> None:
-    """Tell the other ranks where this one runs."""
+    """Publish the process id and host of this rank to the other ranks."""
     if dist.get_world_size() > 1:
         store = _store()
         store.set(f"{PREFIX}/{dist.get_rank()}/place", f"process {os.getpid()} on {_host()}")
 
 
 def is_of_communication(error: BaseException | None) -> bool:
-    """Whether an error is of a collective, and not of this rank alone."""
+    """Whether an error comes from a collective, and not from this rank alone."""
     if isinstance(error, dist.DistError):
         return True
     message = str(error).lower()
@@ -40,9 +39,11 @@ def is_of_communication(error: BaseException | None) -> bool:
 
 
 def absent_ranks(step: int, seconds: float = REPORT_SECONDS) -> dict[int, str]:
-    """Report this rank, and return the ranks that have not reported after `seconds`, by place.
+    """Report this rank, and return the ranks that have not reported within `seconds`.
 
-    Empty where all have reported, and where the store does not answer.
+    Returns:
+        The process and host of each such rank, by rank. Empty if all ranks have reported or the
+        store does not answer.
     """
     world_size = dist.get_world_size()
     try:
@@ -61,7 +62,7 @@ def absent_ranks(step: int, seconds: float = REPORT_SECONDS) -> dict[int, str]:
 
 
 def description(absent: dict[int, str], step: int) -> str:
-    """One line for the user."""
+    """An error message of one line about the absent ranks."""
     ranks = ", ".join(f"rank {rank} ({place})" for rank, place in absent.items())
     return (
         f"{ranks} did not come to step {step}, and the other ranks have waited in vain; look "

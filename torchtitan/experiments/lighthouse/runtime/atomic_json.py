@@ -7,10 +7,10 @@ from typing import Any, BinaryIO
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to the file `path`, whose folder is there.
+    """Write `value` as JSON to the file `path`. Its folder must exist.
 
-    The file gets its name once its bytes are on the disk, so that neither a killed process nor one
-    without power leaves a part of it.
+    A temporary file is synced to disk and then renamed. A killed process or a power failure
+    therefore leaves no partial file.
     """
     begun = path.with_suffix(".tmp")
     with open_new(begun) as file:
@@ -21,9 +21,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def open_new(path: Path) -> BinaryIO:
-    """Open a new file for writing in the place of what has this name.
+    """Open a new file for writing, and replace any file of this name.
 
-    A symbolic link of this name is replaced, not followed.
+    A symbolic link is replaced, not followed.
     """
     path.unlink(missing_ok=True)
     return path.open("xb")

@@ -1,4 +1,4 @@
-"""What the programs have in common: a wrong call ends with one line, before any work.
+"""Shared command-line helpers. A usage error prints one line before any work is done.
 
 error: --world-size must be ...; what to do
 """
@@ -22,13 +22,13 @@ __all__ = [
 
 
 def check_output_folder(name: str, path: str | Path) -> None:
-    """Raise ValueError, which calls it `name`, unless `path` is or can become a folder of files.
+    """Raise ValueError unless `path` is, or can be created as, a writable folder.
 
-    Nothing is written.
+    The error calls it `name`. Nothing is written.
     """
     whole = Path(path).absolute()
     try:
-        # The system says what it would not take as a name.
+        # The operating system rejects invalid names.
         whole.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
@@ -50,7 +50,7 @@ def check_output_folder(name: str, path: str | Path) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError unless --device names one of this machine."""
+    """Raise ValueError unless --device names a device of this machine."""
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.is_available()}
     try:
         named = torch.device(device)
@@ -62,10 +62,10 @@ def check_device(device: str) -> None:
 
 
 def open_tokenizer(name: str, path: str | Path) -> HuggingFaceTokenizer:
-    """The tokenizer in the folder `path`, which an error calls `name`, as training opens it.
+    """Open the tokenizer in the folder `path` as training does. Errors call the folder `name`.
 
     Raises:
-        ValueError: there is none, or its files cannot be read.
+        ValueError: the tokenizer is missing or cannot be read.
     """
     file, settings = Path(path) / "tokenizer.json", Path(path) / "tokenizer_config.json"
     if not file.is_file():
@@ -80,8 +80,8 @@ def open_tokenizer(name: str, path: str | Path) -> HuggingFaceTokenizer:
         tokenizer = HuggingFaceTokenizer(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
-    # The tokenizers package has no type of its own, and tells some faults as a panic, which is no
-    # Exception.
+    # The tokenizers package has no error type of its own. Some of its errors are Rust panics, which
+    # do not derive from Exception.
     except BaseException as error:
         raise ValueError(
             f"{name} must hold a readable tokenizer, got {str(path)!r} ({reason_of(error)}); "

@@ -1,4 +1,4 @@
-"""What a run prints while it trains: a line for each logged step, on a terminal a progress bar too.
+"""Console output of a run: one line per logged step, and a progress bar on a terminal.
 
 step 6/12 | stage 1, switch in 2 steps | loss 3.7636 | lr 3.00e-03 | grad norm 2.13 |
 2,241 tokens/s (1,120 a rank) | elapsed 0:00:04, left 0:00:02
@@ -23,20 +23,20 @@ _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps"
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps of one kind, up to and including `last_step`."""
+    """A range of steps of one kind, up to and including `last_step`."""
 
     name: str
     last_step: int
 
     cost: float
-    """Of a step, relative to those of other phases: FLOPs of a token."""
+    """FLOPs per token, for the relative cost of a step."""
 
 
 class StepClock:
     """Elapsed and expected time of a run, in seconds.
 
-    The time of a step is measured between the logged steps of a phase, checkpoints and validation
-    included. For a phase that has not begun it is multiplied by the ratio of the costs.
+    The time per step is measured between the logged steps of a phase. It includes checkpoints and
+    validation. For a phase that has not begun, it is scaled by the ratio of the costs.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,13 +47,13 @@ class StepClock:
         self._seconds_per_cost: float | None = None
 
     def phase_of(self, step: int) -> Phase:
-        """The phase that trains `step`; the last one after its end."""
+        """The phase that trains `step`. The last phase for later steps."""
         return next((p for p in self.phases if step <= p.last_step), self.phases[-1])
 
     def times(self, step: int) -> tuple[float, float | None]:
-        """Seconds since the start of this process, and those that the steps after `step` will take.
+        """Seconds since the start of this process, and expected seconds of the remaining steps.
 
-        The second is None until two steps were logged.
+        The second value is None until two steps are logged.
         """
         now, phase = self._clock(), self.phase_of(step)
         if self._first is None or self._first[0] != phase:
@@ -71,7 +71,7 @@ class StepClock:
 
 
 class Console:
-    """Prints the lines of a run, and draws the bar where both outputs are a terminal."""
+    """Formats the log lines of a run, and draws the bar if stdout and stderr are terminals."""
 
     def __init__(self, num_ranks: int) -> None:
         self.clock = StepClock()
@@ -81,7 +81,7 @@ class Console:
         self._redirection = contextlib.ExitStack()
 
     def step_line(self, step: int, metrics: dict[str, float]) -> str:
-        """The line of a logged step; `metrics` has torchtitan's names."""
+        """The line of a logged step. The keys of `metrics` are torchtitan's names."""
         phases, phase = self.clock.phases, self.clock.phase_of(step)
         elapsed, left = self.clock.times(step)
         parts = [f"step {step}/{phases[-1].last_step}", phase.name]
@@ -109,10 +109,10 @@ class Console:
         if not self._is_terminal:
             return
         if self._bar is None:
-            # Lines of the log go above the bar.
+            # Print log lines above the bar.
             self._redirection.enter_context(logging_redirect_tqdm())
             total = self.clock.phases[-1].last_step
-            # Without the bar's own estimate, which knows of one kind of step.
+            # tqdm's own time estimate is left out, since it assumes that all steps are alike.
             self._bar = tqdm(
                 total=total, initial=step - 1, unit="step", dynamic_ncols=True, bar_format=_BAR
             )
@@ -126,27 +126,27 @@ class Console:
 
 
 def is_terminal() -> bool:
-    """Whether a person reads the output: colours and bars are for a terminal alone."""
+    """Whether stdout and stderr are terminals. Colours and bars are only for terminals."""
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def quiet_start() -> None:
-    """Silence the warnings at the start of a run that would mislead its user."""
+    """Silence misleading warnings at the start of a run."""
 
-    # torchrun sets this variable to 1 and torchtitan changes it, whatever the user does.
+    # torchrun sets this variable to 1, and torchtitan always changes it.
     def is_kept(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("ENV[TORCH_NCCL_ASYNC_ERROR_HANDLING] = 1 will")
 
     logger.addFilter(is_kept)
-    # A call inside torchdata.
+    # torchdata makes this call.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-    # The groups of a single rank talk to nobody and have no timeout.
+    # A process group of one rank does not communicate and has no timeout.
     warnings.filterwarnings("ignore", message="Set timeout is now only supported for either nccl")
 
 
 @contextlib.contextmanager
 def without_info() -> Iterator[None]:
-    """Drop torchtitan's own lines inside; warnings and errors stay."""
+    """Drop torchtitan's log lines inside the context, except warnings and errors."""
 
     def is_kept(record: logging.LogRecord) -> bool:
         return record.levelno > logging.INFO
@@ -159,5 +159,5 @@ def without_info() -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, with days where there are any."""
+    """A duration as hours, minutes and seconds, and days if any."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,15 +1,15 @@
-"""The CPU as a device for torchtitan, which knows accelerators only.
+"""Make torchtitan train on the CPU. torchtitan supports accelerators only.
 
-torchtitan 0.2.2 takes "cuda" where it finds no accelerator, and has no setting for another device.
-`use_cpu_device` therefore replaces three names of `torchtitan.tools.utils` at run time, there and
-in the torchtitan modules that have imported them:
+torchtitan 0.2.2 uses "cuda" if it finds no accelerator, and has no setting for another device.
+`use_cpu_device` therefore replaces three names of `torchtitan.tools.utils` at run time. It replaces
+them in that module and in all torchtitan modules that have imported them:
 
     device_type      "cpu"
     device_module    `CpuDevice`, the few functions that torchtitan calls
     get_peak_flops   `measure_peak_flops`; torchtitan looks up the rates of GPUs
 
-The trainer calls it before torchtitan's own is built, on a machine without an accelerator. Nothing
-is replaced on a GPU, and nothing by an import.
+On a machine without an accelerator, our trainer calls it before it builds torchtitan's trainer. On
+a GPU nothing is replaced. Importing this module replaces nothing.
 """
 
 import os
@@ -28,18 +28,18 @@ from torchtitan.tools import utils
 
 
 def device_type() -> str:
-    """The type of device that a run uses on this machine; "cpu" without an accelerator."""
+    """The device type that a run uses on this machine. "cpu" without an accelerator."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    # torchtitan trains on no MPS device.
+    # torchtitan does not support MPS devices.
     is_missing = accelerator is None or accelerator.type == "mps"
     return "cpu" if is_missing else utils.device_type
 
 
 def use_cpu_device() -> None:
-    """Make the CPU torchtitan's device, also in modules of it that are imported already."""
-    # Autocast to fp32 on the CPU is none, and warns that it is.
+    """Make the CPU torchtitan's device, also in torchtitan modules that are already imported."""
+    # Autocast to fp32 on the CPU does nothing and warns about it.
     warnings.filterwarnings("ignore", message="In CPU autocast, but the target dtype")
-    # `draw_initial_weights` does what the operators cannot.
+    # `draw_initial_weights` replaces the random operators that this warning is about.
     warnings.filterwarnings("ignore", message="DTensor random operators may not have complete")
     replacements = {
         "device_type": (utils.device_type, "cpu"),
@@ -54,7 +54,7 @@ def use_cpu_device() -> None:
 
 
 def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
-    """Let FSDP reduce with plain sums: gloo has no scaled sum (`ReduceOp.PREMUL_SUM`)."""
+    """Make FSDP reduce with plain sums. gloo has no scaled sum (`ReduceOp.PREMUL_SUM`)."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
@@ -62,10 +62,10 @@ def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def draw_initial_weights(model: Transformer) -> None:
-    """Give the parameters of a sharded model the values that one process draws.
+    """Initialize the parameters of a sharded model with the values that one process would draw.
 
-    On a CPU, each rank would draw its own shard of a DTensor from the same seed: the shards would
-    be copies of each other.
+    On a CPU, each rank would draw its shard of a DTensor from the same seed. All shards would have
+    equal values.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return
@@ -79,7 +79,7 @@ def draw_initial_weights(model: Transformer) -> None:
 
 
 def measure_peak_flops() -> float:
-    """FLOP/s of an fp32 matrix product with the threads of this process, the best of five."""
+    """FLOP/s of an fp32 matrix product with the threads of this process. Best of five runs."""
     size = 1024
     a = torch.rand(size, size)
     seconds = []
@@ -91,7 +91,7 @@ def measure_peak_flops() -> float:
 
 
 class CpuDevice:
-    """What torchtitan calls of a device module. Memory is that of the process."""
+    """The functions of a device module that torchtitan calls. Memory is that of the process."""
 
     @staticmethod
     def set_device(device) -> None: ...
@@ -120,7 +120,7 @@ class CpuDevice:
 
     @staticmethod
     def memory_stats(device=None) -> dict[str, int]:
-        """The largest resident size so far, in bytes; there is nothing to reset."""
+        """The peak resident size of the process, in bytes. It cannot be reset."""
         # ru_maxrss is in KiB on Linux, in bytes on macOS.
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

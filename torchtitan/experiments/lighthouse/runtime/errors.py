@@ -1,13 +1,13 @@
-"""A run that cannot go on, for a reason that its user is to know."""
+"""The error that ends a run with a message for the user."""
 
 
 class TrainingAborted(Exception):
-    """Ends the run with its message, one line, on stderr, and exit code 1.
+    """Ends the run with exit code 1 and its message in one line on stderr.
 
     Args:
         message: what is wrong and what to do.
-        of_all_ranks: whether every rank raises it, in the same step, and the first tells it.
-            Otherwise each that raises it tells it, and the launcher ends the others.
+        of_all_ranks: whether every rank raises it in the same step. If so, only rank 0 prints it.
+            Otherwise each rank that raises it prints it, and the launcher ends the others.
     """
 
     def __init__(self, message: str, of_all_ranks: bool = True):

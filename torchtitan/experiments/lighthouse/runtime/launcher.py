@@ -1,7 +1,7 @@
-"""What a process is told by its launcher, and its end with the launcher's.
+"""Read the environment variables of the launcher, and end this process when the launcher ends.
 
-`lighthouse train` and torchrun set RANK, LOCAL_RANK and WORLD_SIZE and start the ranks as their
-children. A launcher that is killed with SIGKILL cannot end them: each rank sees to that itself.
+`lighthouse train` and torchrun set RANK, LOCAL_RANK and WORLD_SIZE, and start the ranks as child
+processes. A launcher killed with SIGKILL cannot end its ranks, so each rank watches the launcher.
 """
 
 import ctypes
@@ -12,10 +12,10 @@ import threading
 import time
 
 LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
-"""An environment variable that torchrun sets."""
+"""Environment variable that torchrun sets."""
 
 _STARTED_AS_CHILD = "LOCAL_WORLD_SIZE"
-"""An environment variable of the launchers whose children the ranks are."""
+"""Environment variable of launchers that start the ranks as child processes."""
 
 POLL_SECONDS = 1.0
 
@@ -23,10 +23,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def check_environment() -> None:
-    """Check what a launcher sets, and set what it has not: one process.
+    """Check the launcher's environment variables. Missing ones get the values of a single process.
 
     Raises:
-        ValueError: a variable is no number, or the rank is none of the group.
+        ValueError: a variable is not a number or is out of range.
     """
     defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}
     for name, value in defaults.items():
@@ -39,12 +39,12 @@ def check_environment() -> None:
 
 
 def count_of(name: str) -> int:
-    """The number of processes that the environment variable `name` says, 1 without it."""
+    """The number of processes in the environment variable `name`. 1 if it is not set."""
     return check_number(name, 1, 2**31, "the number of processes", "1")
 
 
 def check_number(name: str, least: int, largest: int, rule: str, default: str = "") -> int:
-    """The number in an environment variable. Raises ValueError for what is none in the range."""
+    """The integer in an environment variable. Raises ValueError unless it is in the range."""
     value = os.environ.get(name, default)
     is_number = value.isascii() and value.isdecimal() and len(value) < 20
     if not is_number or not least <= int(value) <= largest:
@@ -55,10 +55,10 @@ def check_number(name: str, least: int, largest: int, rule: str, default: str = 
 
 
 def end_with_launcher() -> None:
-    """End this process, at once, when the launcher that started it ends; without one do nothing.
+    """End this process immediately when its launcher ends. Without a launcher, do nothing.
 
-    The kernel sends SIGKILL where it can (Linux). A thread watches the parent as well: the kernel
-    is silent if the parent has ended before it was asked, and other systems have no such call.
+    On Linux the kernel sends SIGKILL. A thread also watches the parent process. It is needed on
+    other systems, and if the parent ends before the kernel is asked.
     """
     if _STARTED_AS_CHILD not in os.environ:
         return

@@ -1,10 +1,11 @@
-"""Steps whose loss or gradient is not finite: they never reach the parameters.
+"""Skip training steps whose loss or gradient is not finite.
 
-Before the optimizer steps, every rank looks at its losses and at its part of the gradient, and all
-get one answer. A step that is not finite is left out, which is logged and counted, as long as
-`training.max_skipped_steps` allows it: the learning rate and the data go on, parameters and moments
-stay. One more stops the run, before anything is saved, with the step, the ranks and the last good
-checkpoint.
+Before each optimizer step, every rank checks its losses and its part of the gradient. The result is
+the same on all ranks. A step that is not finite is skipped, logged and counted: parameters and
+moments stay the same, and the learning rate and the data advance.
+
+After `training.max_skipped_steps` skipped steps, the next one stops the run before anything is
+saved. The error names the step, the ranks and the last good checkpoint.
 """
 
 import math
@@ -19,10 +20,10 @@ SKIPPED = "lighthouse/skipped_steps"
 
 
 class FiniteSteps:
-    """Takes the place of a trainer's optimizers, which it holds: `step` leaves bad steps out.
+    """Wraps the optimizers of a trainer. `step` skips steps that are not finite.
 
-    The trainer hands every loss to `record_loss`. Checkpoints and schedules go on with the
-    optimizers themselves.
+    The trainer passes every loss to `record_loss`. Checkpoints and schedules use the wrapped
+    optimizers directly.
     """
 
     def __init__(self, trainer):
@@ -40,14 +41,14 @@ class FiniteSteps:
         self._container.zero_grad()
 
     def record_loss(self, loss: torch.Tensor) -> None:
-        """Take note of the loss of a micro-batch, a scalar."""
+        """Record the loss of a micro-batch, a scalar."""
         self._losses.append(loss.detach())
 
     def step(self) -> None:
-        """Step, unless a loss or the gradient is not finite on some rank.
+        """Do an optimizer step, unless a loss or the gradient is not finite on some rank.
 
         Raises:
-            TrainingAborted: it is not, and `training.max_skipped_steps` allows no more.
+            TrainingAborted: the step is not finite, and `training.max_skipped_steps` were skipped.
         """
         loss = torch.stack([_local(loss).float() for loss in self._losses]).sum()
         self._losses.clear()
@@ -59,7 +60,7 @@ class FiniteSteps:
         self._leave_out(found)
 
     def _is_finite_everywhere(self, found: torch.Tensor) -> bool:
-        # torchtitan has clipped the gradient: by an infinite norm, to nothing on all ranks.
+        # torchtitan has already clipped the gradient. An infinite norm makes it 0 on all ranks.
         worst = torch.stack([(~found.isfinite()).any().float(), found[1].nan_to_num(posinf=0.0)])
         if dist.get_world_size() > 1:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -87,7 +88,7 @@ class FiniteSteps:
 
 
 def gradient_norm(model_parts: list[torch.nn.Module]) -> torch.Tensor:
-    """Norm of this rank's part of the gradient, fp32, a scalar; not finite if an element is not."""
+    """Norm of this rank's part of the gradient, an fp32 scalar. Not finite if an element is not."""
     parameters = [p for part in model_parts for p in part.parameters() if p.grad is not None]
     norms = torch._foreach_norm([_local(p.grad) for p in parameters])
     return torch.stack([norm.float() for norm in norms]).norm()
@@ -98,7 +99,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _said(found: list[tuple[float, float]]) -> str:
-    """What the ranks found, their losses and norms, where that is not finite."""
+    """Describe the losses or gradient norms that are not finite, given those of all ranks."""
     for name, values in zip(("loss", "gradient"), zip(*found, strict=True), strict=True):
         ranks = [rank for rank, value in enumerate(values) if not math.isfinite(value)]
         if ranks:

@@ -1,6 +1,6 @@
-"""One style for all figures: font sizes, and the same color for the same kind of run everywhere.
+"""Shared style of all figures: font sizes and one color per kind of run.
 
-Text stays legible when a figure is shown at half its size. No axis is cut: every point is inside.
+Text is legible at half the figure's size. The axes show every point.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 DENSE_COLOR = "#4d4d4d"
 LIGHTHOUSE_COLOR = "#d95f02"
-"""Lighthouse Attention, and a run in two stages."""
+"""Color of Lighthouse Attention and of two-stage runs."""
 
 OTHER_COLORS = ("#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#1f78b4", "#a6761d")
 SWITCH_LINE = {"linestyle": "--", "linewidth": 1.5}
@@ -32,7 +32,7 @@ STYLE = {
 def subplots(
     rows: int = 1, columns: int = 1, figsize: tuple[float, float] = (9, 6), **kwargs
 ) -> tuple[Figure, Axes]:
-    """A figure and its axes, in the style of the project; `kwargs` are those of matplotlib."""
+    """A figure and its axes in the style of the project. `kwargs` go to matplotlib's `subplots`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=figsize, layout="constrained")
         return figure, figure.subplots(rows, columns, **kwargs)
@@ -45,7 +45,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def log_loss_axis(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers, so that start and end of a run are readable."""
+    """Set a logarithmic y axis with plain numbers, so the start and end of a run are readable."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(MaxNLocator(7))
     axes.yaxis.set_major_formatter(ScalarFormatter())

@@ -1,9 +1,8 @@
-"""JSON, TOML and regular files from outside: every fault of one is a `ValueError` of one line.
+"""Read untrusted JSON, TOML and regular files. Every error is a `ValueError` of one line.
 
-Whatever a file holds, `read_json` and `read_toml` return a value of the type that was asked for or
-raise a `ValueError` with the path and the reason: no file, a folder, a pipe, bytes that are not
-UTF-8, wrong syntax, brackets nested thousands deep, a number of thousands of digits, too many
-bytes, another type.
+`read_json` and `read_toml` return a value of the requested type, or raise a `ValueError` with the
+path and the reason. Reasons are a missing file, a folder, a pipe, bytes that are not UTF-8, wrong
+syntax, deep nesting, numbers with thousands of digits, too many bytes, and a wrong type.
 """
 
 import json
@@ -18,19 +17,19 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import tomli
 
 MAX_BYTES = 2**28
-"""Of a file that is read as a whole. Larger than any tokenizer, manifest or index in use."""
+"""Size limit of a file that is read at once. Tokenizers, manifests and indices are smaller."""
 
 PARSE_ERRORS = (ValueError, RecursionError, OverflowError, MemoryError)
-"""What parsers raise for a text that they cannot take."""
+"""Errors that parsers raise for invalid text."""
 
 Record = TypeVar("Record")
 
 
 def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """The content of a regular file.
+    """Read a regular file.
 
     Raises:
-        ValueError: it cannot be read, is no regular file, or has more than `max_bytes`.
+        ValueError: it cannot be read, is not a regular file, or has more than `max_bytes`.
     """
     try:
         check_regular(path)
@@ -44,9 +43,13 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(path: str | Path) -> os.stat_result:
-    """The status of a file. Raises ValueError for a pipe or a device, OSError where there is none.
+    """The status of a regular file.
 
-    To open a pipe waits for a writer, which may never come.
+    Opening a pipe would block until a writer opens it.
+
+    Raises:
+        ValueError: it is not a regular file.
+        OSError: it does not exist or cannot be accessed.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -56,17 +59,17 @@ def check_regular(path: str | Path) -> os.stat_result:
 
 
 def read_json(path: str | Path, annotation: Any = dict, max_bytes: int = MAX_BYTES) -> Any:
-    """The JSON value in a file, which is checked to be of the type `annotation`; see `is_a`."""
+    """Read a JSON file and check that its value has the type `annotation`. See `is_a`."""
     return _parsed(path, read_bytes(path, max_bytes), parse_json, annotation, "JSON")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The values of a TOML file."""
+    """Read a TOML file."""
     return _parsed(path, read_bytes(path), tomli.loads, dict, "TOML")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, all of whose errors are `ValueError`s of one line."""
+    """Like `json.loads`, but every error is a `ValueError` of one line."""
     try:
         return json.loads(text)
     except PARSE_ERRORS as error:
@@ -87,7 +90,7 @@ def _parsed(
 
 
 def read_record(values: Any, record: type[Record]) -> Record:
-    """A dataclass from the values of its fields.
+    """Make an instance of a dataclass from a dictionary of its fields.
 
     Raises:
         ValueError: a field is missing, unknown, or of another type.
@@ -103,7 +106,7 @@ def read_record(values: Any, record: type[Record]) -> Record:
 
 
 def is_a(value: Any, annotation: Any) -> bool:
-    """Whether a value of JSON or TOML fits an annotation; true and false are no numbers."""
+    """Whether a JSON or TOML value has the annotated type. Booleans do not count as numbers."""
     origin, options = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return True
@@ -127,7 +130,7 @@ def is_a(value: Any, annotation: Any) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in one line."""
+    """Describe an error in one line."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, MemoryError):

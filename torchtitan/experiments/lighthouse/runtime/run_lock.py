@@ -1,12 +1,12 @@
-"""One process writes to a folder at a time.
+"""A lock that lets one process at a time write to a folder.
 
     with FolderLock("job.dump_folder", folder):
         ...
 
-The lock is `flock(2)` on the file `.lock` in the folder. The kernel gives it up when the process
-that holds it ends, however it ends. On Linux it holds across machines on NFS, Lustre and GPFS where
-their locks are enabled; on a file system without locks a warning says that nothing is locked. The
-file tells who holds it: host, process id, start.
+The lock is `flock(2)` on the file `.lock` in the folder. The kernel releases it when the process
+ends for any reason. On Linux it works across machines on NFS, Lustre and GPFS if locks are enabled
+there. A file system without locks causes a warning, and nothing is locked. The file holds the host,
+process id and start time of the holder.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from torchtitan.tools.logging import logger
 FILE_NAME = ".lock"
 
 GRACE_SECONDS = 6
-"""How long to wait for a holder that is about to end."""
+"""Seconds to wait for a holder that is about to end."""
 
 
 class FolderLock:
-    """Holds the folder from `__enter__` to `__exit__`; the folder is made where it is missing.
+    """A context manager that locks a folder. A missing folder is created.
 
     Args:
-        field: what names the folder in an error.
-        folder: to be locked.
-        grace_seconds: how long to wait for another holder.
+        field: name of the folder in error messages.
+        folder: the folder to lock.
+        grace_seconds: seconds to wait for another holder.
 
     Raises:
-        ValueError: on entry, in one line, where another process holds the folder.
+        ValueError: on entry, if another process holds the lock.
     """
 
     def __init__(self, field: str, folder: str | Path, grace_seconds: float = GRACE_SECONDS):
@@ -62,17 +62,17 @@ class FolderLock:
 
     def __exit__(self, *exception) -> None:
         try:
-            # Who waits for the lock of a removed file looks for a new one.
+            # A process that waits for the lock of a removed file opens a new file.
             if self._lock.is_locked and not self.is_gone():
                 self._path.unlink()
         except OSError:
-            # It stays, and no one holds it.
+            # The file remains, but the lock is released.
             pass
         finally:
             self._lock.release()
 
     def is_gone(self) -> bool:
-        """Whether the folder is no longer the one that was locked: removed, or unmounted."""
+        """Whether the locked folder was removed, replaced or unmounted."""
         if not self._lock.is_locked:
             return False
         try:
@@ -80,13 +80,13 @@ class FolderLock:
         except FileNotFoundError:
             return True
         except OSError:
-            # A file system that does not answer now may answer later.
+            # A file system that does not respond now may respond later.
             return False
 
     def _write_holder(self) -> None:
         start = time.strftime("%Y-%m-%d %H:%M:%S")
         text = f'{{"host": "{socket.gethostname()}", "pid": {os.getpid()}, "start": "{start}"}}\n'
-        # What the lock is on is not replaced.
+        # Write in place, because replacing the file would drop the lock.
         with contextlib.suppress(OSError):
             self._path.write_text(text)
         self._status = os.stat(self._path)

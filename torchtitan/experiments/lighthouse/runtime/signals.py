@@ -1,16 +1,20 @@
-"""Stopping on a signal: between two steps, with a checkpoint, and with an exit code of its own.
+"""Stop a run on a signal after the current step, with a checkpoint.
 
-SIGTERM is what a scheduler or torchrun sends before it kills; SIGUSR1 is the one a job can ask its
-scheduler for ahead of time; SIGINT is Ctrl-C, and SIGHUP the end of a terminal. Each asks the run
-to end after the step it is in. It saves, and the process exits with `EXIT_CODE`: start the same
-command again and it goes on from there.
+    SIGTERM    sent by a scheduler or torchrun before it kills the process
+    SIGUSR1    sent early by a scheduler if the job asks for it
+    SIGINT     Ctrl-C
+    SIGHUP     the terminal was closed
+
+Each signal asks the run to stop after the current step. The run saves a checkpoint and exits with
+`EXIT_CODE`. The same command resumes from that checkpoint.
 
 A second SIGINT or SIGHUP ends the process at once, without a checkpoint. Under torchrun it does
-not: there the terminal and torchrun each send the first one. SIGTERM and SIGUSR1 may come many
-times. A signal that was ignored at the start, as SIGHUP under nohup, stays ignored.
+not, because the terminal and torchrun each send the first one. SIGTERM and SIGUSR1 may be repeated.
+SIGINT or SIGHUP stays ignored if it was ignored at the start, such as SIGHUP under nohup.
 
-A scheduler signals every process of a job, so the trainer's helpers too. SIGUSR1 is blocked, which
-they inherit, and live on. SIGTERM ends them, as those who start them rely on.
+A scheduler signals every process of a job, including helper processes of the trainer. SIGUSR1 is
+blocked. Helpers inherit this and keep running. SIGTERM ends them, as the code that starts them
+expects.
 """
 
 import os
@@ -21,16 +25,16 @@ import torch.distributed as dist
 from torchtitan.experiments.lighthouse.runtime.launcher import LAUNCHED_BY_TORCHRUN
 
 EXIT_CODE = 75
-"""Of a run that was saved and can go on: EX_TEMPFAIL of sysexits.h, "try again"."""
+"""Exit code of a run that was saved and can be resumed: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 ENDS_AT_ONCE = (signal.SIGINT, signal.SIGHUP)
-"""Signals whose second one ends the process."""
+"""Signals that end the process when they arrive a second time."""
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """Those of `SIGNALS` that the process does not ignore for ever."""
+    """The signals in `SIGNALS`, without SIGINT and SIGHUP if the process ignores them."""
     return [
         number
         for number in SIGNALS
@@ -39,7 +43,7 @@ def heeded_signals() -> list[signal.Signals]:
 
 
 class Interruption:
-    """Listens for the signals from its making on, in place of their default actions."""
+    """Handles the signals in place of their default actions, from its construction on."""
 
     def __init__(self):
         self._is_here = False
@@ -48,20 +52,20 @@ class Interruption:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 
     def ask(self) -> None:
-        """Ask the run to end after the step it is in, as a signal does."""
+        """Ask the run to stop after the current step, as a signal does."""
         self._is_here = True
 
     def _arrive(self, number, frame) -> None:
         self._is_here = True
-        # A child that was forked has this handler, too.
+        # Forked child processes inherit this handler.
         is_main = os.getpid() == self._pid
         if number in ENDS_AT_ONCE and is_main and LAUNCHED_BY_TORCHRUN not in os.environ:
-            # Not by this handler, which waits for a call into C to return.
+            # The default action works at once. A Python handler runs only after a C call returns.
             signal.signal(number, signal.SIG_DFL)
 
     def is_on_any_rank(self, device: torch.device) -> bool:
-        """Whether a signal has come to any rank; every rank must ask, and all get one answer."""
-        # A blocked signal waits, unless a thread that does not block it has taken it.
+        """Whether any rank has received a signal. A collective: every rank must call it."""
+        # A blocked signal stays pending, unless a thread that does not block it has received it.
         is_here = self._is_here or signal.SIGUSR1 in signal.sigpending()
         if dist.get_world_size() == 1:
             return is_here
@@ -70,12 +74,12 @@ class Interruption:
         return bool(arrived)
 
     def ignore_more(self) -> None:
-        """Let no further signal take its exit code from a process that ends by one."""
+        """Ignore further signals, so that they cannot change the exit code of an ending process."""
         self._former = dict.fromkeys(self._former, signal.SIG_IGN)
 
     def close(self) -> None:
-        """Give the signals their former actions back."""
-        # One that waits arrives here, and not at the former action.
+        """Restore the former actions of the signals."""
+        # A pending signal is delivered to this handler, not to the former action.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         for number, action in self._former.items():
             signal.signal(number, action)
