@@ -418,11 +418,11 @@ COMMAND_LINES = [
     ),
     run(
         f"--checkpoint.enable {HF} --checkpoint.initial_load_path {{place}}/empty",
-        *("config.json must be the configuration of a model", "No such file", "name a folder"),
+        *("config.json' must be the configuration of a model", "No such file", "name a folder"),
     ),
     run(
         f"--checkpoint.enable {HF} --checkpoint.initial_load_path {{place}}/not_json",
-        *("config.json must be the configuration of a model", "Expecting", "name a folder"),
+        *("config.json' must be the configuration of a model", "Expecting", "name a folder"),
     ),
 ]
 """Of the trainer."""

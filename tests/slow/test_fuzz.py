@@ -265,6 +265,8 @@ def base(corpus, tmp_path_factory) -> JobConfig:
     folder = tmp_path_factory.mktemp("runs") / "run"
     options = {"model__flavor": "quickstart", "lr_scheduler__total_steps": 9}
     options |= {"training__steps": 2, "lighthouse__stage1_steps": 1, "checkpoint__enable": False}
+    # It has two layers.
+    options["lighthouse__full_attn_layers"] = [0]
     return load_config(command_line(folder, corpus, **options))
 
 

@@ -139,8 +139,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = read_json(path)
     except ValueError as error:
         raise ValueError(
-            f"{path} must be the configuration of a model ({error}); name a folder in the format "
-            "of Hugging Face"
+            f"{str(path)!r} must be the configuration of a model ({error}); name a folder "
+            "in the format of Hugging Face"
         ) from None
     for name, value in _FIXED.items():
         if config.get(name, value) != value:
