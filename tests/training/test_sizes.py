@@ -273,7 +273,7 @@ def test_sizes_that_cannot_be_are_told_in_one_line(sizes, words, files):
 
 def test_a_folder_without_a_configuration_is_told_in_one_line(files, tmp_path):
     config = load_config([*files("wrong"), "--model.hf_config", str(tmp_path)])
-    with pytest.raises(ValueError, match=r"^model\.hf_config: .*config\.json must be the conf.*; "):
+    with pytest.raises(ValueError, match=r"^model\.hf_config: .*config\.json' must be .*; "):
         check_config(config, world_size=1)
 
 
