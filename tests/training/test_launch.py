@@ -248,7 +248,7 @@ def test_two_processes_train_stop_and_go_on(corpus, tmp_path):
         process = subprocess.Popen(
             [*command, *options, *long], stdout=file, stderr=subprocess.STDOUT, env=environment
         )
-        while "step:  4" not in log.read_text():
+        while "step 4/" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
