@@ -38,6 +38,15 @@ STAGE1_STEPS = 3
 N_LAYERS = 4
 SEQ_LEN = 768
 
+RANKS = {
+    "1m_context": 32,
+    "1m_context_pieces": 32,
+    "cp_smoke_cpu": 2,
+    "cp_smoke_gpu": 2,
+    "llama3_8b_128k": 16,
+}
+"""Processes of the shipped configurations that need more than one."""
+
 
 def write_corpus(folder: Path) -> Path:
     """Write 12 documents to train on and 3 held-out ones, of some 300 bytes each."""

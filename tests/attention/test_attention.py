@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compiled import GroupedSdpa, assert_compiles_in_one_graph
 
 from lighthouse import LighthouseAttention, LighthouseConfig, lighthouse_attention, select
 from lighthouse.gather import gather, scatter_back
@@ -267,19 +268,6 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_in_one_graph(scorer, dynamic):
-    torch._dynamo.reset()
     case = (1, 4, 2, 512, 8, 2, 2, 128)
     module = LighthouseAttention(GroupedSdpa(), LighthouseConfig(*case[5:], scorer))
-    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    results = []
-    for run in (module, compiled):
-        q, k, v = inputs_of(case, torch.float32)
-        out = run(q, k, v)
-        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
-    for eager, graph in zip(*results, strict=True):
-        torch.testing.assert_close(graph, eager)
-
-
-class GroupedSdpa(torch.nn.Module):
-    def forward(self, q, k, v, *, enable_gqa):
-        return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
+    assert_compiles_in_one_graph(module, dynamic, lambda: inputs_of(case, torch.float32))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compiled import GroupedSdpa, assert_compiles_in_one_graph
 
 from lighthouse import (
     LighthouseAttention,
@@ -207,24 +208,14 @@ def test_strides(layout, interleaved):
 @pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_in_one_graph(scorer, dynamic):
-    torch._dynamo.reset()
     config = LighthouseConfig(3, 2, 128, scorer)
     module = LighthouseAttention(GroupedSdpa(), config, table(8, 4, True, torch.float32))
-    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for seq_len in (512, 1024):
-        results = []
-        for run in (module, compiled):
-            torch.manual_seed(0)
-            q, k, v = (torch.randn(1, h, seq_len, 8, requires_grad=True) for h in (4, 2, 2))
-            out = run(q, k, v)
-            results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
-        for eager, graph in zip(*results, strict=True):
-            torch.testing.assert_close(graph, eager)
 
+    def inputs(seq_len):
+        torch.manual_seed(0)
+        return [torch.randn(1, h, seq_len, 8, requires_grad=True) for h in (4, 2, 2)]
 
-class GroupedSdpa(torch.nn.Module):
-    def forward(self, q, k, v, *, enable_gqa):
-        return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
+    assert_compiles_in_one_graph(module, dynamic, lambda: inputs(512), lambda: inputs(1024))
 
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])

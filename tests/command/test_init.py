@@ -4,19 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import RANKS
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.preflight import check_config
 
 from lighthouse_cli import init
 
 CONFIGS = Path(__file__).parents[2] / "train_configs"
-RANKS = {
-    "1m_context": 32,
-    "1m_context_pieces": 32,
-    "cp_smoke_cpu": 2,
-    "cp_smoke_gpu": 2,
-    "llama3_8b_128k": 16,
-}
 
 
 @pytest.fixture

@@ -4,18 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import losses_of, trainer_of
+from runs import RANKS, losses_of, trainer_of
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.preflight import check_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
-RANKS = {
-    "1m_context": 32,
-    "1m_context_pieces": 32,
-    "cp_smoke_cpu": 2,
-    "cp_smoke_gpu": 2,
-    "llama3_8b_128k": 16,
-}
 IDS = [path.stem for path in CONFIGS]
 
 

@@ -76,15 +76,16 @@ def main(args: list[str] | None = None) -> None:
         folders["dense"],
         *("--lighthouse.stage1_steps", "0"),
         *("--validation.freq", str(config["validation"]["freq"] // 2)),
-        is_enough=lambda run: validated_seconds(run)[-1:] >= [seconds],
+        is_enough=lambda run: bool(run.held_out) and last_validated(run) >= seconds,
     )
     print("Measuring a layer at several lengths ...", flush=True)
     times = layer_times(config)
-    summary = summarize(two, read_run(folders["dense"]), times, config)
+    dense = read_run(folders["dense"])
+    summary = summarize(two, dense, times, config)
     (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     sample = sample_text(folders["two_stages"], config)
     (options.output / "report.md").write_text(report(summary, sample))
-    plot(two, read_run(folders["dense"]), summary, options.output / "loss.png")
+    plot(two, dense, summary, options.output / "loss.png")
     plot_layer_times(times, options.output / "layer.png")
     print(headline(summary))
     for name in ("report.md", "loss.png", "layer.png", "summary.json"):
@@ -179,17 +180,26 @@ def layer_times(config: dict) -> LayerTimes:
     return measure_layer_times(attention, model.n_heads, model.dim // model.n_heads, lengths)
 
 
-def validated_seconds(run: Run) -> list[float]:
-    """Seconds of training before each validation of a run on one device."""
-    seconds = np.cumsum(run.tokens_trained() / run.rates)
-    return [float(np.interp(step, run.steps, seconds)) for step, _ in run.held_out]
+def last_validated(run: Run) -> float:
+    """Seconds of training before the last validation of a run on one device."""
+    return float(run.at_validations(run.seconds())[-1])
+
+
+def held_out_after(run: Run, amounts: np.ndarray, amount: float) -> float:
+    """Held-out loss after an amount of training, between validations on the straight line.
+
+    Args:
+        amounts: seconds or tokens, one for each line of the metrics.
+        amount: the one of interest.
+    """
+    return float(np.interp(amount, run.at_validations(amounts), list(run.held_out.values())))
 
 
 def summarize(two: Run, dense: Run, times: LayerTimes, config: dict) -> dict:
     """The figures of the report."""
     switch = switch_of(two)
     recovery = switch.recovery_step
-    seconds = min(validated_seconds(two)[-1], validated_seconds(dense)[-1])
+    seconds = min(last_validated(two), last_validated(dense))
     tokens = min(two.tokens[-1], dense.tokens[-1])
     rates = {
         "stage 1, Lighthouse": two.rate(LIGHTHOUSE),
@@ -199,13 +209,6 @@ def summarize(two: Run, dense: Run, times: LayerTimes, config: dict) -> dict:
     }
     rates = {name: rate for name, rate in rates.items() if rate is not None}
 
-    def after_seconds(run: Run) -> float:
-        return float(np.interp(seconds, validated_seconds(run), list(run.held_out.values())))
-
-    def after_tokens(run: Run) -> float:
-        seen = [np.interp(step, run.steps, run.tokens) for step, _ in run.held_out]
-        return float(np.interp(tokens, seen, list(run.held_out.values())))
-
     machine = [platform.machine(), platform.system(), f"Python {platform.python_version()}"]
     machine += [f"torch {torch.__version__}", f"{len(os.sched_getaffinity(0))} cores"]
     return {
@@ -213,13 +216,13 @@ def summarize(two: Run, dense: Run, times: LayerTimes, config: dict) -> dict:
         "settings": config,
         "equal_time": {
             "seconds": seconds,
-            "two_stages": after_seconds(two),
-            "dense": after_seconds(dense),
+            "two_stages": held_out_after(two, two.seconds(), seconds),
+            "dense": held_out_after(dense, dense.seconds(), seconds),
         },
         "equal_tokens": {
             "tokens": int(tokens),
-            "two_stages": after_tokens(two),
-            "dense": after_tokens(dense),
+            "two_stages": held_out_after(two, two.tokens, tokens),
+            "dense": held_out_after(dense, dense.tokens, tokens),
         },
         "tokens_seen": {"two_stages": int(two.tokens[-1]), "dense": int(dense.tokens[-1])},
         "training_seconds": {
@@ -369,9 +372,8 @@ def plot(two: Run, dense: Run, summary: dict, path: Path) -> None:
     figure, axes = subplots(figsize=(10, 6))
     for name, run, color in (("dense", dense, DENSE_COLOR), ("two stages", two, LIGHTHOUSE_COLOR)):
         losses = list(run.held_out.values())
-        axes.plot(validated_seconds(run), losses, color=color, marker="o", label=name)
-    steps = [step for step, _ in two.held_out]
-    switch = validated_seconds(two)[steps.index(two.switch_step)]
+        axes.plot(run.at_validations(run.seconds()), losses, color=color, marker="o", label=name)
+    switch = np.interp(two.switch_step, two.steps, two.seconds())
     label = "switch: Lighthouse to dense"
     axes.axvline(switch, color=LIGHTHOUSE_COLOR, label=label, **SWITCH_LINE)
     equal = summary["equal_time"]

@@ -160,15 +160,19 @@ def plot(runs: dict[str, Run], dense: str | None, path: Path) -> None:
     colors = iter((LIGHTHOUSE_COLOR, *OTHER_COLORS) * len(runs))
     for name, run in runs.items():
         color = DENSE_COLOR if name == dense else next(colors)
-        minutes = np.cumsum(run.tokens_trained() / run.rates) / 60
-        validated = [step for step, _ in run.held_out]
+        minutes = run.seconds() / 60
+        has_held_out = bool(run.held_out)
         for axes, x in zip(panels, (run.steps, run.tokens, minutes), strict=True):
-            has_held_out = bool(validated)
             faint = {"alpha": 0.35, "linewidth": 1} if has_held_out else {"label": name}
             axes.plot(x, smooth(run.losses), color=color, **faint)
             if has_held_out:
-                at = np.interp(validated, run.steps, x)
-                axes.plot(at, list(run.held_out.values()), color=color, marker="o", label=name)
+                axes.plot(
+                    run.at_validations(x),
+                    list(run.held_out.values()),
+                    color=color,
+                    marker="o",
+                    label=name,
+                )
             if run.switch_step is not None:
                 axes.axvline(np.interp(run.switch_step, run.steps, x), color=color, **SWITCH_LINE)
     if any(run.switch_step is not None for run in runs.values()):

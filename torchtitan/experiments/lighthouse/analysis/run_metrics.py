@@ -59,9 +59,20 @@ class Run:
         before = 0 if self.steps[0] == 1 else self.tokens[0]
         return np.diff(self.tokens, prepend=before)
 
+    def seconds(self) -> np.ndarray:
+        """Seconds in training steps up to each line, of all devices together.
+
+        Validation and checkpoints do not count.
+        """
+        return np.cumsum(self.tokens_trained() / self.rates)
+
     def device_seconds(self) -> float:
-        """Seconds in training steps, of all devices together; no validation, no checkpoints."""
-        return float(sum(self.tokens_trained() / self.rates))
+        """Seconds in the training steps of the whole run, of all devices together."""
+        return float(self.seconds()[-1])
+
+    def at_validations(self, values: np.ndarray) -> np.ndarray:
+        """`values`, one for each line, interpolated at each validation of `held_out`."""
+        return np.interp([step for step, _ in self.held_out], self.steps, values)
 
     def mean_rate(self) -> float | None:
         """Tokens per second and device in the training steps of the whole run."""
@@ -158,11 +169,11 @@ def crossing_step(run: Run, dense: Run) -> int | None:
     """
     if not dense.held_out:
         return None
-    dense_tokens = [np.interp(step, dense.steps, dense.tokens) for step, _ in dense.held_out]
+    dense_tokens = dense.at_validations(dense.tokens)
     dense_losses = list(dense.held_out.values())
     crossing = None
-    for (step, stage), loss in run.held_out.items():
-        tokens = np.interp(step, run.steps, run.tokens)
+    validations = zip(run.held_out.items(), run.at_validations(run.tokens), strict=True)
+    for ((step, stage), loss), tokens in validations:
         if stage == 1 or not dense_tokens[0] <= tokens <= dense_tokens[-1]:
             continue
         if loss > np.interp(tokens, dense_tokens, dense_losses):

@@ -12,11 +12,10 @@ Documents come from the training split, in the order of the first epoch, up to `
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from torchtitan.experiments.lighthouse.data.byte_tokenizer import EOS_TOKEN
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import EOS_TOKEN, save_tokenizer
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset
 from torchtitan.experiments.lighthouse.data.documents import open_documents
 from torchtitan.experiments.lighthouse.runtime.command_line import (
@@ -70,16 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS_TOKEN,
-        "pad_token": PAD_TOKEN,
-        "clean_up_tokenization_spaces": False,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_tokenizer(folder, tokenizer, pad_token=PAD_TOKEN)
     return tokenizer.get_vocab_size()
 
 

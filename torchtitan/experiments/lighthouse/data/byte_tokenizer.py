@@ -9,6 +9,10 @@ A text that itself spells `<|endoftext|>` gets id 256 there, as with every Huggi
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BYTE_TOKENIZER_PATH = str(Path(__file__).parents[1] / "assets" / "byte_tokenizer")
 """Folder of the checked-in tokenizer, for `model.hf_assets_path`."""
@@ -46,9 +50,22 @@ def write_byte_tokenizer(folder: str | Path) -> None:
     tokenizer.add_special_tokens([AddedToken(EOS_TOKEN, special=True, normalized=False)])
     assert tokenizer.token_to_id(EOS_TOKEN) == EOS_ID
 
+    save_tokenizer(folder, tokenizer)
+
+
+def save_tokenizer(folder: str | Path, tokenizer: "Tokenizer", **tokens: str) -> None:
+    """Write the files of a tokenizer whose documents end with `EOS_TOKEN`.
+
+    Args:
+        tokens: further special tokens, by the names of transformers, such as `pad_token`.
+
+    Raises:
+        OSError: `folder` cannot be written.
+    """
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS_TOKEN,
+        **tokens,
         "clean_up_tokenization_spaces": False,
     }
     folder = Path(folder)
