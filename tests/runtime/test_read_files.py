@@ -29,11 +29,15 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("read", [read_json, read_toml])
+# An empty file and a table header are TOML.
+NOT_TOML = [name for name in BAD if name not in ("empty", "a list")]
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [*((read_json, name) for name in BAD), *((read_toml, name) for name in NOT_TOML)],
+)
 def test_bad_content_is_one_line(tmp_path, name, read):
-    if read is read_toml and name in ("empty", "a list"):
-        pytest.skip("that is TOML")
     (tmp_path / "file").write_bytes(BAD[name])
     with pytest.raises(ValueError, match=str(tmp_path / "file")) as error:
         read(tmp_path / "file")
