@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": (f"{_TRAINER}.inference.generate", "continue a prompt"),
     "eval-loss": (f"{_TRAINER}.inference.loss_by_position", "held-out loss by position"),
     "eval-passkey": (f"{_TRAINER}.inference.passkey", "pass key retrieval by length and depth"),
+    "eval-recall": (f"{_TRAINER}.inference.recall", "recall by distance to what was read"),
     "report": (f"{_TRAINER}.analysis.report", "compare the metrics of runs"),
     "sweep": (f"{_TRAINER}.analysis.sweep", "train a grid of Lighthouse's settings"),
     "bench": ("lighthouse_cli.bench", "time a layer of Lighthouse Attention"),

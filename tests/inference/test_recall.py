@@ -1,0 +1,242 @@
+"""`lighthouse eval-recall`: the documents are what they claim, and right answers are counted."""
+
+import json
+import re
+import string
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import random_model, save
+from tokenizers import Tokenizer, models
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID
+from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
+from torchtitan.experiments.lighthouse.flavors import FLAVORS
+from torchtitan.experiments.lighthouse.inference import recall
+
+from lighthouse import LighthouseConfig
+
+SEQ_LEN = 512
+
+
+def maker_of(task: str, items: int = 8, fillers: int = 1) -> recall.DocumentMaker:
+    return recall.DocumentMaker(HuggingFaceTokenizer(BYTE_TOKENIZER_PATH), task, items, fillers)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    model = random_model(FLAVORS["quickstart"], SEQ_LEN)
+    return save(model, tmp_path_factory.mktemp("run"), "quickstart")
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path, monkeypatch, capsys):
+    """Runs the command on the checkpoint and returns its JSON."""
+
+    def main(*args) -> dict:
+        options = [checkpoint, "--output", tmp_path, "--max-seq-len", SEQ_LEN, *args]
+        monkeypatch.setattr(sys, "argv", ["lighthouse eval-recall", *map(str, options)])
+        recall.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return main
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("task", recall.TASKS)
+def test_every_answer_has_one_source_at_its_distance(task, shuffled):
+    maker, moved = maker_of(task, fillers=3), set()
+    for i in range(30):
+        document = maker.make(400, 100, f"{i}", shuffled)
+        text = bytes(document.tokens).decode()
+        assert len(text) == 399
+        assert {*text} <= {*string.ascii_letters, *string.digits, *".,;"}
+        for answer in document.answers:
+            # What precedes the answer stands once before, and the same symbol follows it there.
+            (source,) = [m.start() for m in re.finditer(text[answer - 1], text[: answer - 1])]
+            assert text[source + 1] == text[answer]
+            distance = answer - source - 1
+            moved.add(distance)
+            assert abs(distance - 100) < maker.zone if shuffled else distance == 100
+    assert len(moved) > 10 if shuffled and task == "pairs" else moved == {100}
+
+
+def test_the_number_of_questions():
+    pairs = maker_of("pairs")
+    assert len(pairs.make(400, 100, "key").answers) == 8
+    counts = {len(pairs.make(400, 100, f"{i}", shuffled=True).answers) for i in range(100)}
+    assert counts == {*range(1, 9)}
+    assert len(maker_of("copy").make(400, 100, "key").answers) == 7
+
+
+@pytest.mark.parametrize("task", recall.TASKS)
+def test_documents_follow_from_their_arguments_alone(task):
+    maker = maker_of(task)
+    first = maker.make(400, 300, "0")
+    maker.make(400, 300, "another")
+    assert maker.make(400, 300, "0") == first
+    assert maker.make(400, 300, "1") != first
+    # Sources stand in all parts of the context.
+    starts = [min(maker.make(400, 64, f"{i}").answers) for i in range(50)]
+    assert min(starts) < 150 and max(starts) > 300
+
+
+@pytest.mark.parametrize("distance", [31, 368])
+def test_a_distance_that_does_not_fit(distance):
+    maker = maker_of("pairs")
+    assert maker.zone == 32 and maker.farthest(400) == 367
+    maker.make(400, 32, ""), maker.make(400, 367, "")
+    with pytest.raises(ValueError, match=rf"^--distances .* from 32 to 367, got {distance}; "):
+        maker.make(400, distance, "")
+
+
+@pytest.mark.parametrize(
+    "task, items, fillers, words",
+    [
+        ("pairs", 53, 1, "--items must be from 1 to 52"),
+        ("copy", 1, 1, "--items must be from 2 to 62"),
+        ("copy", 8, 9, "--fillers must be from 1 to 8"),
+    ],
+)
+def test_sizes_out_of_range(task, items, fillers, words):
+    with pytest.raises(ValueError, match=words):
+        maker_of(task, items, fillers)
+
+
+def test_a_tokenizer_without_the_symbols(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="^--tokenizer must have a token for each letter"):
+        recall.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)), "pairs", 8)
+
+
+def test_right_answers_are_counted(run, monkeypatch):
+    def sees_100_tokens(model, tokens):
+        hidden = torch.zeros(1, tokens.shape[1], 128)
+        text = bytes(tokens[0].tolist()).decode()
+        for i, symbol in enumerate(text):
+            source = text.find(symbol, max(0, i - 100), i)
+            if source >= 0:
+                hidden[0, i, tokens[0, source + 1] % 128] = 1
+        return hidden
+
+    def no_head(hidden):
+        return torch.nn.functional.pad(hidden, (0, 192))
+
+    monkeypatch.setattr(recall, "hidden_states", sees_100_tokens)
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, hidden: no_head(hidden))
+    # Otherwise it says 0, or a for the passage.
+    result = run("--task", "copy", "--distances", 100, 101, 400, "--items", 8, "--lengths", 512)
+    near, just_too_far, far = result["accuracy"]["512"].values()
+    assert near == 1 and just_too_far < 0.1 and far < 0.1
+    assert result["chance"] == 1 / 62 and result["attention"] == "dense"
+    result = run("--distances", 64, 400, "--documents", 40)
+    assert result["accuracy"]["512"]["64"] == 1
+    assert result["accuracy"]["512"]["400"] == pytest.approx(0.1, abs=0.04)
+    assert result["mean"] == pytest.approx((1 + result["accuracy"]["512"]["400"]) / 2)
+
+
+def test_the_model_answers(run, tmp_path):
+    result = run("--items", 4, "--documents", 2, "--seed", 5)
+    assert [*result["accuracy"]["512"]] == ["16", "32", "64", "128", "256"]
+    model, maker = random_model(FLAVORS["quickstart"], SEQ_LEN), maker_of("pairs", 4)
+    right = []
+    for i in range(2):
+        document = maker.make(512, 64, f"5 512 64 {i}")
+        logits = model(torch.tensor([document.tokens]))[0]
+        for answer in document.answers:
+            right.append(48 + int(logits[answer - 1, 48:58].argmax()) == document.tokens[answer])
+    assert result["accuracy"]["512"]["64"] == sum(right) / 8
+    assert json.loads((tmp_path / "recall.json").read_text()) == result
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_under_lighthouse_attention(run, monkeypatch):
+    found = []
+
+    def recorded(model, tokens, hidden_states=recall.hidden_states):
+        found.append((tokens, hidden_states(model, tokens)))
+        return found[-1][1]
+
+    monkeypatch.setattr(recall, "hidden_states", recorded)
+    fields = ["num_levels=2", "pooling_factor=2", "topk=128"]
+    result = run("--documents", 1, "--distances", 256, "--lighthouse", *fields)
+    assert result["attention"] == "Lighthouse"
+    ((tokens, hidden),) = found
+    assert tokens.shape == (1, SEQ_LEN)
+    model = random_model(FLAVORS["quickstart"], SEQ_LEN)
+    dense = recall.hidden_states(model, tokens)
+    use_lighthouse(model, LighthouseConfig(2, 2, 128), [], 2)
+    torch.testing.assert_close(hidden, recall.hidden_states(model, tokens))
+    assert (hidden - dense).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("task", recall.TASKS)
+def test_data_to_train_on(task, tmp_path, monkeypatch):
+    def make(path: Path) -> list[str]:
+        args = ["--make-data", 60, path, "--lengths", 256, "--min-distance", 128]
+        args += ["--seed", 3, "--items", 6, "--task", task]
+        monkeypatch.setattr(sys, "argv", ["lighthouse eval-recall", *map(str, args)])
+        recall.main()
+        return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+    texts = make(tmp_path / "recall.jsonl")
+    assert make(tmp_path / "again.jsonl") == texts
+    (tmp_path / "again.jsonl").unlink()
+    assert len({*texts}) == 60 and {*map(len, texts)} == {255}
+    distances = []
+    for text in texts:
+        symbols = [(i, c) for i, c in enumerate(text) if c != "."]
+        letters = [c for _, c in symbols if c.isalpha()] if task == "pairs" else [*text]
+        for i, symbol in symbols:
+            if symbol in letters and text.index(symbol) < i:
+                distances.append(i - text.index(symbol))
+    assert min(distances) >= 128 and max(distances) > 200
+
+    # Each document fills a window.
+    tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
+    path = str(tmp_path / "recall.jsonl")
+    dataset = PackedTextDataset("jsonl", path, tokenizer, seq_len=256, infinite=False)
+    windows = [inputs["input"].tolist() for inputs, _ in dataset]
+    assert len(windows) > 50
+    assert all(window[-1] == EOS_ID and EOS_ID not in window[:-1] for window in windows)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--distances", "20"], ("--distances", "from 64 to 447", "got 20")),
+        (["--lengths", "100"], ("--distances", "in 100 tokens")),
+        (["--documents", "0"], ("--documents must be at least 1", "got 0")),
+        (["--items", "0"], ("--items", "got 0")),
+        (["--lighthouse", "topk=129"], ("--lighthouse for", "topk")),
+    ],
+)
+def test_a_mistake_is_one_line(args, words, run, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(*args)
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["0", "FILE", "--lengths", "256"], ("--make-data must", "got '0'")),
+        (["5", "FILE"], ("--make-data must", "--lengths")),
+        (["5", "FILE", "--lengths", "256", "--min-distance", "200"], ("--min-distance must",)),
+        (["5", "FILE", "--lengths", "256", "--min-distance", "-1"], ("--min-distance", "got -1")),
+    ],
+)
+def test_data_that_cannot_be_made(args, words, tmp_path, monkeypatch, capsys):
+    args = [str(tmp_path / "x.jsonl") if arg == "FILE" else arg for arg in args]
+    monkeypatch.setattr(sys, "argv", ["lighthouse eval-recall", "--make-data", *args])
+    with pytest.raises(SystemExit):
+        recall.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+    assert not (tmp_path / "x.jsonl").exists()
