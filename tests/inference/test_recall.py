@@ -22,7 +22,7 @@ from lighthouse import LighthouseConfig
 SEQ_LEN = 512
 
 
-def maker_of(task: str, items: int = 8, fillers: int = 1) -> recall.DocumentMaker:
+def maker_of(task: str, items: int | None = 8, fillers: int = 1) -> recall.DocumentMaker:
     return recall.DocumentMaker(HuggingFaceTokenizer(BYTE_TOKENIZER_PATH), task, items, fillers)
 
 
@@ -45,59 +45,64 @@ def run(checkpoint, tmp_path, monkeypatch, capsys):
     return main
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("task", recall.TASKS)
-def test_every_answer_has_one_source_at_its_distance(task, shuffled):
-    maker, moved = maker_of(task, fillers=3), set()
-    for i in range(30):
-        document = maker.make(400, 100, f"{i}", shuffled)
+@pytest.mark.parametrize("farthest", [100, 350])
+@pytest.mark.parametrize("task, cue", [("pairs", 1), ("copy", recall.CUE)])
+def test_every_answer_has_one_source_at_its_distance(task, cue, farthest):
+    maker, distances = maker_of(task, fillers=3), []
+    for i in range(40):
+        document = maker.make(400, 100, farthest, f"{i}")
         text = bytes(document.tokens).decode()
         assert len(text) == 399
         assert {*text} <= {*string.ascii_letters, *string.digits, *".,;"}
         for answer in document.answers:
             # What precedes the answer stands once before, and the same symbol follows it there.
-            (source,) = [m.start() for m in re.finditer(text[answer - 1], text[: answer - 1])]
-            assert text[source + 1] == text[answer]
-            distance = answer - source - 1
-            moved.add(distance)
-            assert abs(distance - 100) < maker.zone if shuffled else distance == 100
-    assert len(moved) > 10 if shuffled and task == "pairs" else moved == {100}
+            asked = answer - cue
+            (source,) = [m.start() for m in re.finditer(text[asked:answer], text[:asked])]
+            assert text[source + cue] == text[answer]
+            distances.append(asked - source)
+    assert min(distances) >= 100 and max(distances) <= farthest
+    if farthest == 350:
+        # Uniform in the logarithm: half of them are below the geometric mean of the limits.
+        near = sum(distance < 187 for distance in distances) / len(distances)
+        assert 0.4 < near < 0.7
 
 
-def test_the_number_of_questions():
-    pairs = maker_of("pairs")
-    assert len(pairs.make(400, 100, "key").answers) == 8
-    counts = {len(pairs.make(400, 100, f"{i}", shuffled=True).answers) for i in range(100)}
-    assert counts == {*range(1, 9)}
-    assert len(maker_of("copy").make(400, 100, "key").answers) == 7
+def test_the_number_of_answers():
+    assert len(maker_of("pairs").make(400, 100, 100, "key").answers) == 8
+    assert len(maker_of("pairs", None).make(900, 300, 800, "key").answers) == 48
+    assert len(maker_of("copy", None).make(2048, 300, 1500, "key").answers) == 16 * 28
+    # As many as fit.
+    assert 2 <= len(maker_of("copy", 100).make(400, 100, 300, "key").answers) / 28 <= 6
 
 
-@pytest.mark.parametrize("task", recall.TASKS)
+@pytest.mark.parametrize("task", [*recall.ITEMS])
 def test_documents_follow_from_their_arguments_alone(task):
     maker = maker_of(task)
-    first = maker.make(400, 300, "0")
-    maker.make(400, 300, "another")
-    assert maker.make(400, 300, "0") == first
-    assert maker.make(400, 300, "1") != first
-    # Sources stand in all parts of the context.
-    starts = [min(maker.make(400, 64, f"{i}").answers) for i in range(50)]
-    assert min(starts) < 150 and max(starts) > 300
+    first = maker.make(400, 100, 300, "0")
+    maker.make(400, 100, 300, "another")
+    assert maker.make(400, 100, 300, "0") == first
+    assert maker.make(400, 100, 300, "1") != first
+    # Answers stand in all parts of the context.
+    starts = [maker.make(400, 64, 64, f"{i}").answers[0] for i in range(50)]
+    assert min(starts) < 120
+    assert max(maker.make(400, 64, 64, f"{i}").answers[-1] for i in range(50)) > 380
 
 
-@pytest.mark.parametrize("distance", [31, 368])
+@pytest.mark.parametrize("distance", [1, 398])
 def test_a_distance_that_does_not_fit(distance):
     maker = maker_of("pairs")
-    assert maker.zone == 32 and maker.farthest(400) == 367
-    maker.make(400, 32, ""), maker.make(400, 367, "")
-    with pytest.raises(ValueError, match=rf"^--distances .* from 32 to 367, got {distance}; "):
-        maker.make(400, distance, "")
+    for fits in (2, 397):
+        maker.check_distance("--distances", 400, fits)
+        assert maker.make(400, fits, fits, "").answers
+    with pytest.raises(ValueError, match=rf"^--distances .* from 2 to 397, got {distance}; "):
+        maker.check_distance("--distances", 400, distance)
 
 
 @pytest.mark.parametrize(
     "task, items, fillers, words",
     [
         ("pairs", 53, 1, "--items must be from 1 to 52"),
-        ("copy", 1, 1, "--items must be from 2 to 62"),
+        ("copy", 0, 1, "--items must be from 1 to 10000"),
         ("copy", 8, 9, "--fillers must be from 1 to 8"),
     ],
 )
@@ -109,7 +114,7 @@ def test_sizes_out_of_range(task, items, fillers, words):
 def test_a_tokenizer_without_the_symbols(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="^--tokenizer must have a token for each letter"):
+    with pytest.raises(ValueError, match=r"^--tokenizer must have a token for each letter"):
         recall.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)), "pairs", 8)
 
 
@@ -117,10 +122,11 @@ def test_right_answers_are_counted(run, monkeypatch):
     def sees_100_tokens(model, tokens):
         hidden = torch.zeros(1, tokens.shape[1], 128)
         text = bytes(tokens[0].tolist()).decode()
-        for i, symbol in enumerate(text):
-            source = text.find(symbol, max(0, i - 100), i)
+        for i in range(4, len(text)):
+            asked = i + 1 - cue
+            source = text.find(text[asked : i + 1], max(0, asked - 100), i)
             if source >= 0:
-                hidden[0, i, tokens[0, source + 1] % 128] = 1
+                hidden[0, i, tokens[0, source + cue]] = 1
         return hidden
 
     def no_head(hidden):
@@ -129,10 +135,12 @@ def test_right_answers_are_counted(run, monkeypatch):
     monkeypatch.setattr(recall, "hidden_states", sees_100_tokens)
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, hidden: no_head(hidden))
     # Otherwise it says 0, or a for the passage.
-    result = run("--task", "copy", "--distances", 100, 101, 400, "--items", 8, "--lengths", 512)
+    cue = 4
+    result = run("--task", "copy", "--distances", 100, 101, 400)
     near, just_too_far, far = result["accuracy"]["512"].values()
     assert near == 1 and just_too_far < 0.1 and far < 0.1
     assert result["chance"] == 1 / 62 and result["attention"] == "dense"
+    cue = 1
     result = run("--distances", 64, 400, "--documents", 40)
     assert result["accuracy"]["512"]["64"] == 1
     assert result["accuracy"]["512"]["400"] == pytest.approx(0.1, abs=0.04)
@@ -141,11 +149,11 @@ def test_right_answers_are_counted(run, monkeypatch):
 
 def test_the_model_answers(run, tmp_path):
     result = run("--items", 4, "--documents", 2, "--seed", 5)
-    assert [*result["accuracy"]["512"]] == ["16", "32", "64", "128", "256"]
+    assert [*result["accuracy"]["512"]] == ["4", "8", "16", "32", "64", "128", "256"]
     model, maker = random_model(FLAVORS["quickstart"], SEQ_LEN), maker_of("pairs", 4)
     right = []
     for i in range(2):
-        document = maker.make(512, 64, f"5 512 64 {i}")
+        document = maker.make(512, 64, 64, f"5 512 64 {i}")
         logits = model(torch.tensor([document.tokens]))[0]
         for answer in document.answers:
             right.append(48 + int(logits[answer - 1, 48:58].argmax()) == document.tokens[answer])
@@ -174,11 +182,11 @@ def test_under_lighthouse_attention(run, monkeypatch):
     assert (hidden - dense).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("task", recall.TASKS)
+@pytest.mark.parametrize("task", [*recall.ITEMS])
 def test_data_to_train_on(task, tmp_path, monkeypatch):
     def make(path: Path) -> list[str]:
         args = ["--make-data", 60, path, "--lengths", 256, "--min-distance", 128]
-        args += ["--seed", 3, "--items", 6, "--task", task]
+        args += ["--seed", 3, "--items", 2, "--task", task]
         monkeypatch.setattr(sys, "argv", ["lighthouse eval-recall", *map(str, args)])
         recall.main()
         return [json.loads(line)["text"] for line in path.read_text().splitlines()]
@@ -189,11 +197,10 @@ def test_data_to_train_on(task, tmp_path, monkeypatch):
     assert len({*texts}) == 60 and {*map(len, texts)} == {255}
     distances = []
     for text in texts:
-        symbols = [(i, c) for i, c in enumerate(text) if c != "."]
-        letters = [c for _, c in symbols if c.isalpha()] if task == "pairs" else [*text]
-        for i, symbol in symbols:
-            if symbol in letters and text.index(symbol) < i:
-                distances.append(i - text.index(symbol))
+        pattern = "[a-zA-Z]" if task == "pairs" else r"[^.]{32}"
+        for source in {*re.findall(pattern, text)}:
+            assert text.count(source) == 2
+            distances.append(text.rindex(source) - text.index(source))
     assert min(distances) >= 128 and max(distances) > 200
 
     # Each document fills a window.
@@ -208,8 +215,8 @@ def test_data_to_train_on(task, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--distances", "20"], ("--distances", "from 64 to 447", "got 20")),
-        (["--lengths", "100"], ("--distances", "in 100 tokens")),
+        (["--distances", "600"], ("--distances", "from 2 to 509", "got 600")),
+        (["--lengths", "2"], ("--distances", "for 2 tokens")),
         (["--documents", "0"], ("--documents must be at least 1", "got 0")),
         (["--items", "0"], ("--items", "got 0")),
         (["--lighthouse", "topk=129"], ("--lighthouse for", "topk")),
@@ -228,8 +235,10 @@ def test_a_mistake_is_one_line(args, words, run, capsys):
     [
         (["0", "FILE", "--lengths", "256"], ("--make-data must", "got '0'")),
         (["5", "FILE"], ("--make-data must", "--lengths")),
-        (["5", "FILE", "--lengths", "256", "--min-distance", "200"], ("--min-distance must",)),
-        (["5", "FILE", "--lengths", "256", "--min-distance", "-1"], ("--min-distance", "got -1")),
+        (
+            ["5", "FILE", "--lengths", "256", "--min-distance", "300"],
+            ("--min-distance for 256", "got 300"),
+        ),
     ],
 )
 def test_data_that_cannot_be_made(args, words, tmp_path, monkeypatch, capsys):

@@ -1,32 +1,31 @@
 """Recall by distance: does a model use what it read thousands of tokens earlier?
 
-    lighthouse eval-recall outputs/recall/checkpoint/step-2000
-    lighthouse eval-recall --make-data 20000 recall.jsonl --lengths 2048 --min-distance 1024
+    lighthouse eval-recall outputs/recall/checkpoint/step-1000
+    lighthouse eval-recall --make-data 9000 recall.jsonl --lengths 2048
 
 A document of n tokens fills a window of training.seq_len n:
 
-    [BOS] filler, sources, filler, questions, filler, [EOS]
+    [BOS] sources and questions between filler ... [EOS]
 
 Two tasks, named by --task:
 
-    pairs    Each source is a letter and a digit: "k7..Q2.a9". The questions repeat the letters in
-             another order, and the digit behind each is the answer. Chance is 0.1. This is
-             multi-query associative recall (Arora et al., 2024).
-    copy     The source is a passage of different letters and digits in random order. It stands
-             there a second time, and each of its symbols but the first is an answer.
+    pairs    A source is a letter and a digit: "k7". The question repeats the letter, and the digit
+             behind it is the answer. Each letter has one source and one question. Chance is 0.1.
+             This is multi-query associative recall (Arora et al., 2024).
+    copy     A source is a passage of 32 random letters and digits. It stands there a second time,
+             and each of its symbols behind the first four is an answer. Chance is 1/62.
 
-A letter stands once among the sources and once among the questions, so an answer can be found at
-one distance only. With --min-distance no shorter window holds both a question and its source, and
-training on short windows cannot teach the task.
+The distance of an answer is the number of tokens between it and its source. No answer has a second
+source.
 
-Evaluation asks at exact distances, --distances, in --documents documents of each length. The
-distance of an answer is the number of tokens between it and its source. The model must name the
-right symbol among the ten digits (pairs) or all letters and digits (copy). Attention is dense, or
-with --lighthouse that of stage 1, with the fields of the run and those given.
+Evaluation asks at exact distances, --distances, in --documents documents of each length. The model
+must name the right symbol among the ten digits (pairs) or all letters and digits (copy). Attention
+is dense, or with --lighthouse that of stage 1, with the fields of the run and those given.
 
 --make-data writes documents to train on, as JSON lines for training.dataset = "jsonl". Distances
-are drawn at random from --min-distance to the longest that fits. The tokenizer is that of bytes, or
---tokenizer.
+are drawn from --min-distance to the longest that fits, as many between 64 and 128 as between 128
+and 256. With --min-distance no shorter window holds both an answer and its source, so training on
+short windows cannot teach the task. The tokenizer is that of bytes, or --tokenizer.
 
 Writes recall.png and recall.json into --output; the last line printed is the same JSON.
 """
@@ -60,8 +59,19 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
 from torchtitan.experiments.lighthouse.runtime.plots import save, subplots
 from torchtitan.models.llama3 import Transformer
 
-TASKS = ("pairs", "copy")
+ITEMS = {"pairs": 48, "copy": 16}
+"""Tasks, and their default number of pairs or passages."""
+
+PASSAGE = 32
+"""Symbols of a passage."""
+
+CUE = 4
+"""Symbols of a passage that identify it. The others are asked for."""
+
 FILLERS = ".,;:-_+*"
+
+TRIES = 64
+"""Places that are tried for a source and its question."""
 
 
 def main() -> None:
@@ -70,9 +80,9 @@ def main() -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="checkpoint or exported folder")
     add("--make-data", nargs=2, metavar=("N", "FILE"), help="write N documents and stop")
-    add("--task", choices=TASKS, default="pairs")
+    add("--task", choices=list(ITEMS), default="pairs")
     add("--lengths", type=int, nargs="+", help="tokens of a document; default: training.seq_len")
-    add("--items", type=int, default=16, help="pairs, or symbols of the passage; default: 16")
+    add("--items", type=int, help="pairs (default: 48) or passages (default: 16)")
     add("--fillers", type=int, default=1, help="different symbols of the filler; default: 1")
     add("--min-distance", type=int, default=0, help="of a question to its source (data)")
     add("--distances", type=int, nargs="+", help="evaluated; default: powers of 2 that fit")
@@ -113,24 +123,31 @@ class DocumentMaker:
     """Makes documents of one task with the tokens of `tokenizer`.
 
     Args:
-        items: pairs at most, or symbols of the passage.
+        items: pairs or passages in a document; None: `ITEMS` of the task. Fewer where they do not
+            fit.
         fillers: number of different filler symbols.
 
     Raises:
         ValueError: an argument is out of range, or a symbol has no token of its own.
     """
 
-    def __init__(self, tokenizer: HuggingFaceTokenizer, task: str, items: int, fillers: int = 1):
+    def __init__(
+        self,
+        tokenizer: HuggingFaceTokenizer,
+        task: str,
+        items: int | None = None,
+        fillers: int = 1,
+    ):
         letters, digits = string.ascii_letters, string.digits
-        most = len(letters) if task == "pairs" else len(letters + digits)
-        for name, value, lowest, highest in (
-            ("--items", items, 1 if task == "pairs" else 2, most),
-            ("--fillers", fillers, 1, len(FILLERS)),
+        items = ITEMS[task] if items is None else items
+        for name, value, highest in (
+            ("--items", items, len(letters) if task == "pairs" else 10_000),
+            ("--fillers", fillers, len(FILLERS)),
         ):
-            if not lowest <= value <= highest:
+            if not 1 <= value <= highest:
                 raise ValueError(
-                    f"{name} must be from {lowest} to {highest} for the task {task}, got {value}; "
-                    "choose another"
+                    f"{name} must be from 1 to {highest} for the task {task}, got {value}; choose "
+                    "another"
                 )
         self.tokenizer, self.task, self.items = tokenizer, task, items
         self._letters, self._digits = self._single(letters), self._single(digits)
@@ -138,9 +155,8 @@ class DocumentMaker:
         self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         self.choices = self._digits if task == "pairs" else [*self._letters, *self._digits]
         """The tokens that an answer is chosen from."""
-        # Half of a zone is filler, so that places vary.
-        self.zone = 4 * items if task == "pairs" else items
-        """Tokens of the part with the sources, and of the part with the questions."""
+        self.span, self.cue = (2, 1) if task == "pairs" else (PASSAGE, CUE)
+        """Tokens of a source, and how many of them precede the first answer."""
 
     def _single(self, symbols: str) -> list[int]:
         ids = [self.tokenizer.tokenizer.encode(s, add_special_tokens=False).ids for s in symbols]
@@ -153,54 +169,46 @@ class DocumentMaker:
 
     def farthest(self, length: int) -> int:
         """The longest distance that fits into a document of `length` tokens."""
-        return length - 1 - len(self._start) - self.zone
+        return length - 1 - len(self._start) - self.span
 
-    def make(self, length: int, distance: int, key: str, shuffled: bool = False) -> Document:
+    def check_distance(self, name: str, length: int, distance: int) -> None:
+        """Raise ValueError unless documents of `length` tokens can have this distance."""
+        if not self.span <= distance <= self.farthest(length):
+            raise ValueError(
+                f"{name} for {length} tokens must be from {self.span} to {self.farthest(length)}, "
+                f"got {distance}; choose another, or longer --lengths"
+            )
+
+    def make(self, length: int, nearest: int, farthest: int, key: str) -> Document:
         """The document that follows from the arguments alone.
 
         Args:
             length: tokens of the whole, with the end.
-            distance: tokens from the start of the sources to that of the questions.
+            nearest, farthest: limits of the distances, in tokens. Their logarithm is uniform.
             key: seed of everything that is drawn.
-            shuffled: whether the questions (pairs) come in another order, at other places of their
-                zone, and at a random number of them. Otherwise each answer is exactly `distance`
-                behind its source.
         """
         dice = random.Random(f"{self.task} {key}")
-        lowest = self.zone
-        if not lowest <= distance <= self.farthest(length):
-            raise ValueError(
-                f"--distances of {self.items} items in {length} tokens must be from {lowest} to "
-                f"{self.farthest(length)}, got {distance}; choose one of them, longer --lengths or "
-                "fewer --items"
-            )
         tokens = [*self._start]
         tokens += dice.choices(self._fillers, k=length - 1 - len(tokens))
-        source = dice.randint(len(self._start), len(tokens) - distance - self.zone)
-        if self.task == "copy":
-            passage = dice.sample(self.choices, self.items)
-            for place in (source, source + distance):
-                tokens[place : place + self.items] = passage
-            first = source + distance + 1
-            return Document(tokens, list(range(first, first + self.items - 1)))
-        count = dice.randint(1, self.items) if shuffled else self.items
-        letters = dice.sample(self._letters, count)
-        pairs = [(letter, dice.choice(self._digits)) for letter in letters]
-        places = self._places(count, dice)
-        for place, pair in zip(places, pairs, strict=True):
-            tokens[source + place : source + place + 2] = pair
-        if shuffled:
-            dice.shuffle(pairs)
-            places = self._places(count, dice)
-        for place, pair in zip(places, pairs, strict=True):
-            at = source + distance + place
-            tokens[at : at + 2] = pair
-        return Document(tokens, [source + distance + place + 1 for place in places])
+        free, answers = [False] * len(self._start), []
+        free += [True] * (len(tokens) - len(free))
+        for source in self._sources(dice):
+            distance = round(nearest * (farthest / nearest) ** dice.random())
+            for _ in range(TRIES):
+                place = dice.randint(len(self._start), len(tokens) - distance - self.span)
+                spans = [slice(at, at + self.span) for at in (place, place + distance)]
+                if all(free[spans[0]]) and all(free[spans[1]]):
+                    for span in spans:
+                        tokens[span], free[span] = source, [False] * self.span
+                    answers += range(spans[1].start + self.cue, spans[1].stop)
+                    break
+        return Document(tokens, sorted(answers))
 
-    def _places(self, count: int, dice: random.Random) -> list[int]:
-        """Where `count` pairs begin in a zone, in ascending order and without overlaps."""
-        chosen = sorted(dice.sample(range(self.zone - count), count))
-        return [place + i for i, place in enumerate(chosen)]
+    def _sources(self, dice: random.Random) -> list[list[int]]:
+        if self.task == "copy":
+            return [dice.choices(self.choices, k=PASSAGE) for _ in range(self.items)]
+        letters = dice.sample(self._letters, self.items)
+        return [[letter, dice.choice(self._digits)] for letter in letters]
 
 
 def make_data(options: argparse.Namespace) -> None:
@@ -220,22 +228,16 @@ def make_data(options: argparse.Namespace) -> None:
             "file in it"
         )
     maker = DocumentMaker(tokenizer, options.task, options.items, options.fillers)
-    # Shuffled questions are up to one zone nearer to their sources.
-    slack = maker.zone if options.task == "pairs" else 0
-    nearest = max(options.min_distance + slack, maker.zone)
-    if options.min_distance < 0 or nearest > maker.farthest(min(options.lengths)):
-        raise ValueError(
-            f"--min-distance must be from 0 to {maker.farthest(min(options.lengths)) - slack} with "
-            f"--lengths {min(options.lengths)} and --items {options.items}, got "
-            f"{options.min_distance}; lower it, or use longer documents or fewer items"
-        )
+    nearest = max(options.min_distance, maker.span)
+    for length in options.lengths:
+        maker.check_distance("--min-distance", length, nearest)
     dice = random.Random(f"train {options.seed}")
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with Path(file).open("w") as lines:
         for i in range(int(num_documents)):
             length = dice.choice(options.lengths)
-            distance = dice.randint(nearest, maker.farthest(length))
-            document = maker.make(length, distance, f"train {options.seed} {i}", shuffled=True)
+            key = f"train {options.seed} {i}"
+            document = maker.make(length, nearest, maker.farthest(length), key)
             # The loader adds the start and the end.
             tokens = document.tokens[len(maker._start) :]
             text = tokenizer.decode(tokens)
@@ -276,7 +278,7 @@ def evaluate(options: argparse.Namespace) -> dict:
         "model": str(trained.folder),
         "attention": "dense" if options.lighthouse is None else "Lighthouse",
         "task": options.task,
-        "items": options.items,
+        "items": maker.items,
         "fillers": options.fillers,
         "documents": options.documents,
         "device": options.device,
@@ -290,15 +292,13 @@ def evaluate(options: argparse.Namespace) -> dict:
 
 def distances_of(maker: DocumentMaker, length: int, given: list[int] | None) -> list[int]:
     """The distances at which documents of `length` tokens are asked, in ascending order."""
-    if given:
-        for distance in sorted({*given}):
-            maker.make(length, distance, "")
-        return sorted({*given})
-    powers = [2**i for i in range(32)]
-    fitting = [d for d in powers if maker.zone <= d <= maker.farthest(length)]
-    if not fitting:
-        maker.make(length, maker.zone, "")
-    return fitting or [maker.zone]
+    if not given:
+        # The shortest distance fits at least; otherwise the check below says what is wrong.
+        limits = range(2 * maker.span, maker.farthest(length) + 1)
+        given = [2**i for i in range(32) if 2**i in limits] or [maker.span]
+    for distance in given:
+        maker.check_distance("--distances", length, distance)
+    return sorted({*given})
 
 
 @torch.inference_mode()
@@ -310,7 +310,7 @@ def measure(
     device = model.freqs_cis.device
     choices = torch.tensor(maker.choices, device=device)
     for i in range(documents):
-        document = maker.make(length, distance, f"{seed} {length} {distance} {i}")
+        document = maker.make(length, distance, distance, f"{seed} {length} {distance} {i}")
         # Lighthouse Attention takes whole windows. No answer depends on what the last token is.
         tokens = torch.tensor([[*document.tokens, document.tokens[-1]]], device=device)
         answers = torch.tensor(document.answers, device=device)
