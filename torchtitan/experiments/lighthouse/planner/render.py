@@ -189,7 +189,7 @@ def memory_table(result: Plan) -> str:
         kept = ", ".join(
             f"{size / scale:.3f} by a {kind} layer" for kind, size in memory.kept_per_layer.items()
         )
-        lines.append(f"  {name}: peak at the {memory.peak_phase}; saved for backward: {kept}")
+        lines.append(f"  {name}: peak at the {memory.peak_phase}; saved {kept}")
     if result.gpu is not None:
         lines += [f"  {name}: {fit(result, stage.memory)}" for name, stage in stages.items()]
     return "\n".join(lines)

@@ -51,7 +51,7 @@ class Sizes:
         if options.mode == "memory_budget":
             raise ValueError(
                 "activation_checkpoint.mode must be none, selective or full for a plan, got "
-                "'memory_budget', which leaves the decision to the compiler; choose one of them"
+                "'memory_budget', where the compiler decides what to save; choose one of them"
             )
         if options.selective_ac_option != "op" and not options.selective_ac_option.isdigit():
             raise ValueError(
