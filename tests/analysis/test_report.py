@@ -118,7 +118,7 @@ def test_a_switch_without_validation_has_no_cost(tmp_path):
     [([2.75, 2.51, 2.51], None), ([2.75, 2.4, 2.6], 30), ([2.5, 2.6, 2.6], 20)],
     ids=["never", "once", "no-spike"],
 )
-def test_when_the_switch_is_made_up_for(tmp_path, after, recovery_step):
+def test_when_the_loss_recovers(tmp_path, after, recovery_step):
     points = [(20, 1, 2.5), *((20 + 10 * i, 2, loss) for i, loss in enumerate(after))]
     run = read_run(two_stages(tmp_path, points))
     assert switch_of(run).recovery_step == recovery_step
@@ -191,10 +191,10 @@ def test_report_and_plot(script, tmp_path, capsys):
     assert table["tokens seen"] == ["2,000"] * 3
     assert table["final loss, held-out text"] == ["2.0000", "-", "2.1000"]
     assert table["spike at the switch, nats"] == ["+0.2500", "-", "-"]
-    assert table["spike made up for at step"] == ["30", "-", "-"]
+    assert table["loss recovered at step"] == ["30", "-", "-"]
     assert table["held-out loss at most that of the dense run from step"] == ["35", "-", "-"]
     assert table["speed-up of stage 1"] == ["2.50", "2.50", "-"]
-    assert "from 2.500 to 2.750, made up for 10 steps later" in text
+    assert "from 2.500 to 2.750 and recovered 10 steps later" in text
     assert "without validation on both sides" in text
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 

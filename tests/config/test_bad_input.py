@@ -572,7 +572,7 @@ SCRIPTS = [
     script(
         "sweep",
         "{place}/ok.toml --output {place}/grid --collect",
-        *("--output must hold the cells as they were begun", "cell.json'", "remove the folder"),
+        *("--output must hold undamaged cell.json files", "cell.json'", "remove the folder"),
     ),
     script(
         "sweep",
@@ -697,7 +697,7 @@ SCRIPTS = [
     script(
         "report",
         "{place}/ran {place}/ran --output {dump}",
-        *("every run must be another folder", "got one twice", "leave it out"),
+        *("every run must be a different folder", "got one twice", "remove it"),
     ),
     script("prepare", "", "the following arguments are required: --output", "see --help"),
     script("prepare", "--output {dump}", "--dataset must be one of", "got None", "choose one"),
