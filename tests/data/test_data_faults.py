@@ -396,7 +396,7 @@ def test_a_broken_file_ends_the_run_and_once_repaired_it_goes_on(
     for step, state in ((len(seen) - 2, states[-4]), (len(seen), states[-1])):
         resumed = open_dataset(kind, str(tmp_path), state, accepts_changes=True, **share)
         assert_all_same(take(resumed, 60 - step), expected[step:])
-    assert "what is ahead of it is read as it is now" in caplog.text
+    assert "the rest of the data is read from the present files" in caplog.text
 
 
 def test_the_rows_before_a_tear_are_read_and_counted(tmp_path, monkeypatch):
@@ -761,7 +761,7 @@ def test_a_stream_that_stays_away_ends_the_run(hub, waits):
     assert waits == [1, 2, 4, 8]
     assert_one_line(error, "training.dataset must be a stream that can be read", "'c4'")
     assert_one_line(error, "ConnectionError: Server Disconnected", "5th time in a row")
-    assert_one_line(error, "see to the network and start the same run again", "'c4_local'")
+    assert_one_line(error, "check the network and start the same run again", "'c4_local'")
     hub.errors = []
     resumed = open_dataset("c4", None, dataset.state_dict())
     assert_all_same(take(resumed, 20 - len(seen)), expected[len(seen) :])
