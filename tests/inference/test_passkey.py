@@ -119,7 +119,7 @@ def test_a_sign_may_belong_to_the_digit(tmp_path):
 def test_a_tokenizer_without_digits(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"^--tokenizer must have a token for each digit"):
+    with pytest.raises(ValueError, match=r"^--tokenizer must have a separate token for each digit"):
         eval_passkey.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)))
 
 

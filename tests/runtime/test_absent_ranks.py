@@ -33,7 +33,7 @@ def test_who_has_not_reported_is_absent_and_told_by_its_place(as_rank, monkeypat
     absent = absent_ranks(7, 0.1)
     assert absent.keys() == {1}
     line = description(absent, 7)
-    assert line.startswith("rank 1 (process ") and " on other) did not come to step 7" in line
+    assert line.startswith("rank 1 (process ") and " on other) did not reach step 7" in line
     assert "py-spy" in line and "\n" not in line
     as_rank(1)
     assert absent_ranks(7, 0.1) == {}
