@@ -184,7 +184,7 @@ class FileDocuments:
     def _refuse_position(self, file: SourceFile) -> NoReturn:
         raise ValueError(
             f"{SECTIONS[self._split]}.dataset must be the one of the checkpoint's data position, "
-            f"got {self._name!r} with {str(file.path)!r}, whose rows differ from those already "
+            f"got {self._name!r} with {str(file.path)!r}, which has other rows than those already "
             "read: restore the file, or start anew with "
             'checkpoint.exclude_from_loading = ["dataloader"]'
         )
