@@ -1,4 +1,4 @@
-"""The rank that did not come is named, and not the one whose connection broke first."""
+"""The error names the rank that is absent, not the one whose connection broke first."""
 
 import pytest
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torchtitan.experiments.lighthouse.runtime.absent_ranks import (
 
 @pytest.fixture
 def as_rank(monkeypatch):
-    """Lets this process be one rank of three after the other."""
+    """Makes this process act as each of three ranks in turn."""
     store, current = dist.HashStore(), {}
     monkeypatch.setattr(module, "_store", lambda: store)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
