@@ -139,7 +139,7 @@ def test_what_would_run_when_it_is_loaded_is_refused_and_does_not_run(tmp_path):
     caller, path = Caller(tmp_path / "called"), tmp_path / "step-2"
     dcp.save({"weight": torch.zeros(1), "value": caller}, checkpoint_id=path, no_dist=True)
     assert is_whole(path)
-    with pytest.raises(ValueError, match=r"must hold tensors and plain values alone.*value: "):
+    with pytest.raises(ValueError, match=r"must hold only tensors and plain values.*value: "):
         check_safe(path)
     metadata = dcp.FileSystemReader(tmp_path / "step-1").read_metadata()
     metadata.planner_data = caller
@@ -283,7 +283,7 @@ def test_the_newest_whole_checkpoint_is_loaded_and_torn_ones_are_named(
     assert len(said) == 2
     for step, line in zip((20, 30), said, strict=True):
         assert line.startswith(f"{tmp_path}/step-{step} is torn: ")
-        assert f"going on from {tmp_path}/step-10, the newest whole checkpoint" in line
+        assert f"resuming from {tmp_path}/step-10, the newest whole checkpoint" in line
 
 
 def test_a_save_that_fails_stops_the_run_and_names_the_last_good_checkpoint(

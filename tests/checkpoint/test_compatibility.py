@@ -318,7 +318,7 @@ def test_a_checkpoint_without_a_record_is_compared_by_its_shapes(run, tmp_path):
         other = [*args, "--model.flavor", "quickstart", "--lighthouse.full_attn_layers", "0"]
         check_config(load_config(other), 1)
     whole_state = [*args, "--checkpoint.no_initial_load_model_only"]
-    with pytest.raises(ValueError, match=r"must hold the state of training .* the model alone"):
+    with pytest.raises(ValueError, match=r"must hold the training state .* only the model"):
         check_config(load_config(whole_state), world_size=1)
 
 
@@ -337,7 +337,7 @@ def test_another_corpus_is_refused_unless_the_data_begin_anew(run, tmp_path):
         options = {**anew, **path, "lighthouse__stage1_steps": stage1_steps}
         config = load_config(command_line(tmp_path / "new", other, **options))
         check_config(config, world_size=1)
-        assert any("begins the data anew at every" in line for line in warnings_of(config))
+        assert any("restarts the data at every" in line for line in warnings_of(config))
 
 
 def test_a_record_that_cannot_be_read_is_named(run, tmp_path):

@@ -64,6 +64,6 @@ def test_a_save_that_fails_ends_the_run_with_one_line(tmp_path, corpus):
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: the checkpoint of step 2 could not be saved (rank 0: ")
-    assert "there is no good checkpoint; see to the space" in error
+    assert "there is no good checkpoint; check the free space" in error
     assert "Traceback" not in done.stderr
     assert checkpoint_steps(tmp_path / "run" / "checkpoint") == {2: False}

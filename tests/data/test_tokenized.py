@@ -395,7 +395,7 @@ def test_refuses_a_shard_of_another_size(place, section, size):
 @pytest.mark.parametrize(
     ("old", "new", "parts"),
     [
-        ('"format": 1', '"format": 2', ("format 1", "got 2", "prepare the corpus anew")),
+        ('"format": 1', '"format": 2', ("format 1", "got 2", "prepare the corpus again")),
         ('"format": 1', '"format": ', ("readable manifest", "restore it")),
         ('"format"', '"formats"', ("readable manifest", "restore it")),
         ('"tokens"', '"tokenz"', ("readable manifest", "restore it")),

@@ -161,7 +161,7 @@ def test_the_lines_outlive_the_other_loggers(tmp_path, caplog):
     assert [line["step"] for line in read_metrics(tmp_path, LOSS)] == [1, 2]
     # W&B is turned off, with one warning.
     assert broken.calls == [1]
-    assert caplog.text.count("metrics go to metrics.jsonl alone") == 1
+    assert caplog.text.count("metrics go only to metrics.jsonl") == 1
     assert "Connection lost" in caplog.text
 
     broken = BrokenLogger()

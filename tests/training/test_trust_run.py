@@ -119,7 +119,7 @@ def test_a_second_run_in_the_folder_is_refused_by_the_program(tmp_path, corpus):
             {"validation__enable": True, "validation__dataset": "python_stdlib"},
             "validation.dataset is 'python_stdlib', another corpus",
         ),
-        ({"checkpoint__exclude_from_loading": ["dataloader"]}, "begins the data anew at every"),
+        ({"checkpoint__exclude_from_loading": ["dataloader"]}, "restarts the data at every"),
     ],
 )
 def test_what_is_surely_not_meant_is_told(tmp_path, corpus, options, part):

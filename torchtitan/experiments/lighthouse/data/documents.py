@@ -185,7 +185,7 @@ class FileDocuments:
         raise ValueError(
             f"{SECTIONS[self._split]}.dataset must be the one of the checkpoint's data position, "
             f"got {self._name!r} with {str(file.path)!r}, which has other rows than those already "
-            "read: restore the file, or start anew with "
+            "read: restore the file, or restart the data with "
             'checkpoint.exclude_from_loading = ["dataloader"]'
         )
 
@@ -261,7 +261,7 @@ class HubDocuments:
 def _other_documents(section: str, name: str) -> ValueError:
     return ValueError(
         f"{section}.dataset must be the one of the checkpoint's data position, got {name!r} with "
-        "other documents: restore the files, or start anew with "
+        "other documents: restore the files, or restart the data with "
         'checkpoint.exclude_from_loading = ["dataloader"]'
     )
 

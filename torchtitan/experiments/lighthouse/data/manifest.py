@@ -124,11 +124,11 @@ def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{field} must hold a readable manifest, got {str(folder / name)!r}: {error}: "
-            f"restore it, or remove {folder} and prepare the corpus anew"
+            f"restore it, or remove {folder} and prepare the corpus again"
         ) from None
     raise ValueError(
         f"{field} must hold data of format {FORMAT}, got {version!r} in {str(folder / name)!r}: "
-        "prepare the corpus anew, in another folder"
+        "prepare the corpus again, in another folder"
     )
 
 
@@ -222,7 +222,7 @@ def verify(out: str | Path) -> list[Manifest]:
                     raise ValueError(
                         f"--output must hold the shards as they were written, got {str(file)!r} "
                         "with another checksum or none: remove the file and start the same "
-                        "preparation again, which makes it anew"
+                        "preparation again, which writes it again"
                     )
     return manifests
 

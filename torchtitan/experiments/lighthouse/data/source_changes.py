@@ -87,6 +87,6 @@ def check_prints(
     accept = f', accept the change with checkpoint.accept_changes = ["{ACCEPT_FILES}"]'
     raise ValueError(
         f"{field} must hold the files of the checkpoint's data position, got {what}; restore them"
-        f"{'' if accepts_changes is None else accept}, or begin the data anew with "
+        f"{'' if accepts_changes is None else accept}, or restart the data with "
         'checkpoint.exclude_from_loading = ["dataloader"]'
     )

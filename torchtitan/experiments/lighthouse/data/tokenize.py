@@ -431,6 +431,6 @@ def _writing(out: str | Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(
             f"--output must be a folder that can be written and has room, got {str(out)!r}: "
-            f"{error}: make room and start the same command again, which goes on from the last "
+            f"{error}: make room and start the same command again, which resumes from the last "
             "whole shard"
         ) from error

@@ -64,7 +64,7 @@ def check_tokenized(path: str, section: str, tokenizer_path: str, vocab_size: in
         raise ValueError(
             f"{field} must be prepared with the tokenizer of model.hf_assets_path, "
             f"{tokenizer_path!r}, got {path!r}, prepared with another one of "
-            f"{manifest.vocab_size} tokens: name that tokenizer, or prepare the corpus anew"
+            f"{manifest.vocab_size} tokens: name that tokenizer, or prepare the corpus again"
         )
     max_id = max(shard.max_id for shard in manifest.shards)
     if max_id >= vocab_size:
@@ -80,7 +80,7 @@ def check_tokenized(path: str, section: str, tokenizer_path: str, vocab_size: in
             raise ValueError(
                 f"{field} must hold every shard whole, got {found} for the "
                 f"{shard.tokens * manifest.itemsize} bytes of {str(file)!r}: restore the file, or "
-                "start the same lighthouse prepare again, which makes it anew"
+                "start the same lighthouse prepare again, which writes it again"
             )
 
 
@@ -182,18 +182,19 @@ class TokenizedDataset(Dataset, Stateful):
         Raises:
             ValueError: the position belongs to other tokens or to other windows.
         """
-        anew = 'start anew with checkpoint.exclude_from_loading = ["dataloader"]'
+        remedy = 'restart the data with checkpoint.exclude_from_loading = ["dataloader"]'
         digest, _, prints = state_dict["corpus"].partition(":")
         if digest != self._manifest.digest:
             raise ValueError(
                 f"{self._section}.dataset_path must hold the tokens of the checkpoint's data "
-                f"position, got other ones in {str(self._folder)!r}: restore the folder, or {anew}"
+                f"position, got other ones in {str(self._folder)!r}: restore the folder, or "
+                f"{remedy}"
             )
         if state_dict["seq_len"] != self.seq_len:
             raise ValueError(
                 f"{self._section}.seq_len must be {state_dict['seq_len']}, the length of the "
                 "windows that the checkpoint's data position counts, got "
-                f"{self.seq_len}: set it to that, or {anew}"
+                f"{self.seq_len}: set it to that, or {remedy}"
             )
         check_prints(self._files, self._prints, bytes.fromhex(prints), self._accepts_changes)
         self.seed, self.consumed = state_dict["seed"], state_dict["windows"]
@@ -246,14 +247,14 @@ class TokenizedDataset(Dataset, Stateful):
             raise ValueError(
                 f"{file.field} must hold every shard whole, got {file.size} bytes for the "
                 f"{self._manifest.shards[number].tokens * itemsize} of {str(file.path)!r}: restore "
-                "the file, or start the same lighthouse prepare again, which makes it anew"
+                "the file, or start the same lighthouse prepare again, which writes it again"
             )
         tokens = np.frombuffer(content, self._manifest.dtype)
         if tokens.max() > self._manifest.shards[number].max_id:
             raise ValueError(
                 f"{file.field} must hold token ids up to {self._manifest.shards[number].max_id}, "
                 f"got {tokens.max()} in {str(file.path)!r}: compare the shards with "
-                "lighthouse prepare --verify, and prepare those that differ anew"
+                "lighthouse prepare --verify, and prepare those that differ again"
             )
         return tokens
 
