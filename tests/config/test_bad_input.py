@@ -646,7 +646,7 @@ SCRIPTS = [
     script("eval-loss", f"{MODEL} --lighthouse k=12", "--lighthouse must set", "'k=12'", "write"),
     script("eval-loss", f"{MODEL} --lighthouse topk=a", "--lighthouse topk", "'a'", "a number"),
     script("eval-loss", "{place}/not_json", "config.json' must be", "Expecting", "name a folder"),
-    script("eval-passkey", "", "name MODEL or --make-data N FILE", "see --help"),
+    script("eval-passkey", "", "name either MODEL or --make-data N FILE", "see --help"),
     script("eval-passkey", "{place}/empty", "a model must be a whole", "/empty'", "correct the"),
     script("eval-passkey", f"{MODEL} --lengths 9", "--lengths must be", "got 9", "use longer ones"),
     script("eval-passkey", f"{MODEL} --lengths a", "--lengths", "'a'", "see --help"),
