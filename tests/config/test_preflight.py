@@ -488,7 +488,7 @@ def test_checkpoints_that_are_gone_are_missed(place, last_step, interval, is_los
     if not is_lost:
         check(place, args)
         return
-    parts = ("checkpoint.folder must be there", f"up to step {last_step}", "{dump}/checkpoint")
+    parts = ("checkpoint.folder must exist", f"up to step {last_step}", "{dump}/checkpoint")
     assert_refused(place, (*parts, "move metrics.jsonl away"), args)
     # A run without checkpoints saves none, and must not replace a run that has some.
     parts = ("checkpoint.enable must be true", "later/step-9", "another job.dump_folder")
