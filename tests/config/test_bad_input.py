@@ -172,7 +172,7 @@ COMMAND_LINES = [
         *("lr_scheduler.total_steps must be at least training.steps, 60", "got 30", "raise it"),
     ),
     run("--lr_scheduler.decay_ratio 1.5", "lr_scheduler.decay_ratio", "got 1.5", "a share of all"),
-    run("--lr_scheduler.min_lr_factor -1", "lr_scheduler.min_lr_factor", "got -1.0", "a part of"),
+    run("--lr_scheduler.min_lr_factor -1", "lr_scheduler.min_lr_factor", "got -1.0", "a share of"),
     run("--debug.seed -1", "debug.seed must be from 0 to 2**64 - 1", "got -1", "leave it out"),
     run(f"--debug.seed {2**64}", "debug.seed must be from 0", f"got {2**64}", "leave it out"),
     run("--comm.init_timeout_seconds 0", "comm.init_timeout_seconds", "got 0", "use 1 or more"),
