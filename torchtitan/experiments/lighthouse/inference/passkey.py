@@ -24,10 +24,13 @@ run, changed by --lighthouse. It needs a whole window, so more filler follows th
 training.seq_len cut documents of other lengths. Set --lengths to training.seq_len to keep the digit
 and its questions in the same window.
 
-One digit in a thousand tokens teaches a small model little. Two options help. --filler-words 1 2 4
-0 draws for each document how many different words its filler repeats. 0 means a new word each time.
-Repetitions teach the model to copy. --questions 32 repeats the question up to 32 times after the
-needle. Train the model with the tokenizer of --tokenizer (default: the byte tokenizer).
+One digit in a thousand tokens teaches a small model little. Two options help:
+
+    --filler-words 1 2 4 0    Each document draws how many different words its filler repeats. 0 is
+                              a new word each time. Repetitions teach the model to copy.
+    --questions 32            A document asks up to 32 times after the needle.
+
+Train the model with the tokenizer of --tokenizer (default: the byte tokenizer).
 
 Writes passkey.png and passkey.json to --output. The last printed line is the same JSON.
 """
