@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""What tells a summary from a token under Lighthouse Attention, averaged and aligned.
+"""Compare the keys of summaries and tokens in Lighthouse Attention, averaged and aligned.
 
     benchmarks/probe_summaries.py outputs/passkey/checkpoint/step-1250 --text FILE.jsonl
 
-Reads the first windows of a file of training documents and looks at the keys that every Lighthouse
-layer of the model attends to, on the last level above the finest that is not selected, and at the
-tokens of the sub-sequence:
+Reads the first windows of a file of training documents. For every Lighthouse layer of the model,
+examines the keys of the tokens in the sub-sequence and of the summaries. A summary is an entry of
+the last level above the finest that is not selected.
 
     norm      mean norm of a summary's key, divided by that of a token's key
     fast      share of a key's squared norm in the faster half of the rotary frequencies
-    told      area under the ROC curve of the better of those two figures: how well a threshold
-              tells a summary's key from a token's; 0.5 is chance
+    told      how well a threshold separates the keys of summaries and tokens: area under the ROC
+              curve of the better of `norm` and `fast`; 0.5 is chance
     mass      share of the attention of level-0 queries that falls on summaries
     expected  share of summaries among the entries before such a query
 
-One JSON line for each layer and kind of pooling.
+Prints one JSON line for each layer and kind of pooling.
 """
 
 import argparse

@@ -316,7 +316,7 @@ _PADDED = (
     "collator's padding and pack sequences to config.nearest_seq_len, or call use_dense(model)"
 )
 _PACKED = (
-    "position_ids must rise by 1 for Lighthouse Attention in training, got ones that start anew, "
+    "position_ids must rise by 1 for Lighthouse Attention in training, got ones that start again, "
     "as packed documents do; leave them out, so that documents attend to each other, or give every "
     "document a sequence of its own"
 )

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""One rank's share of a run on many: tokens per second and peak memory, on one device.
+"""Measure one rank of a run on many ranks: tokens per second and peak memory, on one device.
 
     scripts/bench_share.py train_configs/1m_context.toml --world-size 32
 
-Trains a few steps as rank 0 of the given number of ranks, with its part of the parameters, of the
-sequence and of the heads; what the other ranks would send is left out (torchtitan's fake backend
-hands a rank its own data back). Memory and computation are therefore those of the real run, its
-communication and its losses are not. Prints stage 1, or with `--lighthouse.stage1_steps 0` stage 2,
-on pieces where the configuration has any. The last line of the output is one JSON object. Further
-arguments override the configuration.
+Trains a few steps as rank 0 of the given number of ranks, with its part of the parameters, the
+sequence and the heads. torchtitan's fake backend returns a rank's own data instead of that of other
+ranks. Memory and computation are therefore those of the real run, but communication and losses are
+not. Measures stage 1, or stage 2 with `--lighthouse.stage1_steps 0`, on pieces if the configuration
+has them. The last line of the output is one JSON object. Further arguments override the
+configuration.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, r
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser
 
 WARM_UP = 2
-"""Steps that are not counted: kernels compile, memory is first taken."""
+"""Warm-up steps that are not counted. They compile kernels and allocate memory."""
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def train(options: argparse.Namespace, overrides: list[str]) -> list[dict]:
-    """The metrics of each step, from a run in a folder of its own; none if memory is short."""
+    """The metrics of each step of a run in a temporary folder. Empty if memory is short."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "torchtitan.experiments.lighthouse.train",

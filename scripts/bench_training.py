@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Tokens per second of a training run in each of its phases, on this machine's device.
+"""Measure tokens per second of each phase of a training run, on this machine's device.
 
     scripts/bench_training.py --breakdown                    # 268M, 98,304 tokens, one GPU
     scripts/bench_training.py --flavor debugmodel --seq-len 4096 --topk 128 --dtype float32
 
-Trains a few steps with Lighthouse, a few dense on pieces of the sequences and a few dense at full
-length through the trainer itself and prints the median of each phase, the first steps left out.
-With `--breakdown`, on a GPU, a second such run is profiled and the last step of each phase told
-apart by what its kernels do. The last line of the output is one JSON object.
+Trains a few steps with Lighthouse, a few dense steps on pieces, and a few dense steps at full
+length, with the real trainer. Prints the median of each phase without the first steps. With
+`--breakdown` on a GPU, a second run is profiled, and the kernels of the last step of each phase are
+classified. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, r
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser
 
 WARM_UP = 2
-"""Steps of each phase that are not counted: kernels compile, memory is first taken."""
+"""Warm-up steps of each phase that are not counted. They compile kernels and allocate memory."""
 
 PHASES = (LIGHTHOUSE, PIECES, FULL)
 
@@ -41,7 +41,7 @@ KINDS = {
     "between ranks": r"nccl",
     "optimizer": r"multi_tensor_apply",
 }
-"""Kinds of kernels by what their names hold, the first that fits; the rest is `other`."""
+"""Kinds of kernels by parts of their names. The first match counts. All others are `other`."""
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Train in a folder of its own and read the metrics."""
+    """Train in a temporary folder and read the metrics."""
     with tempfile.TemporaryDirectory() as folder:
         train(options, folder)
         lines = read_metrics(Path(folder), LOSS)
@@ -128,7 +128,7 @@ def print_breakdown(phases: list[dict[str, float]]) -> None:
 
 
 def train(options: argparse.Namespace, folder: str, *overrides: str) -> None:
-    """As many steps of each phase."""
+    """Train equally many steps of each phase in `folder`."""
     command = [
         sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
         "--job.dump_folder", folder, "--model.flavor", options.flavor,

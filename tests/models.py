@@ -23,11 +23,11 @@ GQA = TransformerModelArgs(
     norm_eps=1e-6,
     rope_theta=20000,
 )
-"""Two key/value heads for six; nothing is as it is by default."""
+"""A model with two key/value heads for six query heads. No size has its default value."""
 
 
 def random_model(args: TransformerModelArgs, max_seq_len: int, seed: int = 0) -> Transformer:
-    """A model whose attention is far from uniform, so that positions and heads matter."""
+    """A model whose attention is far from uniform, so that wrong positions or heads are noticed."""
     torch.manual_seed(seed)
     model = Transformer(dataclasses.replace(args, max_seq_len=max_seq_len))
     with torch.no_grad():

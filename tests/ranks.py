@@ -1,4 +1,4 @@
-"""Several ranks on this machine, in processes of their own, over gloo."""
+"""Run a function on several gloo ranks, each in its own process on this machine."""
 
 import os
 import sys
@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 
 def launch(function: Callable[..., Any], num_ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``num_ranks`` new processes, one group."""
+    """Run ``function(*args)`` on ``num_ranks`` new processes of a group. Returns the results."""
     folder.mkdir(parents=True)
-    # Spawned by name: each process imports the module of the function.
+    # Functions are spawned by name. Each process imports the module of the function.
     torch.multiprocessing.spawn(_rank, (num_ranks, folder, function, args), nprocs=num_ranks)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
@@ -23,8 +23,8 @@ def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., Any],
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=num_ranks)
     torch.save(function(*args), folder / f"{rank}.pt")
     dist.destroy_process_group()
-    # Not by way of the interpreter's end, where a thread of torch that still stands aborts the
-    # process (seen once: "terminate called without an active exception").
+    # Skip the interpreter's shutdown. A running thread of torch once aborted the process there
+    # ("terminate called without an active exception").
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,8 +1,7 @@
-"""Tiny two-stage runs on the CPU, and what they leave behind, for the tests of the trainer.
+"""Tiny two-stage runs on the CPU, and their results, for the tests of the trainer.
 
-A run has 7 steps, 3 of them with Lighthouse, on a text that lasts for fewer: it starts anew within
-the run. A run that is stopped and resumed is the same call again, with more steps and the same
-folder.
+A run has 7 steps, 3 of them with Lighthouse. The text is shorter than the run, so it is repeated.
+To resume a stopped run, make the same call with more steps and the same folder.
 """
 
 import contextlib
@@ -45,11 +44,11 @@ RANKS = {
     "cp_smoke_gpu": 2,
     "llama3_8b_128k": 16,
 }
-"""Processes of the shipped configurations that need more than one."""
+"""Number of processes for the shipped configurations that need more than one."""
 
 
 def write_corpus(folder: Path) -> Path:
-    """Write 12 documents to train on and 3 held-out ones, of some 300 bytes each."""
+    """Write 12 training documents and 3 held-out documents of about 300 bytes each."""
     folder.mkdir(parents=True)
     dice = random.Random(0)
     words = ["".join(dice.choices("abcdefgh", k=dice.randint(1, 6))) for _ in range(40)]
@@ -70,7 +69,7 @@ def command_line(dump_folder: Path, corpus: Path, **overrides: Any) -> list[str]
         "model__flavor": "debugmodel",
         "optimizer__lr": 1e-2,
         "optimizer__implementation": "foreach",
-        # Up and down again: the rates before and after the switch differ.
+        # The rate rises and falls, so it differs before and after the switch.
         "lr_scheduler__warmup_steps": 2,
         "lr_scheduler__decay_ratio": 0.7,
         "lr_scheduler__total_steps": STEPS,
@@ -110,7 +109,7 @@ def command_line(dump_folder: Path, corpus: Path, **overrides: Any) -> list[str]
 
 
 class Recorded:
-    """Mixed into a trainer: keeps what each step reads, attends with and counts."""
+    """Mixin for a trainer that records the data, the attention and the counters of each step."""
 
     def __init__(self, job_config):
         self.batches = defaultdict(list)
@@ -139,10 +138,10 @@ class RecordedPlainTrainer(Recorded, torchtitan.train.Trainer):
 
 @dataclass
 class Run:
-    """What a run leaves behind on one rank."""
+    """The results of a run on one rank."""
 
     losses: dict[int, float]
-    """By step, of all runs in the dump folder so far."""
+    """Losses by step, of all runs in the dump folder so far."""
 
     batches: dict[int, list[str]]
     """Digests of the token ids of each batch, by step."""
@@ -151,16 +150,16 @@ class Run:
     """Class of the attention of each layer, by step."""
 
     flops_per_token: dict[int, float]
-    """As reported, by step."""
+    """Reported values, by step."""
 
     keys: dict[int, list[str]]
-    """Of the model's state dict, by step."""
+    """Digests of the model's state dict, by step."""
 
     parameters: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
 
     epoch: int
-    """Of the data, from 0."""
+    """Epoch of the data, from 0."""
 
 
 def train(
@@ -168,7 +167,7 @@ def train(
     trainer_class: type = RecordedTrainer,
     look: Callable[[Any], None] | None = None,
 ) -> Run:
-    """Train in this process, as one rank of a group if there is one; ``look`` sees the trainer."""
+    """Train in this process, as a rank of the group if there is one. Calls ``look(trainer)``."""
     config = load_config(args)
     with trainer_of(config, trainer_class) as trainer:
         trainer.train()
@@ -176,7 +175,7 @@ def train(
         dist.barrier()
         if look is not None:
             look(trainer)
-        # By their names in a checkpoint.
+        # Keys are the names in a checkpoint.
         names = {
             parameter: name.replace("_checkpoint_wrapped_module.", "")
             for name, parameter in trainer.model_parts[0].named_parameters()
@@ -200,7 +199,7 @@ def train(
 
 @contextlib.contextmanager
 def trainer_of(config, trainer_class: type = RecordedTrainer):
-    """A trainer on the CPU, closed in the end, whose ``train`` does not sleep."""
+    """A trainer on the CPU that is closed at the end. Its ``train`` does not sleep."""
     cpu_device.use_cpu_device()
     alone = not dist.is_initialized()
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -209,12 +208,12 @@ def trainer_of(config, trainer_class: type = RecordedTrainer):
     with (
         mock.patch.dict(os.environ, env if alone else {}),
         mock.patch.object(torchtitan.train, "time", awake),
-        # A rate to compare with: measuring it takes longer than a step.
+        # A fixed peak rate. Measuring it takes longer than a step.
         mock.patch.object(cpu_device, "measure_peak_flops", lambda: 1e12),
     ):
         check_config(config, world_size=int(os.environ["WORLD_SIZE"]))
         trainer, num_threads = None, torch.get_num_threads()
-        # Sums depend on it, and a model as small as this one is no faster with more.
+        # Sums depend on the number of threads. A model this small is not faster with more threads.
         torch.set_num_threads(1)
         try:
             trainer = trainer_class(config)
@@ -225,7 +224,7 @@ def trainer_of(config, trainer_class: type = RecordedTrainer):
             if alone and dist.is_initialized():
                 dist.destroy_process_group()
             torch.set_num_threads(num_threads)
-            # Every trainer turns it off.
+            # Every trainer turns the garbage collector off.
             gc.enable()
 
 
@@ -235,7 +234,7 @@ def losses_of(dump_folder: str | Path) -> dict[int, float]:
 
 
 def assert_same_state(run: Run, expected: Run) -> None:
-    """Parameters and moments are equal in every bit."""
+    """Check that parameters and moments are equal in every bit."""
     for tensors, same in ((run.parameters, expected.parameters), (run.moments, expected.moments)):
         assert tensors and tensors.keys() == same.keys(), tensors.keys() ^ same.keys()
         differ = [name for name, tensor in tensors.items() if not torch.equal(tensor, same[name])]

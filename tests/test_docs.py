@@ -1,4 +1,4 @@
-"""The documents: links, plain sentences, generated pages, and snippets that run."""
+"""Check the documents: links, length of sentences, generated pages, and snippets."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def prose(text: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a document. Headings, list items and paragraphs end one, too."""
+    """The sentences of a document. A heading, list item or paragraph also ends a sentence."""
     blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|^#.*$", prose(text), flags=re.MULTILINE)
     blocks = (re.sub(r"\]\([^)]*\)", "]", block) for block in blocks)
     return [s for block in blocks for s in re.split(r"(?<=[.?!])\s+", " ".join(block.split()))]
@@ -105,7 +105,7 @@ def test_the_drawing_is_of_a_legal_selection():
 
     found = draw_method.kinds(draw_method.example())
     kept = [int((level > 0).sum()) for level in found]
-    # The coarsest level, and the children of 128 selected entries on each one below.
+    # The coarsest level has all entries. Each level below has the children of 128 selected entries.
     assert kept == [256, 256, 512]
     assert [int((level == draw_method.REFINED).sum()) for level in found] == [0, 128, 128]
     assert draw_method.window_start(found) > 0
@@ -129,7 +129,7 @@ def test_pre_commit_lints_with_the_tested_version():
     assert set(re.findall(r"ruff==[\d.]+", hooks)) == {pinned}
 
 
-# Those of huggingface.md run in tests/huggingface/.
+# tests/huggingface/ runs the snippets of huggingface.md.
 PAGES = [FRONT[0], *(path for path in DOCS if path.stem != "huggingface")]
 SNIPPETS = [(path, text) for path in PAGES for text in snippets(path)]
 

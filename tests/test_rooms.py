@@ -1,4 +1,4 @@
-"""Which module imports which: one way only, and the attention on its own."""
+"""Check which modules may import each other, and the length of modules and functions."""
 
 import ast
 import subprocess
@@ -13,8 +13,8 @@ from lighthouse.scorers import SCORERS
 ROOT = Path(__file__).parents[1]
 PACKAGE = "torchtitan.experiments.lighthouse"
 
-# From the ground up. Modules beside the rooms have a floor of their own; what stands on one floor
-# does not import each other.
+# Layers of the training package from the bottom up. A module or folder imports only from layers
+# below its own.
 FLOORS = [
     ["runtime", "flavors"],
     ["data", "metrics"],
@@ -37,7 +37,7 @@ def modules(folder: Path) -> dict[str, Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of the modules that a file imports anywhere in it."""
+    """Full names of all modules that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Times of a layer: what is measured, and where the curves cross."""
+"""Layer times: the measurement, and the crossing of the curves."""
 
 import pytest
 from torchtitan.experiments.lighthouse.analysis.layer_times import LayerTimes, measure_layer_times
@@ -24,6 +24,6 @@ def test_crossing(dense, lighthouse, expected):
 def test_measures_every_length():
     times = measure_layer_times(LighthouseConfig(topk=128), 1, 16, [2048, 4096], repeats=1)
     assert times.seq_lens == [2048, 4096]
-    # Attention over twice the length costs about four times as much; noise must not hide that.
+    # Attention over twice the length costs about four times as much. That is more than the noise.
     assert 0 < times.dense[0] < times.dense[1]
     assert all(ms > 0 for ms in times.lighthouse)

@@ -1,4 +1,4 @@
-"""What a report says of runs, against metrics whose figures are known."""
+"""Reports of runs, for metrics with known figures."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ def validated(step: int, stage: int, loss: float) -> dict:
 
 
 def two_stages(folder: Path, held_out: list[tuple[int, int, float]]) -> Path:
-    """40 steps, 20 with Lighthouse at twice the speed; the loss falls by 0.1 a step."""
+    """40 steps, 20 of them with Lighthouse at twice the speed. The loss falls by 0.1 per step."""
     stages = {step: 1 if step <= 20 else 2 for step in range(1, 41)}
     lines = [trained(s, stage, 9 - s / 10, 200.0 / stage) for s, stage in stages.items()]
     switch = {"step": 20, "stage": 2, "lighthouse/switch": 1}
@@ -70,7 +70,7 @@ def test_figures_of_a_run(tmp_path):
         "held_out_after_switch": 2.75,
         "spike_nats": 0.25,
         "recovery_step": 30,
-        # At step 35 the dense run is at 2.25, between its two neighbours.
+        # At step 35 the loss of the dense run is 2.25, interpolated between two validations.
         "crossing_step": 35,
         "stage_1_tokens_per_second": 200.0,
         "stage_2_tokens_per_second": 100.0,
@@ -118,7 +118,7 @@ def test_a_switch_without_validation_has_no_cost(tmp_path):
     [([2.75, 2.51, 2.51], None), ([2.75, 2.4, 2.6], 30), ([2.5, 2.6, 2.6], 20)],
     ids=["never", "once", "no-spike"],
 )
-def test_when_the_switch_is_made_up_for(tmp_path, after, recovery_step):
+def test_when_the_loss_recovers(tmp_path, after, recovery_step):
     points = [(20, 1, 2.5), *((20 + 10 * i, 2, loss) for i, loss in enumerate(after))]
     run = read_run(two_stages(tmp_path, points))
     assert switch_of(run).recovery_step == recovery_step
@@ -128,11 +128,11 @@ def test_when_the_switch_is_made_up_for(tmp_path, after, recovery_step):
 @pytest.mark.parametrize(
     ("dense_losses", "per_step", "expected"),
     [
-        # Below it in stage 1 alone does not count.
+        # A lower loss only in stage 1 does not count.
         ({10: 3.5, 20: 2.6, 30: 2.4, 40: 1.9}, 50, None),
-        # Below, above again, and below to the end.
+        # The loss falls below, rises above, and stays below to the end.
         ({10: 3.5, 20: 2.6, 25: 2.7, 30: 2.4, 35: 2.3, 40: 2.1}, 50, 35),
-        # Steps of twice as many tokens: at step 40 the run is where the other was at 20.
+        # The dense run has twice the tokens per step. Its step 20 is compared with step 40.
         ({10: 2.6, 15: 2.3, 20: 2.1, 40: 1.0}, 100, 40),
         ({}, 50, None),
     ],
@@ -185,16 +185,16 @@ def test_report_and_plot(script, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(out / "report.md"), str(out / "loss.png")]
     text = (out / "report.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    # Two runs of one name.
+    # Two runs with the same name.
     assert rows[0] == ["a/run", "b/run", "dense (the dense run)"]
     table = {label: values for label, *values in rows[1:]}
     assert table["tokens seen"] == ["2,000"] * 3
     assert table["final loss, held-out text"] == ["2.0000", "-", "2.1000"]
     assert table["spike at the switch, nats"] == ["+0.2500", "-", "-"]
-    assert table["spike made up for at step"] == ["30", "-", "-"]
+    assert table["loss recovered at step"] == ["30", "-", "-"]
     assert table["held-out loss at most that of the dense run from step"] == ["35", "-", "-"]
     assert table["speed-up of stage 1"] == ["2.50", "2.50", "-"]
-    assert "from 2.500 to 2.750, made up for 10 steps later" in text
+    assert "from 2.500 to 2.750 and recovered 10 steps later" in text
     assert "without validation on both sides" in text
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,6 +1,6 @@
-"""`lighthouse sweep`: which cells a grid has, what is started for them, and what comes of it.
+"""`lighthouse sweep`: the cells of a grid, the processes it starts, and its tables.
 
-A script stands in for the trainer: it keeps the arguments it is started with, ends as it is told.
+A script replaces the trainer. It records its arguments and ends as the test asks.
 """
 
 import csv
@@ -45,7 +45,7 @@ with (folder / "metrics.jsonl").open("w") as file:
 
 @pytest.fixture
 def ablate(monkeypatch, tmp_path):
-    """Calls the script in this process; returns its exit code."""
+    """Call the script in this process and return its exit code."""
     (tmp_path / "trainer.py").write_text(TRAINER)
     monkeypatch.setattr(sweep, "TRAINER", [str(tmp_path / "trainer.py")])
 
@@ -102,10 +102,10 @@ def test_the_grid_of_the_paper_on_its_configuration(ablate, tmp_path):
     assert len(cells) == len({cell.folder for cell in cells}) == 3 * 3 * 3 * 5 * 3
     assert sum(cell.reason is None for cell in cells) == 198
     assert {cell.fields["stage1_steps"] for cell in cells} == {10_000, 11_000, 12_000}
-    # 24,576 entries in the coarsest level of p2 L3: everything fits, as does the paper's best.
+    # The coarsest level of p2 L3 has 24,576 entries. All of topk fits, as in the paper's best run.
     fitting = [c for c in cells if (c.fields["pooling_factor"], c.fields["num_levels"]) == (2, 3)]
     assert len(fitting) == 45 and not any(cell.reason for cell in fitting)
-    # 1,536 in p4 L4: twelve strata and no more.
+    # The coarsest level of p4 L4 has 1,536 entries, enough for twelve strata.
     cells = [c for c in cells if (c.fields["pooling_factor"], c.fields["num_levels"]) == (4, 4)]
     assert {cell.fields["topk"] for cell in cells if not cell.reason} == {1536}
     assert all("nearest: topk 1536" in cell.reason for cell in cells if cell.reason)
@@ -132,7 +132,7 @@ def test_run_and_collect(ablate, tmp_path, capsys):
         *[first.name, second.name, "table.md", "table.csv", "table.json", "fields.png"]
     }
     rows = json.loads((tmp_path / "grid" / "table.json").read_text())
-    # By the held-out loss.
+    # Sorted by the held-out loss.
     assert [row["cell"] for row in rows] == [first.name, second.name]
     assert rows[0]["final_held_out_loss"] == 2.25 and rows[0]["stage1_steps"] == 15
     assert rows[0]["stage_1_tokens_per_second"] == 300 and rows[0]["stage_1_speed_up"] == 2
@@ -144,7 +144,7 @@ def test_run_and_collect(ablate, tmp_path, capsys):
     )
     assert (tmp_path / "grid" / "fields.png").read_bytes().startswith(b"\x89PNG")
 
-    # A finished cell is not started again; one of another configuration is not touched.
+    # A finished cell is not started again. A cell of another configuration is not changed.
     capsys.readouterr()
     assert ablate("--run", "--list", *overrides) == 0
     assert capsys.readouterr().out.count("finished") == 4
@@ -167,7 +167,7 @@ def test_a_cell_that_fails_does_not_end_the_others(ablate, tmp_path, capsys):
         ("finished", 2.5),
         ("failed", None),
     ]
-    # It is tried again, and its error is gone.
+    # The failed cell is trained again, and its error file is removed.
     (first / "fail").unlink()
     assert ablate("--run") == 0
     assert not (first / "error.txt").exists() and len(starts(first)) == 2
@@ -249,7 +249,7 @@ def test_seeds_and_dense_runs_are_cells_and_seeds_are_averaged(ablate, tmp_path)
         (((arguments, _)),) = starts(tmp_path / "grid" / name)
         assert arguments["--debug.seed"] == name[-1]
         assert arguments["--lighthouse.stage1_steps"] == name.split("-")[4].split("+")[0]
-    # Another held-out loss for each seed of the dense run, none for a seed of the other.
+    # Each seed of the dense run has its own held-out loss. One seed of the other run has none.
     for seed, loss in ((3, 2.0), (4, 2.5), (5, 3.3)):
         path = tmp_path / "grid" / f"norm-p4-L3-k128-0+60-s{seed}" / "metrics.jsonl"
         path.write_text(
@@ -279,7 +279,7 @@ def test_pieces_are_cells(ablate, tmp_path, capsys):
     (((arguments, _)),) = starts(cell)
     assert arguments["--lighthouse.stage2_seq_len"] == "512"
     assert arguments["--lighthouse.stage2_full_steps"] == "5"
-    # A cell from before the fields is one at full length.
+    # A cell saved before these fields existed has stage 2 at full length.
     path = tmp_path / "grid" / f"{stages}-n0-full0" / "cell.json"
     settings = json.loads(path.read_text())
     old = {name: value for name, value in settings["fields"].items() if "stage2" not in name}

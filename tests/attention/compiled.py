@@ -1,4 +1,4 @@
-"""A layer compiled in one graph against the same layer run eagerly."""
+"""Compare a layer compiled in one graph with the same layer in eager mode."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ class GroupedSdpa(torch.nn.Module):
 def assert_compiles_in_one_graph(
     module: torch.nn.Module, dynamic: bool, *inputs_of: Callable[[], list[torch.Tensor]]
 ) -> None:
-    """Outputs and gradients are close to the eager ones, for each of the inputs in turn."""
+    """Check that outputs and gradients are close to the eager ones, for each input in turn."""
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for make in inputs_of:

@@ -1,10 +1,10 @@
-"""Compile the Triton kernels for GPUs that need not be there, and print what came out.
+"""Compile the Triton kernels for GPUs without having one, and print the results.
 
     python tests/attention/kernel_compile_probe.py 90 100
 
-The launchers run on meta tensors of the size of real runs, and instead of a launch each kernel is
-compiled for compute capabilities 9.0 and 10.0 with what the launch would specialize on. Prints
-one JSON object per kernel. A process of its own: it must not run under TRITON_INTERPRET.
+The launchers run on meta tensors with the sizes of real runs. Instead of a launch, each kernel is
+compiled for compute capabilities 9.0 and 10.0, specialized as the launch would be. Prints one JSON
+object per kernel. Must run in its own process, without TRITON_INTERPRET.
 """
 
 import json
@@ -27,12 +27,12 @@ RUNS = {
     "bf16-D128-L3-p4": (torch.bfloat16, 1, 8, 8, 98_304, 128, 3, 4, 1536),
     "bf16-D64-L3-p8-gqa4": (torch.bfloat16, 2, 32, 8, 98_304, 64, 3, 8, 1536),
     "fp32-D256-L5-p2": (torch.float32, 1, 4, 4, 131_072, 256, 5, 2, 2048),
-    # Few sizes are multiples of 16, which lets the compiler assume less.
+    # Few of these sizes are multiples of 16, so the compiler can assume less.
     "fp16-D80-L4-p8-odd": (torch.float16, 1, 5, 1, 512 * 3 * 1111, 80, 4, 8, 384),
 }
 
-# name: run, elements of a head that are rotated, whether neighbours are pairs. Each way to lay out
-# pairs is compiled for a long and a short span, a head that is no power of two, and a part of one.
+# name: run, rotated elements of a head, whether neighbours are pairs. Each layout of pairs is
+# compiled for a long and a short span, a head size that is no power of two, and a partial rotation.
 ROTARY_RUNS = {
     "bf16-D128-L3-p4-interleaved": ("bf16-D128-L3-p4", 128, True),
     "bf16-D128-L3-p4-quarter": ("bf16-D128-L3-p4", 32, False),
@@ -48,7 +48,7 @@ def captured_launches(
     """Every kernel that the launchers start for `run`: function, arguments, options.
 
     Args:
-        rotary_dim: elements of a head that are rotated; with some, only the kernels that rotate.
+        rotary_dim: rotated elements of a head. If not 0, only the rotating kernels are compiled.
     """
     launches = []
 
@@ -95,7 +95,7 @@ def captured_launches(
 
 
 def compile_launch(kernel: JITFunction, arguments: dict, options: dict, capability: int):
-    """Compile as a launch with these arguments would: ones are constants, 16 divides or not."""
+    """Compile as for a launch with these arguments, specialized on ones and on multiples of 16."""
     signature, constexprs, attrs = {}, {}, {}
     for position, param in enumerate(kernel.params):
         value = arguments[param.name]

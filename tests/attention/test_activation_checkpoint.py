@@ -1,4 +1,4 @@
-"""Activation checkpointing: the selection is computed once a layer and step, in every mode."""
+"""Activation checkpointing computes the selection once per layer and step, in every mode."""
 
 import pytest
 import torch
@@ -72,7 +72,8 @@ def count_scorings(monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_selects_once_a_layer(mode, count_selections):
     gradients(mode)
-    assert len(count_selections) == N_LAYERS  # with two levels, one cascade level a selection
+    # With two levels, a selection computes one level of the cascade.
+    assert len(count_selections) == N_LAYERS
 
 
 @pytest.mark.parametrize(
@@ -102,13 +103,13 @@ def test_gradients_are_those_without_it(mode):
 
 
 def test_a_near_tie_that_flips_in_the_recomputation_does_no_harm(monkeypatch):
-    """Scores that come out differently the second time leave the gradients as they are."""
+    """Gradients do not change if recomputed scores differ from the first ones."""
     expected = gradients("none")
     calls = []
 
     select_spans = selection.select_spans
 
-    # Of the same operations in both passes, or checkpointing itself would notice.
+    # Both passes have the same operations. Otherwise checkpointing itself would raise an error.
     order = torch.arange(SEQ_LEN // 2)
     orders = [order] * N_LAYERS + [order.flip(0)] * N_LAYERS
 

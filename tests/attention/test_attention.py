@@ -1,4 +1,4 @@
-"""The whole layer: against plain loops in fp64, its gradients, causality, compilation."""
+"""The whole layer: comparison with plain loops in fp64, gradients, causality, compilation."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ IDS = [
 
 
 def inputs_of(case, dtype=torch.float64, requires_grad=True, seed=0):
-    """q, k, v as a model has them: views of [B, N, H, D]."""
+    """q, k, v with the strides of a model: views of [B, N, H, D]."""
     batch, n_heads, n_kv_heads, seq_len, head_dim, *_ = case
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -58,7 +58,7 @@ def test_equals_loops(case):
         assert (grad - expected_grad).abs().max() < 1e-9
 
 
-# Of those where a selection leaves something out.
+# Cases in which the selection leaves something out.
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=[IDS[1], IDS[4]])
 @pytest.mark.parametrize(("scorer", "dilation"), [("dilated", 4), ("dilated", 5), ("gla", 4)])
 def test_equals_loops_with_other_scorers(case, scorer, dilation):
@@ -71,7 +71,7 @@ def test_equals_loops_with_other_scorers(case, scorer, dilation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_in_low_precision_is_that_of_its_attention(dtype):
-    """At most twice the error of plain PyTorch, in the same dtype on the same selection."""
+    """The error is at most twice that of plain PyTorch in the same dtype and selection."""
     case = (1, 4, 2, 2048, 32, 3, 4, 128)
     q, k, v = inputs_of(case, dtype)
     out = lighthouse_attention(q, k, v, config_of(case))
@@ -114,7 +114,7 @@ def test_gradients_by_finite_differences():
     selection = select_spans(score(q, k, v, config)[0], config, 256)
 
     def layer(q, k, v):
-        # The selection is fixed: a finite step must not change it.
+        # The selection is fixed, because a finite difference must not change it.
         _, coarsest = score(q, k, v, config)
         sub = gather(q, k, v, coarsest, selection)
         return scatter_back(causal_sdpa(*sub, enable_gqa=True), selection)

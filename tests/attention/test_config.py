@@ -1,4 +1,4 @@
-"""LighthouseConfig: its rules, the sizes that follow from it, and the nearest legal values."""
+"""LighthouseConfig: rules, derived sizes, and nearest legal values."""
 
 import re
 
@@ -72,7 +72,7 @@ def test_every_named_nearest_value_is_legal():
 @pytest.mark.parametrize(
     "num_levels, pooling_factor, topk, seq_len, sub_seq_len",
     [
-        # The paper's runs: N/p**(L-1) + (L-1)*p*k, written out.
+        # The paper's runs, by the formula N/p**(L-1) + (L-1)*p*k.
         (3, 4, 1536, 98304, 6144 + 2 * 4 * 1536),
         (3, 2, 1536, 98304, 24576 + 2 * 2 * 1536),
         (3, 4, 8192, 524288, 32768 + 2 * 4 * 8192),

@@ -1,4 +1,4 @@
-"""Context parallelism: over gloo ranks the same function as on one device, edges by name."""
+"""Context parallelism on gloo ranks computes the same function as one device."""
 
 from dataclasses import dataclass
 
@@ -21,13 +21,13 @@ from lighthouse.scorers import score
 from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import select_spans
 
-# A chunk for each stratum where there are most of them: four ranks with two chunks each.
+# The largest case has one chunk per stratum, on four ranks with two chunks each.
 CONFIG = LighthouseConfig(num_levels=3, pooling_factor=2, topk=1024)
 SEQ_LEN = 8 * 256 * 4
 HEADS = {"GQA": (8, 4), "MHA": (4, 4)}
 HEAD_DIM = 8
 ANGLES = torch.arange(4.0)[:, None] * torch.tensor([1.0, 0.3, 0.1])
-# Rotary heads, with a quarter of them that is not rotated, and heads without rotary embedding.
+# Heads with a quarter of their elements not rotated, and heads without rotary embedding.
 ROTARY = {"GQA": RotaryPhases(ANGLES.cos(), ANGLES.sin(), interleaved=True), "MHA": None}
 CASES = [
     (scheme, dtype, heads)
@@ -39,7 +39,7 @@ CASE_IDS = [f"{scheme}-{str(dtype)[6:]}-{heads}" for scheme, dtype, heads in CAS
 
 @dataclass
 class Result:
-    """Of a layer, or of one rank's shard of it."""
+    """Results of a layer, or of one rank's shard of it."""
 
     out: torch.Tensor
     gradients: tuple[torch.Tensor, ...]
@@ -48,7 +48,7 @@ class Result:
 
 
 def inputs_of(dtype, heads, batch=1, seq_len=SEQ_LEN):
-    """q, k, v and the gradient of the output, whole, the same on every rank."""
+    """The whole q, k, v and gradient of the output, equal on every rank."""
     generator = torch.Generator().manual_seed(0)
     n_heads, n_kv_heads = HEADS[heads]
     return [
@@ -83,11 +83,11 @@ def whole_layer(dtype, heads):
 
 
 def on_rank():
-    """What one rank computes, by case; and a layer whose edges are dropped."""
+    """The results of one rank by case, and those of a layer without the edges of chunks."""
     results = {}
     for scheme, dtype, heads in CASES:
         context = ContextParallel.of(dist.group.WORLD, scheme)
-        # torch merges in fp32, which fp64 need not be compared with.
+        # torch merges in fp32, so the results are not compared to fp64.
         torch_ring._cp_options.convert_to_f32 = dtype != torch.float64
         q, k, v, dout = (context.shard(x, 2) for x in inputs_of(dtype, heads))
         layer = LighthouseAttention(attention_of(context), CONFIG, ROTARY[heads], context)
@@ -115,7 +115,7 @@ def on_rank():
 
 
 def without_edges(context):
-    """Which of this rank's outputs change if nothing crosses the edges of its chunk."""
+    """The outputs of this rank that change if nothing crosses the edges of its chunk."""
     q, k, v, _ = (context.shard(x, 2) for x in inputs_of(torch.float64, "MHA"))
     config = context.shard_config(CONFIG, q.shape[2])
     selection = select_spans(score(q, k, v, config)[0], config, q.shape[2], context.rank == 0)
@@ -136,7 +136,7 @@ def whole():
 
 
 def joined(shards, scheme, dim):
-    """The shards of all ranks, by rank, as one tensor in the order of the sequence."""
+    """Join the shards of all ranks into one tensor in the order of the sequence."""
     contexts = [ContextParallel("", rank, len(shards), scheme) for rank in range(len(shards))]
     chunks = {}
     for context, shard in zip(contexts, shards, strict=True):
@@ -149,7 +149,7 @@ def joined(shards, scheme, dim):
 def test_selection_is_that_of_one_device(ranks, whole, scheme, dtype, heads):
     results = [rank[scheme, dtype, heads] for rank in ranks]
     expected = whole[dtype, heads]
-    # Entries by level, since every rank numbers its own: level by level they are in order.
+    # Compare the entries level by level, because every rank numbers its own entries.
     lens = [CONFIG.level_len(level, SEQ_LEN) for level in range(CONFIG.num_levels)]
     by_level = zip(
         *[result.slot.split([n // len(ranks) for n in lens], -1) for result in results],

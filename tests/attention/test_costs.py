@@ -1,4 +1,4 @@
-"""Costs: against counts written out by hand, and against the tensors themselves."""
+"""Costs: comparison with counts by hand and with the sizes of the tensors."""
 
 import pytest
 import torch
@@ -30,10 +30,10 @@ def test_layer_at_98k():
     costs = layer_costs(Shape(1, 8, 8, 98304, 128, 2), config)
     row = 256
     assert config.sub_seq_len(98304) == 18432
-    # All of q, k, v in; a sixteenth of them out, with the scores of levels 1 and 2.
+    # Reads q, k, v. Writes a sixteenth of them, with the scores of levels 1 and 2.
     scores = 2 * 4 * 8 * (24576 + 6144)
     assert costs["score"].bytes == 24 * (98304 + 6144) * row + scores
-    # 6144 tokens for level 0, 6144 spans of 4 for level 1, level 2 as it is.
+    # 6144 tokens for level 0, 6144 spans of 4 for level 1, and the whole level 2.
     read = 6144 + 6144 * 4 + 6144
     assert costs["gather"].bytes == 24 * (read + 18432) * row + 4 * 8 * 18432
     assert costs["scatter back"].bytes == 8 * (18432 + 98304) * row + 4 * 8 * (98304 + 30720)
@@ -45,10 +45,10 @@ def test_layer_at_98k():
     ("scorer", "flops"),
     [
         ("norm", 0),
-        # Both ways, four classes of 256 tokens in each of three heads.
+        # Both directions, four classes of 256 tokens in each of three heads.
         ("dilated", 2 * attention_flops(1, 4 * 3, 256, 16)),
-        # Both ways, for 1,024 tokens in three heads: a multiplication and an addition for each
-        # element of the state to add to it, and as much to read it.
+        # Both directions, 1,024 tokens in three heads. Updating the state takes a multiplication
+        # and an addition per element. Reading it takes as many.
         ("gla", 2 * 1024 * 3 * (2 + 2) * 16 * 16),
     ],
 )
@@ -106,18 +106,18 @@ def test_floor_takes_the_larger_of_bytes_and_flops():
 def test_bytes_exchanged_at_1m():
     config = LighthouseConfig(4, 4, 4096)
     shape = Shape(1, 8, 8, config.sub_seq_len(1048576), 128, 2)
-    # 8,192 rows of q, k, v and out on each of eight ranks, an eighth of which stays.
+    # Each of eight ranks has 8,192 rows of q, k, v and out. An eighth of them stays.
     forward = 8192 * 8 * 4 * 256 * 7 // 8
     found = exchange_bytes(shape, 8, "ulysses")
     assert found == {"exchange": forward, "exchange backward": forward}
-    # k and v seven times round; their gradients, twice as large, eight times.
+    # k and v are sent seven times. Their gradients are twice as large and are sent eight times.
     rotated = 7 * 8192 * 8 * 2 * 256
     found = exchange_bytes(shape, 8, "ring")
     assert found == {"exchange": rotated, "exchange backward": rotated + 8 * 8192 * 8 * 2 * 512}
-    # With GQA k and v are less.
+    # With GQA, k and v are smaller.
     grouped = exchange_bytes(shape._replace(n_kv_heads=2), 8, "ulysses")
     assert grouped["exchange"] == 8192 * (2 * 8 + 2 * 2) * 256 * 7 // 8
-    # Three levels above the finest, one chunk a rank or two.
+    # Three levels above the finest, with one or two chunks per rank.
     for scheme, chunks in (("ulysses", 1), ("ring", 2)):
         edges = chunks * 8 * 3 * 256 * 7
         found = edge_bytes(shape, config, 8, scheme)

@@ -1,4 +1,4 @@
-"""A configuration is one run: started twice it does the same, bit for bit."""
+"""Two runs of one configuration are equal in every bit."""
 
 import pytest
 import torch

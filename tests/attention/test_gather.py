@@ -1,4 +1,4 @@
-"""Gather and scatter-back: by loops, as adjoints, every element written, as registered ops."""
+"""Gather and scatter-back: loops as reference, adjoints, written elements, registered ops."""
 
 import pytest
 import torch

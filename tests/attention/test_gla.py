@@ -1,4 +1,4 @@
-"""Gated linear attention: against the recurrence token by token."""
+"""Gated linear attention: comparison with the recurrence token by token."""
 
 import sys
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from lighthouse.reference import _gated_linear_attention
 
 
 def inputs_of(seq_len, dtype=torch.float64, head_dim=8):
-    """q, k, v as a model has them: views of [B, N, H, D]."""
+    """q, k, v with the strides of a model: views of [B, N, H, D]."""
     generator = torch.Generator().manual_seed(0)
     size = (2, seq_len, 3, head_dim)
     return [
@@ -34,7 +34,7 @@ def test_equals_the_recurrence(seq_len):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_computes_in_fp32(dtype):
-    """At most twice the error of the recurrence in fp32."""
+    """The error is at most twice that of the recurrence in fp32."""
     q, k, v = inputs_of(1024, dtype, 32)
     out = gated_linear_attention(q, k, v)
     assert out.dtype == torch.float32
@@ -57,7 +57,7 @@ def test_autocast_changes_nothing():
 
 
 def test_what_has_faded_leaves_no_trace():
-    """Of values of 1e30, 3,000 tokens back, nothing is left; nothing overflows on the way."""
+    """Values of 1e30 do not overflow, and have no effect 3,000 tokens later."""
     q, k, v = inputs_of(4096, torch.float32)
     expected = gated_linear_attention(q, k, v)
     k[:, :, 0] = 1e30
@@ -67,7 +67,7 @@ def test_what_has_faded_leaves_no_trace():
 
 
 def test_flash_linear_attention_is_called_as_it_asks_to_be(monkeypatch):
-    """With a stand-in of its signature, and of its layout [B, N, H, D]."""
+    """A replacement with the same signature and the layout [B, N, H, D] is called correctly."""
 
     def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None):
         assert g is None and g_gamma.shape == q.shape[2:3] and g_gamma.dtype == torch.float32

@@ -1,6 +1,6 @@
-"""On a GPU: the kernels at real sizes, repeatability, long offsets, compilation, a training run.
+"""GPU tests: kernels at real sizes, determinism, large offsets, compilation, a training run.
 
-`test_kernels.py` runs on the GPU too where there is one. `scripts/gpu_check.sh` runs both.
+`test_kernels.py` also runs on a GPU if there is one. `scripts/gpu_check.sh` runs both.
 """
 
 import subprocess
@@ -68,13 +68,13 @@ def test_selection_of_many_ties_is_that_of_the_cpu(seed):
 
 @pytest.mark.parametrize("pairs", [None, "interleaved", "halves"])
 def test_layer_and_gradients_at_16k_are_as_exact_as_their_attention(pairs):
-    """At most twice the error of the PyTorch bodies on the same selection, in bf16."""
+    """The error is at most twice that of the PyTorch bodies on the same selection, in bf16."""
     config, seq_len = LighthouseConfig(3, 4, 256), 16384
     q, k, v = inputs(seq_len, 4, 2)
     dout = torch.randn(1, 4, seq_len, 128, device="cuda", dtype=torch.bfloat16)
 
     def run(q, k, v, dout):
-        # Scores of the bf16 inputs on the GPU: one selection for all.
+        # One selection for all, from the scores of the bf16 inputs on the GPU.
         selection = select_spans(type(scores)(*(x.to(q.device) for x in scores)), config, seq_len)
         rotary = None if pairs is None else phases(pairs == "interleaved").to(q.device)
         _, coarsest = score(q, k, v, config, rotary)
@@ -148,7 +148,7 @@ def test_layer_is_bitwise_repeatable_with_a_deterministic_attention(is_aligned):
 
 
 def test_offsets_beyond_int32():
-    """4M tokens, 2**32 elements: every position gets its contributions, to the very last."""
+    """With 4M tokens and 2**32 elements, every position gets its contributions."""
     seq_len, config = 2**22, LighthouseConfig(4, 4, 4096)
     x = torch.ones(1, seq_len, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     x.requires_grad_()

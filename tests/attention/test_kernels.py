@@ -1,7 +1,7 @@
-"""The Triton kernels against the PyTorch bodies of the ops and the loop reference.
+"""Compare the Triton kernels with the PyTorch bodies of the ops and the loop reference.
 
-Without a GPU they run in Triton's interpreter (conftest.py), which is slow: sizes are tiny, and
-deep pyramids are tested on trees of a few selected entries instead of whole selections.
+Without a GPU the kernels run in Triton's slow interpreter (conftest.py), so sizes are tiny. Deep
+pyramids are tested with trees of a few selected entries instead of whole selections.
 """
 
 import pytest
@@ -80,14 +80,14 @@ def assert_as_exact(actual, plain, exact):
     assert not actual.isnan().any()
     rounding = 4e-7
     if DEVICE == "cpu" and actual.dtype == torch.bfloat16:
-        # The interpreter cuts fp32 off where a GPU rounds it to bf16.
+        # The interpreter truncates fp32 to bf16. A GPU rounds it.
         rounding = torch.finfo(torch.bfloat16).eps
     error, plain_error = ((x.double() - exact).abs().max().item() for x in (actual, plain))
     assert error <= 2 * plain_error + rounding * exact.abs().max().item()
 
 
 def phases(rotary_dim, num_rows, interleaved):
-    """cos, sin, interleaved; NaN behind the last row that may be read."""
+    """cos, sin, interleaved. Rows after the last legal one are NaN."""
     frequencies = 100.0 ** -(torch.arange(0, rotary_dim, 2, device=DEVICE) / rotary_dim)
     angles = torch.arange(num_rows, device=DEVICE)[:, None] * frequencies
     behind = torch.full((2, len(frequencies)), torch.nan, device=DEVICE)
@@ -109,7 +109,7 @@ def check_norm_score_pool(q, k, v, num_levels, p, rotary=()):
 @pytest.mark.parametrize(("p", "num_levels"), SHAPES, ids=SHAPE_IDS)
 def test_norm_score_pool_of_every_shape(p, num_levels, monkeypatch):
     if p ** (num_levels - 1) > 1024:
-        # Fewer and larger tiles: the interpreter takes its time per operation, not per element.
+        # Fewer and larger tiles. The interpreter's time depends on the number of operations.
         monkeypatch.setattr(scorers, "_ROWS", 128)
     seq_len = 3 * p ** (num_levels - 1)
     q, k, v = (random_bnhd(1, heads, seq_len, 8) for heads in (2, 1, 1))
@@ -179,7 +179,7 @@ def test_select_of_scores(kind):
     num_levels, p, topk, count = 3, 2, 128, 131
     seq_len = count * p ** (num_levels - 1)
     num_scores = sum(seq_len // p**level for level in range(1, num_levels))
-    # The two kinds of score are drawn apart, so that both selections meet ties of their own.
+    # The two kinds of scores are drawn separately, so that each selection has its own ties.
     q_scores, k_scores = (scores_of(kind, (1, 2, num_scores)) for _ in range(2))
     check_select(q_scores, k_scores, num_levels, p, topk, seq_len)
 
@@ -197,7 +197,7 @@ def test_select_of_every_cascade(num_levels, p, topk, count):
     config = LighthouseConfig(num_levels=num_levels, pooling_factor=p, topk=topk)
     ids = [config.level_offset(level, seq_len) + index for level, index in order]
     assert entry[0, 0].tolist() == ids
-    # The maps are inverses of each other, and every other entry is absent.
+    # The maps are inverses of each other. All other entries are absent.
     assert torch.equal(slot[0, 0, entry[0, 0].long()].cpu(), torch.arange(len(ids)).int())
     assert (slot >= 0).sum() == len(ids)
 
@@ -214,7 +214,7 @@ def test_select_of_strided_scores_of_batches_and_heads():
 
 
 def check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, grads=None, rotary=()):
-    """All four kernels; gradients have the given values, or random ones."""
+    """Run all four kernels. Gradients have the given values, or random values."""
     seq_len = q.shape[2]
     bodies = gather_ops
     exact_levels = scorer_ops.norm_score_pool_reference(
@@ -242,7 +242,7 @@ def check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, grads=Non
         return
     sub_out = dsubs[0]
     dout = q
-    # One sequence, and as many chunks as there can be: one for each entry of the coarsest level.
+    # One sequence with the maximum number of chunks, one per entry of the coarsest level.
     for num_chunks in (1, seq_len // p ** (num_levels - 1)):
         edges = exact_edges = None
         if num_chunks > 1:
@@ -314,7 +314,7 @@ def any_strides(kind, batch, n_heads, length, head_dim):
     if kind == "contiguous":
         return torch.randn(batch, n_heads, length, head_dim, device=DEVICE)
     if kind == "sliced":
-        # A part of a fused projection, behind a first token that is cut off.
+        # A slice of a fused projection, without its first token.
         x = torch.randn(batch, length + 1, 3 * n_heads, head_dim, device=DEVICE)
         return x[:, 1:, n_heads : 2 * n_heads].transpose(1, 2)
     if kind == "columns":
@@ -339,7 +339,7 @@ def test_any_strides(kind):
 
 
 def cuda_ops():
-    """The ops, with what is registered for CUDA."""
+    """The ops with the functions registered for CUDA."""
     modules = (scorer_ops, ["norm_score_pool"]), (selection_ops, ["select"])
     gathers = ["gather", "gather_backward", "scatter_back", "scatter_back_backward"]
     for module, names in (*modules, (gather_ops, gathers)):
@@ -362,7 +362,7 @@ def test_layer_and_gradients_match_the_reference(n_kv_heads, is_rotary):
 
     def reference(q, k, v):
         if is_rotary:
-            # The reference takes q and k as they were before their rotation.
+            # The reference takes q and k before their rotation.
             q, k = (torch.stack([rope(x[:, :, t], -t) for t in range(seq_len)], 2) for x in (q, k))
         return reference_attention(q, k, v, 3, 2, 128, rope=rope)
 
@@ -393,7 +393,7 @@ def test_fp64_takes_the_pytorch_body(monkeypatch):
     q, k, v = (random_bnhd(1, 1, 20, 16).double() for _ in range(3))
     entry, slot = random_maps(1, 1, 5, 3, 2, 2)
     cuda = {name: implementation for name, _, implementation in cuda_ops()}
-    # No launch gets past this.
+    # Every launch passes through here.
     monkeypatch.setattr(torch.cuda, "device_of", None)
     *scores, coarsest_q, coarsest_k, coarsest_v = cuda["norm_score_pool"](q, k, v, 3, 2)
     subs = cuda["gather"](q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, 3, 2)

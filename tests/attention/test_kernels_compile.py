@@ -1,7 +1,7 @@
-"""The kernels compile for Hopper and Blackwell, into what they are designed to be.
+"""The kernels compile for Hopper and Blackwell to the intended machine code.
 
-No GPU is needed: `kernel_compile_probe.py` compiles each launch of real runs, in a process that
-does not interpret, and reports on the machine code.
+No GPU is needed. `kernel_compile_probe.py` compiles each launch of real runs, in a process without
+the interpreter, and reports on the machine code.
 """
 
 import json
@@ -15,15 +15,14 @@ import pytest
 triton = pytest.importorskip("triton")
 
 NARROW_QUARTERS = not triton.__version__.startswith(("3.6.", "3.7."))
-"""Whether rows of which a quarter is rotated move in narrow loads: since Triton 3.8 they do, which
-costs time and no correctness. How much is not measured."""
+"""Whether partly rotated rows (a quarter) use narrow loads. They do since Triton 3.8. The results
+are correct, and the cost in time is not measured."""
 
 PARKED = {
     ("3.6", "bf16-D64-L3-p8-gqa4-halves"): 8,
     ("3.8", "fp16-D80-L4-p8-odd"): 24,
 }
-"""Bytes of stack, by version of Triton and run, that ptxas uses of its own accord to fit one more
-program on an SM."""
+"""Bytes of stack by Triton version and run. ptxas uses them to fit one more program on an SM."""
 
 CAPABILITIES = ["90", "100"]
 KERNELS = {
@@ -80,14 +79,14 @@ def test_registers_suffice(compiled):
 
 
 def test_rows_are_summed_within_their_threads(compiled):
-    """Only norms and the longest span of a block need other threads."""
+    """Only norms and the longest span of a block need communication between threads."""
     for result in compiled:
         if result["kernel"] == "select_kernel":
             continue
-        # Norms of q and of k, 16 tokens at most, over 64 threads at most (1 KiB), of two warps.
+        # Norms of q and k for at most 16 tokens over at most 64 threads (1 KiB), of two warps.
         has_norms = result["kernel"] == "norm_score_pool_kernel"
         assert result["shuffles"] <= (2 * 16 * 6 if has_norms else 4), result
-        # Cosines of fp32 pairs lie four to a thread, neighbouring pairs two.
+        # A thread holds four cosines of fp32 pairs, or two of neighbouring pairs.
         is_fp32 = result["run"] == "fp32-D256-L5-p2-interleaved"
         assert result["shared_loads"] <= (80 if has_norms else 48 if is_fp32 else 2), result
 
@@ -104,7 +103,7 @@ def test_rows_move_in_16_bytes_per_thread(compiled):
         if result["run"].endswith("-quarter") and NARROW_QUARTERS:
             continue
         if result["kernel"] == "norm_score_pool_kernel" and not result["run"].endswith(HALVES):
-            # It reads nothing but rows, and the table; only groups of heads read scores too.
+            # The kernel reads rows and the table. Only groups of heads also read scores.
             is_alone = "gqa" not in result["run"] and "odd" not in result["run"]
             is_wide = not result["run"].startswith("fp32") or not is_rotary(result["run"])
             assert result["narrow_loads"] <= (0 if is_alone and is_wide else 64), result

@@ -1,4 +1,4 @@
-"""Pooling at one position: against plain loops from unrotated q and k, and what it is for."""
+"""Pooling with aligned phases: comparison with loops from unrotated q and k, and its purpose."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def table(rotary_dim: int, num_rows: int, interleaved: bool, dtype=torch.float64
 
 
 def setup(case, dtype=torch.float64):
-    """Config, table, a rotary embedding, and unrotated q, k, v as a model has them."""
+    """Config, table, rotary embedding, and unrotated q, k, v with the strides of a model."""
     n_heads, n_kv_heads, seq_len, head_dim, rotary_dim, *fields, interleaved = case
     config = LighthouseConfig(*fields)
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def test_only_differences_of_positions_count(case):
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_in_low_precision_is_that_of_plain_pytorch(dtype, interleaved):
-    """Of outputs and gradients: at most twice that of plain PyTorch in the same dtype."""
+    """Errors of outputs and gradients are at most twice those of PyTorch in the same dtype."""
     case = (4, 2, 2048, 32, 24, 3, 4, 128, interleaved)
     config, rotary, _, inputs = setup(case, torch.float32)
     inputs = [x.detach().to(dtype) for x in inputs]
@@ -199,7 +199,7 @@ def test_strides(layout, interleaved):
     elif layout == "sliced":
         inputs = [torch.cat([x, x], -1)[..., 8:] for x in inputs]
     else:
-        # Rows that start at an odd element and lie an odd number of them apart.
+        # Rows with an odd start and an odd stride.
         inputs = [torch.nn.functional.pad(x, (1, 0))[..., 1:] for x in inputs]
     out = lighthouse_attention(*inputs, config, rotary=rotary)
     assert (out - expected).abs().max() < 1e-12

@@ -1,5 +1,7 @@
-"""Scorers: norms, attention both ways, maxima over spans and groups, means of the coarsest level,
-by loops."""
+"""Scorers: comparison with loops for norms, attention in both directions, and pooling.
+
+Pooling is the maximum over spans and groups, or the mean of the coarsest level.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ BY_ATTENTION_IDS = [f"{config.scorer}-{config.dilation}" for config in BY_ATTENT
 
 
 def inputs_of(n_heads, n_kv_heads, dtype=torch.float64, batch=2, seq_len=SEQ_LEN, head_dim=8):
-    """q, k, v as a model has them: views of [B, N, H, D]."""
+    """q, k, v with the strides of a model: views of [B, N, H, D]."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randn(batch, seq_len, heads, head_dim, generator=generator, dtype=torch.float64)
@@ -67,7 +69,7 @@ def test_equals_loops(n_heads, n_kv_heads, dtype):
 
 
 @pytest.mark.parametrize("config", BY_ATTENTION, ids=BY_ATTENTION_IDS)
-# No length is a multiple of 3, and 580 none of the chunks of gla.
+# No length is a multiple of 3, and 580 is not a multiple of gla's chunks.
 @pytest.mark.parametrize(
     "n_heads, n_kv_heads, seq_len", [(1, 1, SEQ_LEN), (4, 2, 580), (3, 1, SEQ_LEN)]
 )
@@ -84,7 +86,7 @@ def test_by_attention_equals_loops(config, n_heads, n_kv_heads, seq_len):
 @pytest.mark.parametrize("config", BY_ATTENTION, ids=BY_ATTENTION_IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_by_attention_errors_are_those_of_plain_pytorch(config, dtype):
-    """To fp64, at most twice as large, for the same inputs."""
+    """The error to fp64 is at most twice as large for the same inputs."""
     q, k, v = inputs_of(4, 2, dtype, head_dim=32)
     scores, _ = score(q, k, v, config)
     plain, exact = (
@@ -98,7 +100,7 @@ def test_by_attention_errors_are_those_of_plain_pytorch(config, dtype):
 
 
 def plain_scores(q, k, v, config):
-    """With all N * N weights at once, in the dtype of q."""
+    """Reference with all N * N weights at once, in the dtype of q."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     token = torch.arange(q.shape[2])
     distance = token[:, None] - token
@@ -121,7 +123,7 @@ def test_dilation_1_is_causal_attention():
 
 @pytest.mark.parametrize("config", BY_ATTENTION, ids=BY_ATTENTION_IDS)
 def test_by_attention_scores_are_causal(config):
-    """Those of a span depend on no token behind it."""
+    """Scores of a span do not depend on later tokens."""
     inputs = inputs_of(4, 2)
     scores, _ = score(*inputs, config)
     for x in inputs:
@@ -169,7 +171,7 @@ def test_scores_of_equal_tokens_are_finite(scorer):
 
 @pytest.mark.parametrize("config", BY_ATTENTION, ids=BY_ATTENTION_IDS)
 def test_by_attention_ties_go_to_the_lowest_index(config):
-    """Without values all scores are zero: the layer is the one of equal norms."""
+    """If all values are zero, all scores are zero. The layer is then that of equal norms."""
     q, k, v = (torch.ones(1, 2, SEQ_LEN, 8) for _ in range(3))
     scores, _ = score(q, k, torch.zeros_like(v), config)
     assert all((x == 0).all() for x in scores)

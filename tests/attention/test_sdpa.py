@@ -1,4 +1,4 @@
-"""Stock attention: which kernels may do it."""
+"""Choice of the kernel for dense attention."""
 
 import pytest
 import torch

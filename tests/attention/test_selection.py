@@ -1,4 +1,4 @@
-"""Selection: against plain loops, ties, coverage, order, and the two maps against each other."""
+"""Selection: comparison with loops, ties, coverage, order, and consistency of the two maps."""
 
 import pytest
 import torch
@@ -82,8 +82,7 @@ def test_order_is_causal(case):
     level, index = selection.level[0, 0].long(), selection.index[0, 0].long()
     span = p**level
     start, end = index * span, (index + 1) * span
-    # An entry sees those before it: none of them may end after it does, unless it ends at its
-    # start because nothing of it is refined.
+    # An entry attends to earlier entries. None of them may end after it.
     furthest = end.cummax(0).values
     assert (furthest <= end).all()
     assert (start >= 0).all() and (end <= seq_len).all()
@@ -102,7 +101,7 @@ def test_every_position_has_a_contributor():
     for num_levels, p, topk, seq_len in CASES:
         config = LighthouseConfig(num_levels, p, topk)
         scores = torch.rand(1, 1, seq_len)
-        # The first spans score lowest: without entry 0 they would be left out.
+        # The first spans have the lowest scores. Only the rule for entry 0 selects them.
         scores[..., : p ** (num_levels - 1)] = 0
         selection = select(scores, scores, config)
         covered = torch.zeros(seq_len, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What is selected: every figure against loops over the entries, and never N * N memory."""
+"""Selection statistics: comparison with loops over the entries, and memory below N * N."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from lighthouse.selection_stats import (
 )
 
 CASES = [
-    # H, Hkv, N, num_levels, pooling_factor, topk; half of the coarsest level is selected, or less.
+    # H, Hkv, N, num_levels, pooling_factor, topk. At most half of the coarsest level is selected.
     (2, 2, 512, 2, 2, 128),
     (6, 3, 3072, 3, 2, 384),
     (4, 2, 2048, 2, 8, 128),
@@ -30,7 +30,7 @@ def setup(case):
     n_heads, n_kv_heads, seq_len, *fields = case
     torch.manual_seed(0)
     config = LighthouseConfig(*fields)
-    # Heads that agree in part: a score of their own, and one of all.
+    # Each head adds its own score to a shared score, so that heads agree in part.
     scores = torch.rand(2, 2, n_kv_heads, seq_len) + torch.rand(2, 2, 1, seq_len)
     q = torch.randn(2, n_heads, seq_len, 8, dtype=torch.float64)
     k = torch.randn(2, n_kv_heads, seq_len, 8, dtype=torch.float64)
@@ -51,7 +51,7 @@ def entries(selection) -> dict[tuple[int, int], dict[int, set[int]]]:
 
 
 def refined(levels: dict[int, set[int]], level: int, p: int) -> set[int]:
-    """The selected entries of a level: the parents of what is below."""
+    """The selected entries of a level, which are the parents of the entries below."""
     return {index // p for index in levels[level - 1]}
 
 
@@ -73,7 +73,7 @@ def test_shares_and_overlap_equal_loops(case):
             if other != g
         ]
         assert overlaps[level - 1].item() == pytest.approx(sum(pairs) / len(pairs))
-        # More than by chance, and not the same.
+        # The overlap is above chance and below 1.
         assert shares[level - 1] < overlaps[level - 1] < 1
 
 
@@ -127,7 +127,7 @@ def test_everything_of_a_layer_under_autocast():
         **{f"head_overlap/level_{level}": x for level, x in enumerate(head_overlap(selection), 1)},
         "attention_on_level_0": pytest.approx(parts.mean().item(), rel=1e-4),
     }
-    # One head has none to overlap with.
+    # A single head has no overlap.
     assert "head_overlap/level_1" not in measure(q, k[:, :1], v[:, :1], config)
 
 
@@ -139,7 +139,7 @@ def test_rows_are_the_same_each_time_and_leave_the_generator_alone():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most elements that a tensor has had."""
+    """Records the largest number of elements of a tensor."""
 
     numel = 0
 

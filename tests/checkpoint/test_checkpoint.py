@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, which are kept, and folders that stop a run."""
+"""Checkpoints: which are whole, which are kept, and folders that stop a run."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
 
 
 def make(folder: Path, *steps: int, torn: tuple[int, ...] = ()) -> None:
-    """Checkpoints of some steps: a torn one has its data, but not the metadata written last."""
+    """Write checkpoints of some steps. A torn one has its data, but not the metadata file."""
     for step in (*steps, *torn):
         path = folder / f"step-{step}"
         dcp.save({"weight": torch.arange(9.0), "step": step}, checkpoint_id=path, no_dist=True)
@@ -89,7 +89,7 @@ def test_metadata_that_end_early_are_torn(tmp_path, size):
 
 
 def test_metadata_of_a_newer_torch_say_so(tmp_path, monkeypatch):
-    """torch 2.15 writes a sixth field of `TensorProperties`; older versions unpack five."""
+    """torch 2.15 writes six fields of `TensorProperties`. Older versions can read only five."""
     fields = TensorProperties.__getstate__
     monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*fields(self)[:5], None))
     monkeypatch.setattr(TensorProperties, "__setstate__", unpack_five)
@@ -124,7 +124,7 @@ def test_a_model_in_the_format_of_hugging_face_is_whole_with_its_files(tmp_path)
 
 
 class Caller:
-    """A pickle of it calls a function when it is loaded."""
+    """Loading a pickle of this object calls a function."""
 
     def __init__(self, path):
         self.path = path
@@ -139,7 +139,7 @@ def test_what_would_run_when_it_is_loaded_is_refused_and_does_not_run(tmp_path):
     caller, path = Caller(tmp_path / "called"), tmp_path / "step-2"
     dcp.save({"weight": torch.zeros(1), "value": caller}, checkpoint_id=path, no_dist=True)
     assert is_whole(path)
-    with pytest.raises(ValueError, match=r"must hold tensors and plain values alone.*value: "):
+    with pytest.raises(ValueError, match=r"must hold only tensors and plain values.*value: "):
         check_safe(path)
     metadata = dcp.FileSystemReader(tmp_path / "step-1").read_metadata()
     metadata.planner_data = caller
@@ -147,7 +147,7 @@ def test_what_would_run_when_it_is_loaded_is_refused_and_does_not_run(tmp_path):
         pickle.dump(metadata, file)
     assert "names posix.mkdir, which has no place there" in damage_reason(tmp_path / "step-1")
     assert not (tmp_path / "called").exists()
-    # Loaded as torch does, it runs.
+    # torch's own loading calls it.
     dcp.FileSystemReader(tmp_path / "step-1").read_metadata()
     assert (tmp_path / "called").exists()
 
@@ -193,7 +193,7 @@ def one_rank():
 
 
 def manager_of(folder: Path, keep_latest_k: int = 0, switch_step: int | None = None, **attributes):
-    """A manager of a folder, without the parts that save and load."""
+    """A manager of a folder without the parts for saving and loading."""
     manager = TwoStageCheckpointManager.__new__(TwoStageCheckpointManager)
     manager.enable, manager.load_only, manager.interval = True, False, 10
     manager.enable_first_step_checkpoint = False
@@ -226,14 +226,14 @@ def purged(manager) -> set[str]:
         ((1, 2, 3, 4), (), 0, None, set()),
         ((1, 2), (), 2, None, set()),
         ((1, 2, 3), (), 9, None, set()),
-        # The newest one may be in the middle of being written; it pushes no whole one out.
+        # The newest one may still be written. It does not replace a whole one.
         ((1, 2, 3), (4,), 2, None, {1}),
         ((1, 2), (3, 4), 2, None, set()),
-        # A torn one behind the newest whole one will never be whole.
+        # A torn one older than the newest whole one stays torn.
         ((1, 3, 4), (2,), 2, None, {1, 2}),
         ((3, 4), (1, 2, 5), 2, None, {1, 2}),
         ((), (1, 2, 3), 2, None, set()),
-        # The checkpoint of the switch stays, and counts for none of the others.
+        # The checkpoint of the switch is kept, and does not count for keep_latest_k.
         ((1, 2, 3, 4), (), 2, 1, {2}),
         ((1, 2, 3, 4), (), 2, 4, {1, 2}),
         ((1, 2, 3, 4), (), 2, 9, {1, 2}),
@@ -283,7 +283,7 @@ def test_the_newest_whole_checkpoint_is_loaded_and_torn_ones_are_named(
     assert len(said) == 2
     for step, line in zip((20, 30), said, strict=True):
         assert line.startswith(f"{tmp_path}/step-{step} is torn: ")
-        assert f"going on from {tmp_path}/step-10, the newest whole checkpoint" in line
+        assert f"resuming from {tmp_path}/step-10, the newest whole checkpoint" in line
 
 
 def test_a_save_that_fails_stops_the_run_and_names_the_last_good_checkpoint(
@@ -311,6 +311,6 @@ def test_a_folder_that_was_torn_is_made_anew(one_rank, tmp_path, monkeypatch):
     manager.record = {"optimizer.name": "AdamW"}
     manager.save(10)
     assert [path.name for path in (tmp_path / "step-10").iterdir()] == ["trained_with.json"]
-    # A step that is not due is left alone.
+    # A step that is not due is not saved.
     manager.save(11)
     assert not (tmp_path / "step-11").exists()

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained with: a run goes on from it with the same, or says what differs."""
+"""A run resumes only with the configuration of its checkpoint, or names the changed field."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from torchtitan.models.llama3 import Transformer
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, Path]:
-    """A run of 7 steps that ended after 2, with Lighthouse; its folder and its corpus."""
+    """The folder and corpus of a run of 7 steps that stopped after 2 steps with Lighthouse."""
     folder = tmp_path_factory.mktemp("run")
     corpus = write_corpus(folder / "corpus")
     train(command_line(folder / "run", corpus, training__steps=2, lighthouse__stage1_steps=-1))
@@ -47,7 +47,7 @@ def test_every_checkpoint_says_what_it_was_trained_with(run):
     assert record["model.flavor"]["dim"] == 128 and record["model.flavor"]["vocab_size"] == 320
     assert len(record["model.hf_assets_path"]) == 64
     assert record["optimizer.name"] == "AdamW"
-    # 1 sequence on 1 rank; the schedule has a length of its own.
+    # 1 sequence on 1 rank. The schedule has its own length.
     assert record["training.global_batch_size"] == 1
     assert record["lr_scheduler.total_steps"] == 7
 
@@ -105,7 +105,7 @@ def test_checkpoints_from_before_the_field_were_trained_with_averaged_phases(run
 
 
 class _RatesTrainer(TwoStageTrainer):
-    """Keeps the hyperparameters that each step is trained with."""
+    """Records the hyperparameters of each step."""
 
     def __init__(self, job_config):
         self.hyperparameters = {}
@@ -140,7 +140,7 @@ def test_an_accepted_change_of_the_optimizer_is_felt_from_the_next_step_on(run, 
     resumed = hyperparameters_of([*args, "--checkpoint.accept_changes", names])
     assert list(resumed) == [3, 4, 5, 6, 7]
     assert resumed == {step: expected[step] for step in resumed}
-    # Another run that goes on from the checkpoint has its own.
+    # Another run that starts from the checkpoint has its own hyperparameters.
     options = {"checkpoint__initial_load_path": run[0] / "checkpoint" / "step-2"}
     other = hyperparameters_of(command_line(tmp_path / "other", run[1], **options, **changed))
     assert other == resumed
@@ -169,7 +169,7 @@ def test_a_field_that_was_left_out_is_to_be_left_out_again(run, tmp_path):
 
 
 def test_what_no_later_step_feels_may_change(run, tmp_path):
-    # No step of stage 1 is to come: it ended with step 2.
+    # Stage 1 ended with step 2, so no step of it remains.
     check(run, tmp_path / "dense", lighthouse__stage1_steps=2, lighthouse__topk=384)
     check(run, tmp_path / "scorer", lighthouse__dilation=8)
 
@@ -177,7 +177,7 @@ def test_what_no_later_step_feels_may_change(run, tmp_path):
 def test_the_switch_may_move_as_long_as_nothing_was_trained_beyond_it(run, tmp_path):
     for stage1_steps in (2, 3, 7, -1):
         check(run, tmp_path / str(stage1_steps), lighthouse__stage1_steps=stage1_steps)
-    # A step was trained with dense attention already.
+    # One step was already trained with dense attention.
     folder = tmp_path / "dense"
     shutil.copytree(run[0], folder)
     path = folder / "checkpoint" / "step-2"
@@ -192,7 +192,7 @@ PIECES = {"lighthouse__stage1_steps": 1, "lighthouse__stage2_seq_len": 256}
 
 
 def trained_with(run, tmp_path, **values) -> tuple[Path, Path]:
-    """A copy of the run that has a record with other values."""
+    """A copy of the run whose record has other values."""
     folder = tmp_path / "trained"
     shutil.copytree(run[0], folder)
     path = folder / "checkpoint" / "step-2"
@@ -205,7 +205,7 @@ def trained_with(run, tmp_path, **values) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("trained", "now", "part"),
     [
-        # Step 2 was trained on pieces, and others are to come.
+        # Step 2 was trained on pieces, and more such steps remain.
         (PIECES, {"lighthouse__stage2_seq_len": 384}, r"stage2_seq_len must .* 256, got 384; set"),
         (
             {**PIECES, "training__steps": 7},
@@ -213,7 +213,7 @@ def trained_with(run, tmp_path, **values) -> tuple[Path, Path]:
             r"stage2_seq_len must .* 256, got 0; set it to 256",
         ),
         ({**PIECES, "lighthouse__stage2_seq_len": 0}, {}, r"stage2_seq_len .* 0, got 256; set it"),
-        # It was trained at full length and is now to be a piece, and the other way round.
+        # The step was trained at full length and would now be on pieces, and vice versa.
         (
             {**PIECES, "lighthouse__stage2_full_steps": 6, "training__steps": 7},
             {},
@@ -224,7 +224,7 @@ def trained_with(run, tmp_path, **values) -> tuple[Path, Path]:
             {"lighthouse__stage2_full_steps": 6},
             r"stage2_full_steps must .* last step on pieces is 2, got 1; set it to 5",
         ),
-        # As many steps at full length at the end of a longer run are others.
+        # With a longer run, the same number of last steps at full length are other steps.
         (
             {**PIECES, "training__steps": 2, "lighthouse__stage2_full_steps": 1},
             {"lighthouse__stage2_full_steps": 1},
@@ -246,7 +246,7 @@ def test_pieces_may_change_where_no_step_is_felt(run, tmp_path):
     for seq_len in (0, 256):
         options = {"lighthouse__stage1_steps": 2, "lighthouse__stage2_seq_len": seq_len}
         check(run, tmp_path / f"before-{seq_len}", **options)
-    # All pieces were trained before, and the end of the others may move while none is passed.
+    # All steps on pieces are done. In the second case, neither the old nor the new end has passed.
     full = {**PIECES, "lighthouse__stage2_full_steps": 5, "training__steps": 7}
     old = trained_with(run, tmp_path, **full)
     check(old, tmp_path / "over", **{**full, "lighthouse__stage2_seq_len": 384})
@@ -262,7 +262,7 @@ def test_checkpoints_from_before_the_fields_were_trained_at_full_length(run, tmp
         del record[name]
     path.write_text(json.dumps(record))
     check(old, tmp_path / "full", lighthouse__stage1_steps=1)
-    # 768 is all of the sequence.
+    # 768 is the whole sequence.
     check(old, tmp_path / "whole", lighthouse__stage1_steps=1, lighthouse__stage2_seq_len=768)
     with pytest.raises(ValueError, match=r"lighthouse\.stage2_seq_len must .* 0, got 256"):
         check(old, tmp_path / "pieces", **PIECES)
@@ -276,7 +276,7 @@ def test_another_run_may_go_on_otherwise_with_the_same_model_and_optimizer(run, 
     adam = [*args, "--optimizer.name", "Adam"]
     with pytest.raises(ValueError, match=r"optimizer\.name must be that of .* 'AdamW', got 'Adam'"):
         check_config(load_config(adam), world_size=1)
-    # Of the model alone the optimizer knows nothing.
+    # Loading the model alone does not involve the optimizer.
     only = [*adam, "--checkpoint.initial_load_model_only"]
     check_config(load_config(only), world_size=1)
     with pytest.raises(ValueError, match=r"model\.flavor must be the model of .*quickstart"):
@@ -318,7 +318,7 @@ def test_a_checkpoint_without_a_record_is_compared_by_its_shapes(run, tmp_path):
         other = [*args, "--model.flavor", "quickstart", "--lighthouse.full_attn_layers", "0"]
         check_config(load_config(other), 1)
     whole_state = [*args, "--checkpoint.no_initial_load_model_only"]
-    with pytest.raises(ValueError, match=r"must hold the state of training .* the model alone"):
+    with pytest.raises(ValueError, match=r"must hold the training state .* only the model"):
         check_config(load_config(whole_state), world_size=1)
 
 
@@ -337,7 +337,7 @@ def test_another_corpus_is_refused_unless_the_data_begin_anew(run, tmp_path):
         options = {**anew, **path, "lighthouse__stage1_steps": stage1_steps}
         config = load_config(command_line(tmp_path / "new", other, **options))
         check_config(config, world_size=1)
-        assert any("begins the data anew at every" in line for line in warnings_of(config))
+        assert any("restarts the data at every" in line for line in warnings_of(config))
 
 
 def test_a_record_that_cannot_be_read_is_named(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Models in Hugging Face's format: read as they are meant, and trained on."""
+"""Models in Hugging Face format: conversion of their configuration and weights, and training."""
 
 import copy
 import dataclasses
@@ -56,7 +56,7 @@ def imported(dump_folder: Path, corpus: Path, folder: Path, flavor: str, **overr
 
 
 def loaded_parameters(args: list[str]) -> dict[str, torch.Tensor]:
-    """The parameters that a run starts from, whole."""
+    """The full parameters that a run starts from."""
     with pytest.MonkeyPatch.context() as patch:
         register(patch)
         with trainer_of(load_config(args)) as trainer:
@@ -94,7 +94,7 @@ def test_training_goes_on_from_a_folder(flavor, tmp_path, corpus):
 @pytest.mark.parametrize(
     "flavor, num_ranks",
     [
-        # On two ranks half a head each.
+        # Each of two ranks has half a head.
         ("one_head", 2),
         pytest.param("debugmodel", 2, marks=pytest.mark.slow),
         pytest.param("gqa", 4, marks=pytest.mark.slow),
@@ -116,11 +116,11 @@ def test_the_configuration_survives_the_way_there_and_back(flavor, tmp_path):
 
 
 def test_the_file_of_transformers_5_is_understood(tmp_path):
-    # Not at the top: ranks import this module, too.
+    # Imported here, because ranks also import this module.
     from transformers import LlamaConfig
 
     expected = hf_llama.to_config(GQA)
-    # Written in its own way, with `rope_parameters`; it changes what it is given.
+    # transformers writes `rope_parameters`, and changes its arguments.
     LlamaConfig.from_dict(copy.deepcopy(expected)).save_pretrained(tmp_path)
     assert "rope_scaling" not in json.loads((tmp_path / "config.json").read_text())
     assert hf_llama.read_config(tmp_path) == expected

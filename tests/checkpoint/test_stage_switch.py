@@ -1,4 +1,4 @@
-"""The hand-over record: digests that change with every element and every name."""
+"""The record of the stage switch. Its digests change with every element and every name."""
 
 import hashlib
 import json

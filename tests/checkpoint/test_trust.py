@@ -1,4 +1,4 @@
-"""Checkpoints that changed on the disk, were saved in a bad moment, or hold a user's files."""
+"""Checkpoints that changed on disk, were saved between skipped steps, or hold a user's files."""
 
 import json
 import logging
@@ -65,7 +65,7 @@ def test_every_bit_of_a_checkpoint_has_a_checksum(copied):
         assert checksum_fault(path) == f"{name} is not as it was written: its checksum differs"
         flip(path / name, place)
     assert checksum_fault(path) is None
-    # Shared by ranks, each file is compared by one.
+    # Each file is checked by one of the ranks.
     flip(path / ".metadata", 9)
     assert [checksum_fault(path, part, 2) is None for part in range(2)] == [False, True]
 
@@ -75,14 +75,14 @@ def test_one_changed_bit_is_noticed_and_the_older_checkpoint_is_used(
     saved, copied, corpus, warned, place
 ):
     data = copied / "step-4" / "__0_0.distcp"
-    # In a tensor, and in a value that is read before the run starts.
+    # A change in a tensor, and one in a value that is read before the run starts.
     flip(data, data.stat().st_size // 2 if place == "tensor" else 5000)
     resumed = resume(copied, corpus)
     (line,) = [line for line in warned.messages if "cannot be loaded" in line]
     assert f"{copied}/step-4 cannot be loaded: __0_0.distcp is not as it was written" in line
     assert list(resumed.batches) == [3, 4]
     assert_same_state(resumed, saved[1])
-    # It has been made anew.
+    # The checkpoint was written again.
     assert checkpoint_faults(copied) == {2: None, 4: None}
 
 
@@ -92,7 +92,7 @@ def test_a_changed_bit_without_an_older_checkpoint_ends_the_run(copied, corpus):
     flip(data, data.stat().st_size // 2)
     with pytest.raises(TrainingAborted, match=r"step-4 cannot be loaded: .* checksum differs"):
         resume(copied, corpus)
-    # Now it is known before a run starts, and before a model is opened.
+    # The fault is now found before a run starts, and before a model is opened.
     config = load_config(command_line(copied.parent, corpus, **OPTIONS))
     with pytest.raises(ValueError, match="checksum differs"):
         check_config(config, world_size=1)
@@ -110,7 +110,7 @@ def test_the_checksums_can_be_turned_off(copied, corpus, monkeypatch):
 
 
 def test_what_cannot_be_loaded_is_passed_over(saved, copied, corpus, warned, monkeypatch):
-    # As one that was written before there were checksums.
+    # As written by a version without checksums.
     for file in (copied / "step-4").glob("*checksums.json"):
         file.unlink()
     data = copied / "step-4" / "__0_0.distcp"
@@ -127,7 +127,7 @@ def test_what_cannot_be_loaded_is_passed_over(saved, copied, corpus, warned, mon
 
 
 class SkippingTrainer(RecordedTrainer):
-    """The loss of some steps is not a number."""
+    """Makes the loss of some steps NaN."""
 
     bad_steps = ()
 
@@ -141,11 +141,11 @@ class SkippingTrainer(RecordedTrainer):
 @pytest.mark.parametrize(
     "bad_steps, good",
     [
-        # Saved with step 4 left out.
+        # Step 4 was skipped before the save.
         ((4,), [2, 6]),
-        # Between two of them.
+        # Saved between two skipped steps.
         ((3, 5), [2, 6]),
-        # Before or after one of them.
+        # Saved before or after one skipped step.
         ((3,), [2, 4, 6]),
         ((5,), [2, 4, 6]),
     ],
@@ -191,7 +191,7 @@ def test_a_file_of_the_user_is_never_deleted(tmp_path, corpus):
             for folder in (tmp_path / "checkpoint").glob("step-*"):
                 (folder / "notes.txt").write_text("mine")
 
-    # One that is made anew, and some that are purged.
+    # One checkpoint is written again, and some are purged.
     (tmp_path / "checkpoint" / "step-3").mkdir(parents=True)
     shutil.rmtree(tmp_path / "checkpoint")
     options = {**OPTIONS, "checkpoint__interval": 1, "training__steps": 5}

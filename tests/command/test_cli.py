@@ -1,4 +1,4 @@
-"""The command `lighthouse`: what it lists, what it imports, and what it says without its extras."""
+"""The command `lighthouse`: its list of programs, its imports, and errors without its extras."""
 
 import importlib
 import subprocess
@@ -23,7 +23,7 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 """
-"""Makes a process one in which packages are not installed."""
+"""Make a process behave as if packages were not installed."""
 
 EXTRAS = ["torchtitan", "wandb", "datasets", "matplotlib", "transformers", "tokenizers", "tyro"]
 
@@ -61,7 +61,7 @@ def test_every_command_has_help(name, monkeypatch, capsys):
     assert not end.value.code
     out = capsys.readouterr().out
     doc = importlib.import_module(COMMANDS[name][0]).__doc__
-    # The example in it is of this command.
+    # The help's example uses this command.
     assert f"\n    lighthouse {name}" in doc and doc.partition("\n")[0] in out
     assert f"usage: lighthouse {name}" in out
 

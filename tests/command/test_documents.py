@@ -1,7 +1,7 @@
 """Commands in documents, TOML headers and docstrings exist and take their options; some run.
 
-A command is a line of an indented or fenced block, a span in backquotes, or what stands behind a
-colon in the header of a TOML. Words in capitals, and the files of a reader, are placeholders.
+A command is a line of an indented or fenced block, a span in backquotes, or the text after a colon
+in the header of a TOML. Words in capitals and the names of a reader's files are placeholders.
 """
 
 import ast
@@ -28,7 +28,7 @@ MODULE = "torchtitan.experiments.lighthouse.train"
 
 
 def texts() -> dict[str, str]:
-    """What a reader may copy a command from, by the name of the file."""
+    """Texts that readers may copy commands from, by file name."""
     files = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("train_configs/*.toml")]
     files += [*ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/slurm/*")]
     found = {str(path.relative_to(ROOT)): path.read_text() for path in files}
@@ -62,7 +62,7 @@ FOUND = sorted(
 
 @pytest.fixture(scope="module")
 def options():
-    """The options of each command, as its help lists them."""
+    """The options of each command in its help."""
     found = {}
 
     def options(name: str) -> set[str]:

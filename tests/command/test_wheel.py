@@ -1,4 +1,4 @@
-"""The wheel in a bare environment: the attention without its extras, and the command."""
+"""The wheel in an empty environment: the attention without extras, and the command."""
 
 import os
 import shutil
@@ -34,9 +34,9 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Outside of the checkout; holds the wheel."""
+    """A folder outside the checkout with the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
-    # A copy: setuptools leaves files in the folder that it builds in, and packs those it finds.
+    # Build in a copy. setuptools leaves files in its build folder, and packs what it finds there.
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "outputs", "tests")
     shutil.copytree(ROOT, folder / "checkout", ignore=ignored)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]

@@ -1,8 +1,8 @@
-"""Wrong command lines and files: each program ends with one line that says what to do.
+"""Wrong command lines and files end every program with one line that says what to do.
 
 A row is a call of a program and three parts of its message: the field, the value and the remedy.
-Whatever the row: the exit code is 2, stderr holds one line and no traceback, nothing is written,
-and neither another process nor the network is asked.
+For every row, the exit code is 2 and stderr has one line without a traceback. Nothing is written,
+no process group is created, and the network is not used.
 """
 
 import importlib
@@ -33,10 +33,10 @@ from lighthouse_cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 
 LIMIT = 15
-"""CPU seconds of a process: those that it takes on a machine with nothing else to do."""
+"""Limit of the CPU seconds of a process, as measured on an idle machine."""
 
 HANGS = 300
-"""Seconds after which a process will never end, whatever else the machine does."""
+"""Timeout in seconds, long enough for a busy machine."""
 
 TRAINER = (
     "--job.dump_folder {dump} --model.flavor debugmodel --lighthouse.topk 128 "
@@ -54,10 +54,10 @@ class Row:
 
     program: str
     args: str
-    """As typed; {dump}, {place} and {toml} are paths."""
+    """Arguments as typed. {dump}, {place} and {toml} are paths."""
 
     parts: tuple[str, ...]
-    """Of the message: field, value, remedy."""
+    """Parts of the message: field, value, remedy."""
 
     toml: str | None = None
     env: dict[str, str] = field(default_factory=dict)
@@ -73,7 +73,7 @@ def run(args: str, *parts: str, **env: str) -> Row:
 
 
 def file(toml: str, *parts: str) -> Row:
-    """A wrong TOML file, which is all that the trainer is given."""
+    """A wrong TOML file as the only argument of the trainer."""
     return Row("train", "--job.dump_folder {dump} --job.config_file {toml}", parts, toml)
 
 
@@ -88,7 +88,7 @@ def script(name: str, args: str, *parts: str, toml: str | None = None) -> Row:
 HF = "--checkpoint.initial_load_in_hf --checkpoint.initial_load_model_only"
 
 COMMAND_LINES = [
-    # Misspelt, misplaced, of another type.
+    # Misspelt fields, wrong sections, wrong types.
     run("--training.stepz 4", "--training.stepz", "is not a field", "mean --training.steps?"),
     run("--trainin.steps 4", "--trainin.steps", "is not a field", "mean --training.steps?"),
     run("--steps 4", "--steps", "is not a field", "?"),
@@ -171,8 +171,8 @@ COMMAND_LINES = [
         "--lr_scheduler.total_steps 30",
         *("lr_scheduler.total_steps must be at least training.steps, 60", "got 30", "raise it"),
     ),
-    run("--lr_scheduler.decay_ratio 1.5", "lr_scheduler.decay_ratio", "got 1.5", "a part of all"),
-    run("--lr_scheduler.min_lr_factor -1", "lr_scheduler.min_lr_factor", "got -1.0", "a part of"),
+    run("--lr_scheduler.decay_ratio 1.5", "lr_scheduler.decay_ratio", "got 1.5", "a share of all"),
+    run("--lr_scheduler.min_lr_factor -1", "lr_scheduler.min_lr_factor", "got -1.0", "a share of"),
     run("--debug.seed -1", "debug.seed must be from 0 to 2**64 - 1", "got -1", "leave it out"),
     run(f"--debug.seed {2**64}", "debug.seed must be from 0", f"got {2**64}", "leave it out"),
     run("--comm.init_timeout_seconds 0", "comm.init_timeout_seconds", "got 0", "use 1 or more"),
@@ -300,7 +300,7 @@ COMMAND_LINES = [
         "--training.enable_cpu_offload",
         *("training.enable_cpu_offload must be false", "got true", "start more processes"),
     ),
-    # What this machine or this program cannot do.
+    # Features that this machine or this program does not have.
     run("--model.converters float8", "model.converters must be one of", "got 'float8'", "choose"),
     run(
         "--model.converters quantize.linear.float8",
@@ -382,7 +382,7 @@ COMMAND_LINES = [
         "--training.dataloader.prefetch_factor 2",
         *("training.dataloader.prefetch_factor", "got 2", "num_workers to 1"),
     ),
-    # Where it writes.
+    # Output folders.
     run("--job.dump_folder ''", "job.dump_folder must be the name", "got ''", "./outputs"),
     run("--job.dump_folder {place}/file", "job.dump_folder must be a folder", "/file'", "another"),
     run("--job.dump_folder {place}/file/run", "job.dump_folder must be", "/file/run'", "another"),
@@ -425,7 +425,7 @@ COMMAND_LINES = [
         *("config.json' must be the configuration of a model", "Expecting", "name a folder"),
     ),
 ]
-"""Of the trainer."""
+"""Calls of the trainer."""
 
 FILES = [
     config(
@@ -572,7 +572,7 @@ SCRIPTS = [
     script(
         "sweep",
         "{place}/ok.toml --output {place}/grid --collect",
-        *("--output must hold the cells as they were begun", "cell.json'", "remove the folder"),
+        *("--output must hold undamaged cell.json files", "cell.json'", "remove the folder"),
     ),
     script(
         "sweep",
@@ -646,7 +646,7 @@ SCRIPTS = [
     script("eval-loss", f"{MODEL} --lighthouse k=12", "--lighthouse must set", "'k=12'", "write"),
     script("eval-loss", f"{MODEL} --lighthouse topk=a", "--lighthouse topk", "'a'", "a number"),
     script("eval-loss", "{place}/not_json", "config.json' must be", "Expecting", "name a folder"),
-    script("eval-passkey", "", "name MODEL or --make-data N FILE", "see --help"),
+    script("eval-passkey", "", "name either MODEL or --make-data N FILE", "see --help"),
     script("eval-passkey", "{place}/empty", "a model must be a whole", "/empty'", "correct the"),
     script("eval-passkey", f"{MODEL} --lengths 9", "--lengths must be", "got 9", "use longer ones"),
     script("eval-passkey", f"{MODEL} --lengths a", "--lengths", "'a'", "see --help"),
@@ -697,7 +697,7 @@ SCRIPTS = [
     script(
         "report",
         "{place}/ran {place}/ran --output {dump}",
-        *("every run must be another folder", "got one twice", "leave it out"),
+        *("every run must be a different folder", "got one twice", "remove it"),
     ),
     script("prepare", "", "the following arguments are required: --output", "see --help"),
     script("prepare", "--output {dump}", "--dataset must be one of", "got None", "choose one"),
@@ -747,14 +747,14 @@ SHELL = [
         env={"SLURM_SUBMIT_DIR": "/"},
     ),
 ]
-"""Programs of the shell."""
+"""Shell scripts."""
 
 ROWS = COMMAND_LINES + FILES + SCRIPTS
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """What the rows name: the shards, models and files of a user who has made mistakes."""
+    """The files that the rows name: shards, models and files with mistakes."""
     place = tmp_path_factory.mktemp("place")
     write_corpus(place / "corpus")
     (place / "empty").mkdir()
@@ -795,7 +795,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(place, tmp_path):
-    """Makes the arguments and the environment of a row, and checks what its program has done."""
+    """Makes the arguments and the environment of a row, and checks the results of its program."""
     dump = tmp_path / "dump"
 
     def arguments(row: Row) -> list[str]:
@@ -829,7 +829,7 @@ def main_of(program: str):
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Neither processes nor the network are asked; what a program does to its own stays in it."""
+    """Fail if the program creates a process group or opens a connection. Restore its changes."""
     asked = []
     for owner, name in ((socket.socket, "connect"), (torch.distributed, "init_process_group")):
         monkeypatch.setattr(owner, name, lambda *args, name=name, **options: asked.append(name))
@@ -856,7 +856,7 @@ def test_one_line_says_what_to_do(row, call, alone, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def slowest(request):
-    """CPU and wall seconds of every process, by row; the longest are printed in the end."""
+    """CPU and wall seconds of each process, by row. The longest are printed at the end."""
     seconds = {}
     yield seconds
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
@@ -890,7 +890,7 @@ def test_so_does_the_program_itself(row, call, slowest, tmp_path):
 @pytest.mark.parametrize("row", SHELL, ids=[row.name for row in SHELL])
 def test_a_program_of_the_shell_says_it_as_well(row, call, tmp_path):
     arguments, check = call
-    # A copy: what a job would write lies in its repository.
+    # Use a copy, because jobs write into their repository.
     shutil.copytree(ROOT / "scripts", tmp_path / "checkout" / "scripts")
     job = {"SLURM_SUBMIT_DIR": str(tmp_path / "checkout"), "SLURM_JOB_ID": "1"}
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Wrong configurations: each is refused in one line that names field, value and remedy."""
+"""Each wrong configuration raises one line that names field, value and remedy."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(tmp_path, corpus, checkpoint) -> SimpleNamespace:
-    """Paths that the cases name as {dump}, {corpus}, {empty} and so on."""
+    """Paths for {dump}, {corpus}, {empty} and other placeholders in the cases."""
     empty, dump = tmp_path / "empty", tmp_path / "dump"
     empty.mkdir()
     dump.mkdir()
@@ -86,7 +86,7 @@ def check(place: SimpleNamespace, args: str, world_size: int = 1, toml: str | No
         "--training.dataset text --training.dataset_path {corpus} "
         "--validation.dataset text --validation.dataset_path {corpus} "
     )
-    # What the TOML sets must not be overridden.
+    # Fields that the TOML sets must not be overridden.
     line = "--job.config_file {dump}.toml" if toml is not None else defaults + args
     if toml is not None:
         place.dump.with_suffix(".toml").write_text(toml.replace("{corpus}", str(place.corpus)))
@@ -137,7 +137,7 @@ dataset_path = "{corpus}"
         "--checkpoint.enable --checkpoint.initial_load_path {whole}",
         "--checkpoint.no_enable --checkpoint.interval 0",
         "--validation.enable --validation.seq_len 2048",
-        # Without Lighthouse its rules about lengths do not hold.
+        # Without Lighthouse, its rules about lengths do not apply.
         "--training.seq_len 6 --lighthouse.stage1_steps 0",
         "--validation.enable --validation.seq_len 2047 --lighthouse.stage1_steps 0",
     ],
@@ -188,7 +188,7 @@ COMMAND_LINES = [
         "--parallelism.data_parallel_replicate_degree 0",
         ("data_parallel_replicate_degree", "got 0", "use 1"),
     ),
-    # These hold for a dense run, too.
+    # These rules also apply to a dense run.
     (
         "--lighthouse.stage1_steps 0 --lighthouse.topk 200",
         ("lighthouse.topk", "got 200", "nearest: 256"),
@@ -278,7 +278,7 @@ COMMAND_LINES = [
         ("checkpoint.folder must hold a whole", "with no checkpoint", "move the folder"),
     ),
     (
-        # It would be passed over.
+        # Such a folder would be ignored.
         "--checkpoint.enable --checkpoint.folder torn --checkpoint.initial_load_path {whole}",
         (
             "checkpoint.folder must hold a whole",
@@ -359,7 +359,7 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(place, world_size, a
         (2, CP2 + " --lighthouse.scorer gla --lighthouse.stage1_steps 0"),
         (2, CP2 + " --lighthouse.context_parallel ring --lighthouse.topk 512"),
         (2, CP2 + " --lighthouse.stage2_seq_len 1024 --lighthouse.stage2_full_steps 1"),
-        # Two batches of two pieces are a piece for each rank.
+        # Two batches of two pieces give one piece per rank.
         (4, RING4 + "--lighthouse.stage2_seq_len 1024 --training.local_batch_size 2"),
     ],
 )
@@ -478,7 +478,7 @@ def test_a_checkpoint_whose_metadata_is_torn_is_refused(place):
 
 @pytest.mark.parametrize(
     ("last_step", "interval", "is_lost"),
-    # The switch, step 40, is saved, too.
+    # The switch after step 40 is also saved.
     [(19, 20, False), (20, 20, False), (21, 20, True), (40, 500, False), (41, 500, True)],
 )
 def test_checkpoints_that_are_gone_are_missed(place, last_step, interval, is_lost):
@@ -488,9 +488,9 @@ def test_checkpoints_that_are_gone_are_missed(place, last_step, interval, is_los
     if not is_lost:
         check(place, args)
         return
-    parts = ("checkpoint.folder must be there", f"up to step {last_step}", "{dump}/checkpoint")
+    parts = ("checkpoint.folder must exist", f"up to step {last_step}", "{dump}/checkpoint")
     assert_refused(place, (*parts, "move metrics.jsonl away"), args)
-    # A run without checkpoints keeps none, and may not take the place of one that was saved.
+    # A run without checkpoints saves none, and must not replace a run that has some.
     parts = ("checkpoint.enable must be true", "later/step-9", "another job.dump_folder")
     assert_refused(place, parts, "--checkpoint.no_enable")
     for folder in place.dump.iterdir():
@@ -555,5 +555,5 @@ def test_the_program_ends_with_one_line_and_code_2(tmp_path):
     errors = [line for line in lines if line.startswith("error: ")]
     assert errors == [lines[-1]] and "lighthouse.topk" in errors[0] and "got 200" in errors[0]
     assert "Traceback" not in result.stdout + result.stderr
-    # Nothing was begun.
+    # Nothing was written.
     assert not (tmp_path / "dump").exists()

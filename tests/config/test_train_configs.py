@@ -1,4 +1,4 @@
-"""Every TOML of train_configs: it parses, it is legal as it stands, and it trains, made small."""
+"""Every TOML in train_configs parses, is legal, and trains with small sizes."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ IDS = [path.stem for path in CONFIGS]
 
 
 def elsewhere(tmp_path: Path) -> list[str]:
-    """Overrides for a machine that has neither the assets nor the outputs of the configuration."""
+    """Overrides for a machine without the assets and outputs of the configuration."""
     return [
         "--job.dump_folder", str(tmp_path / "run"),
         "--model.hf_assets_path", "torchtitan/experiments/lighthouse/assets/byte_tokenizer",
@@ -26,7 +26,7 @@ def test_it_is_legal(path, tmp_path, monkeypatch):
     monkeypatch.chdir(path.parents[1])
     config = load_config(["--job.config_file", str(path), *elsewhere(tmp_path)])
     if config.training.dataset == "jsonl":
-        # Documents that the header of the configuration tells how to make.
+        # Make the documents as the header of the configuration says.
         config.training.dataset_path = str(tmp_path / "documents.jsonl")
         Path(config.training.dataset_path).write_text('{"text": "a document"}\n')
     check_config(config, RANKS.get(path.stem, 1))
@@ -43,14 +43,14 @@ def test_it_trains_two_steps_made_small(path, tmp_path, corpus, monkeypatch):
     lighthouse.full_attn_layers = [layer for layer in lighthouse.full_attn_layers if layer == 0]
     lighthouse.stage1_steps = min(1, lighthouse.stage1_steps)
     if lighthouse.stage2_seq_len:
-        # A step on pieces, then none or one at full length.
+        # One step on pieces, then none or one at full length.
         lighthouse.stage2_seq_len, lighthouse.stage2_full_steps = seq_len // 2, 0
     config.model.flavor = "quickstart"
     config.parallelism.context_parallel_degree = 1
     config.training.steps = config.lr_scheduler.warmup_steps = 2
     config.training.global_batch_size = -1
     config.optimizer.implementation = "foreach"
-    # Tracing takes ten seconds, and the compiler of kernels more.
+    # Tracing takes ten seconds, and compiling kernels takes longer.
     config.compile.enable = config.compile.enable and path.stem == "1m_context"
     config.compile.backend = "aot_eager"
     config.metrics.log_freq = 1

@@ -1,4 +1,4 @@
-"""A byte-pair tokenizer from a corpus: every text comes back, in torchtitan and in transformers."""
+"""A byte-pair tokenizer of a corpus restores every text, in torchtitan and transformers."""
 
 import json
 

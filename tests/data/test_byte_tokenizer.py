@@ -1,4 +1,4 @@
-"""The byte tokenizer, as torchtitan loads it."""
+"""The byte tokenizer, loaded by torchtitan."""
 
 import json
 from pathlib import Path

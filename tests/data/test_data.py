@@ -1,4 +1,4 @@
-"""The data path: packing, ranks, the held-out split, resuming at every step, and refusals."""
+"""The data path: packing, ranks, held-out split, resuming at every step, and errors."""
 
 import gzip
 import itertools
@@ -34,13 +34,13 @@ from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 SEQ_LEN = 16
 EOS_ID = 256
 
-# Two ranks split two shards by file, and three shards or one by row.
+# Two ranks split two shards by file. They split three shards or one by row.
 KINDS = ["text", "jsonl", "jsonl-2shards", "parquet", "c4_local"]
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Fails a test that looks up a host; an exception alone could be swallowed on its way."""
+    """Fail a test that looks up a host. An exception alone could be caught on its way."""
     hosts = []
 
     def refuse(host, *args, **options):
@@ -58,13 +58,13 @@ def tokenizer() -> HuggingFaceTokenizer:
 
 
 def make_texts(count: int, held_out: bool = False) -> list[str]:
-    """Returns `count` different short documents, all on one side of the split."""
+    """`count` different short documents, all in the same split."""
     candidates = (f"{i} " + "né\n"[: i % 4] * (i % 11) for i in itertools.count())
     return list(itertools.islice((t for t in candidates if is_held_out(t) == held_out), count))
 
 
 def write_shards(folder: Path, name: str, texts: list[str], num_shards: int) -> None:
-    """Writes gzipped JSON lines with the fields of C4, under C4's file names."""
+    """Write gzipped JSON lines with the fields and file names of C4."""
     for shard in range(num_shards):
         path = folder / f"c4-{name}.{shard:05d}-of-{num_shards:05d}.json.gz"
         with gzip.open(path, "wt", encoding="utf-8") as lines:
@@ -84,7 +84,7 @@ def write_parquet(path: Path, column: str, texts: list[str]) -> None:
 def make_corpus(
     folder: Path, kind: str, train: list[str], validation: list[str] | None = None
 ) -> tuple[str, str]:
-    """Writes a corpus and returns its name and its path."""
+    """Write a corpus. Returns its name and its path."""
     folder.mkdir(exist_ok=True)
     name = kind.split("-")[0]
     validation = validation if validation is not None else make_texts(3, held_out=True)
@@ -120,7 +120,7 @@ def make_config(name, path, num_workers=0, section="training", **options) -> Job
 
 
 def stream_of(windows) -> list[int]:
-    """Returns the tokens that windows [S] cover, and checks that each goes on from the last."""
+    """The tokens that windows [S] cover. Checks that each window continues the last one."""
     tokens = []
     for inputs, labels in windows:
         inputs = inputs["input"]
@@ -133,7 +133,7 @@ def stream_of(windows) -> list[int]:
 
 
 def documents_of(tokens: list[int]) -> list[str]:
-    """Returns the texts of a byte stream that holds whole documents, without an open end."""
+    """The texts of a byte stream that consists of whole documents."""
     documents = bytes(token if token < 256 else 0xFF for token in tokens).split(b"\xff")
     return [document.decode() for document in documents[:-1]]
 
@@ -156,7 +156,7 @@ def test_labels_are_the_corpus_without_its_first_token(tmp_path, tokenizer, kind
     assert len(windows) == (num_tokens - 1) // SEQ_LEN
     tokens = stream_of(windows)
     assert Counter(documents_of(tokens)) <= Counter(train)
-    # What is left is less than a window, and the position counts it.
+    # The rest is less than a window, and the position counts it.
     left = num_tokens - (len(tokens) - 1)
     assert left <= SEQ_LEN
     position = {"epoch": 0, "documents": len(train), "tokens_buffered": left}
@@ -278,7 +278,7 @@ def test_resume_at_every_step_of_several_epochs(tmp_path, tokenizer, kind, dp_wo
             for window, same in zip(windows, expected[step : step + 3], strict=True):
                 assert_same(window, same)
 
-        # A resume of a resume of a resume: a new dataset for every window.
+        # Resume again for every window, each time with a new dataset.
         state = states[0]
         for same in expected:
             dataset = make()
@@ -315,7 +315,7 @@ def test_dataloader_resumes_across_epochs(tmp_path, tokenizer, kind, num_workers
         resumed.load_state_dict(states[step])
         for batch, same in zip(resumed, expected[step : step + 2], strict=False):
             assert_same(batch, same)
-        # Saved right after a resume, and resumed from that.
+        # Save directly after a resume, and resume from that.
         again = load()
         again.load_state_dict(states[step])
         again_state = again.state_dict()
@@ -377,7 +377,7 @@ def test_resume_refuses_other_documents(tmp_path, tokenizer, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_never_reads_a_held_out_document(tmp_path, tokenizer, kind):
     train, validation = make_texts(30), make_texts(6, held_out=True)
-    # A copy of a held-out document is held out, too.
+    # A copy of a held-out document is also held out.
     name, path = make_corpus(tmp_path, kind, train, [*validation, validation[0]])
     read = {}
     for split in ("train", "validation"):
@@ -397,7 +397,7 @@ def test_held_out_is_a_function_of_the_bytes():
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("kind", ["text", "c4_local"])
 def test_each_evaluation_sees_the_same_windows(tmp_path, tokenizer, kind, num_workers):
-    # Far less text than is asked for: it wraps around.
+    # The text is much shorter than requested, so it is repeated.
     name, path = make_corpus(tmp_path, kind, make_texts(5), make_texts(3, held_out=True))
     config = make_config(name, path, num_workers, section="validation", steps=8)
     loader = build_validation_dataloader(1, 0, tokenizer, config)
@@ -433,7 +433,7 @@ def test_python_stdlib_is_text_enough(tokenizer):
     assert sum(len(text.encode()) for text in train) > 5e6
     assert sum(len(text.encode()) for text in held_out) > 5e4
     assert train.isdisjoint(held_out)
-    # Text, not noise and not a constant: some 3.2 nats a byte by frequency alone.
+    # Text has about 3.2 nats per byte by frequency alone, unlike noise or a constant.
     counts = Counter("".join(train).encode())
     total = sum(counts.values())
     entropy = -sum(n / total * math.log(n / total) for n in counts.values())

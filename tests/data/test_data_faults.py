@@ -1,7 +1,7 @@
-"""Data that breaks: what is tried again, what ends a run, and that no token is lost or read twice.
+"""Data faults: retries, errors that end a run, and no token lost or read twice.
 
-Undisturbed reads are the oracle. Errors of reading are injected below Python's files, in the reads
-of their descriptors, and those of the hub into the iteration of a stream of `datasets` itself.
+The results are compared with undisturbed reads. Read errors are injected below Python's files, in
+the reads of their descriptors. Errors of the hub are injected into a stream of `datasets`.
 """
 
 import errno
@@ -50,7 +50,7 @@ SEQ_LEN = 16
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch) -> list[float]:
-    """The seconds waited, in which nothing happens."""
+    """The recorded waiting times. The test does not really wait."""
     waits = []
     monkeypatch.setattr(retry, "sleep", waits.append)
     return waits
@@ -78,7 +78,7 @@ def assert_all_same(windows, expected):
 
 
 class Flaky:
-    """Reads the numbers 0, 1, ... up to 9, and breaks off before those that are listed."""
+    """Read the numbers from 0 to 9, with an error before each listed number."""
 
     def __init__(self, *breaks: int) -> None:
         self.breaks, self.starts = list(breaks), []
@@ -97,7 +97,7 @@ def test_a_read_goes_on_behind_its_last_value_after_longer_and_longer_waits(wait
     with caplog.at_level(logging.WARNING):
         assert list(retrying(flaky, 0)) == [(n, n + 1) for n in range(10)]
     assert flaky.starts == [0, 0, 3, 3, 3, 3, 4, 9]
-    # A value makes the next wait a short one again.
+    # After a value, the next wait is short again.
     assert waits == [1, 1, 2, 4, 8, 1, 1]
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == len(waits)
@@ -118,7 +118,7 @@ def test_the_fifth_failure_in_a_row_ends_it(waits):
 
 
 class FlakyFile(io.FileIO):
-    """A file whose reads fail at random, as those of a network file system do."""
+    """A file whose reads fail at random, as on a network file system."""
 
     errors = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET)
     reads_left = itertools.repeat(10**9)
@@ -126,7 +126,7 @@ class FlakyFile(io.FileIO):
 
     @classmethod
     def fail_at(cls, reads) -> None:
-        """Has the reads fail that come these many after each other."""
+        """Make reads fail at these distances from each other."""
         cls.reads_left, cls.failed = iter(reads), 0
         cls.left = next(cls.reads_left)
 
@@ -170,7 +170,7 @@ def flaky_files(monkeypatch):
 def test_every_token_comes_once_and_in_order_whatever_happens(
     tmp_path, kind, dp_world_size, flaky_files, waits
 ):
-    """Errors of reading at random places, and kills at random windows, in the last epoch, too."""
+    """Read errors at random places, and kills at random windows, also in the last epoch."""
     train = make_texts(24)
     name, path = make_corpus(tmp_path, kind, train)
     rng = random.Random(f"{kind} {dp_world_size}")
@@ -179,7 +179,7 @@ def test_every_token_comes_once_and_in_order_whatever_happens(
     for dp_rank in range(dp_world_size):
         share = {"dp_rank": dp_rank, "dp_world_size": dp_world_size}
         flaky_files.fail_at([10**9])
-        # One epoch to count it, and six that follow each other.
+        # One epoch to count the reads, and six epochs in sequence.
         dataset = open_dataset(name, path, infinite=False, **share)
         tokens = stream_of(dataset)
         left = torch.frombuffer(bytearray(dataset.state_dict()["buffer"]), dtype=torch.int32)
@@ -192,14 +192,14 @@ def test_every_token_comes_once_and_in_order_whatever_happens(
         seen, state = [], None
         while len(seen) < count:
             dataset = open_dataset(name, path, state, **share)
-            # A kill: what came after the last window, and this object, are lost.
+            # A kill loses this object and everything after the last window.
             for window in take(dataset, min(rng.randrange(1, 8), count - len(seen))):
                 seen.append(window)
             state = dataset.state_dict()
             num_kills += 1
         assert_all_same(seen, expected)
         num_failed += flaky_files.failed
-    # No document is left out, none is read by two ranks.
+    # No document is left out or read by two ranks.
     assert Counter(documents) == Counter(train)
     assert num_kills > 6 and num_failed >= 5 and len(waits) == num_failed
 
@@ -263,7 +263,7 @@ def plain(path: Path, lines: list[bytes]) -> None:
 
 
 def table(path: Path, lines: list[bytes]) -> None:
-    # Not compressed, so that a byte of it is a byte of a text.
+    # Not compressed, so that each byte belongs to a text.
     import pyarrow
     import pyarrow.parquet
 
@@ -290,7 +290,7 @@ def cut_last_line(path: Path) -> None:
 
 
 def put_byte(path: Path) -> None:
-    """Breaks a text, and no more than a byte of it."""
+    """Change one byte of a text."""
     content = path.read_bytes()
     at = content.index(b"MARK")
     path.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
@@ -345,7 +345,7 @@ NAMES = {"jsonl": "{}.jsonl", "c4_local": "c4-train.{}.json.gz", "parquet": "{}.
 
 
 def write_files(folder: Path, kind: str, write) -> list[Path]:
-    """Writes 4 files of 9 rows; each fifth row has a mark."""
+    """Write 4 files of 9 rows. Every fifth row has a mark."""
     paths = [folder / NAMES[kind].format(i) for i in range(4)]
     texts = iter(make_texts(36))
     for path in paths:
@@ -369,7 +369,7 @@ def test_a_broken_file_ends_the_run_and_once_repaired_it_goes_on(
     assert path.read_bytes() != whole
 
     dataset, seen = None, []
-    # A rank that does not read the row as its own may not stumble over it.
+    # A rank that does not use the row must not fail on it.
     for dp_rank in range(dp_world_size):
         share["dp_rank"] = dp_rank
         dataset, seen, states = open_dataset(kind, str(tmp_path), **share), [], []
@@ -383,7 +383,7 @@ def test_a_broken_file_ends_the_run_and_once_repaired_it_goes_on(
     else:
         pytest.fail("no rank has seen it")
     assert_one_line(error, "training.dataset_path", str(path), *parts)
-    # Trying again would not help.
+    # A retry would not help.
     assert waits == []
     states.append(dataset.state_dict())
     path.write_bytes(whole)
@@ -396,7 +396,7 @@ def test_a_broken_file_ends_the_run_and_once_repaired_it_goes_on(
     for step, state in ((len(seen) - 2, states[-4]), (len(seen), states[-1])):
         resumed = open_dataset(kind, str(tmp_path), state, accepts_changes=True, **share)
         assert_all_same(take(resumed, 60 - step), expected[step:])
-    assert "what is ahead of it is read as it is now" in caplog.text
+    assert "the rest of the data is read from the present files" in caplog.text
 
 
 def test_the_rows_before_a_tear_are_read_and_counted(tmp_path, monkeypatch):
@@ -444,7 +444,7 @@ def test_prepared_text_that_is_not_utf8_is_told_with_its_row(tmp_path):
 
 
 def test_refuses_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
-    """Rather than train on the others."""
+    """The run must not train on the other files."""
     write_files(tmp_path, "jsonl", plain)
     (tmp_path / "sub").mkdir()
     listed = os.scandir
@@ -473,7 +473,7 @@ def touch(path: Path) -> None:
 
 
 def rewrite(path: Path) -> None:
-    """Other content of the same size."""
+    """The file gets other content of the same size."""
     path.write_bytes(path.read_bytes()[::-1])
     touch(path)
 
@@ -495,7 +495,7 @@ CHANGES = [touch, rewrite, append, exchange, cut]
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("kind", ["text", "jsonl", "c4_local", "parquet", "tokenized"])
 def test_a_file_that_changes_ends_the_run(tmp_path, waits, kind, change):
-    """Before a token of what was read from it since is handed out."""
+    """The change is noticed before a token of the changed file is used."""
     if kind == "tokenized":
         files = sorted(Path(write_tokenized(tmp_path, 1000), "train").glob("*.bin"))
         windows = map(TokenizedDataset(str(tmp_path), SEQ_LEN).__getitem__, itertools.count())
@@ -526,7 +526,7 @@ def test_a_file_that_changes_ends_the_run(tmp_path, waits, kind, change):
         file.write_bytes(content)
         os.utime(file, ns=(former.st_atime_ns, former.st_mtime_ns))
     if kind != "tokenized":
-        # Begun again, with the files restored.
+        # Started again with the restored files.
         resumed = open_dataset(name, path, dataset.state_dict())
         assert_all_same(take(resumed, 100 - len(seen)), expected[len(seen) :])
 
@@ -628,7 +628,7 @@ def test_the_error_of_a_worker_keeps_its_line(tmp_path, kind):
         for batch in loader:
             seen.append(batch)
             state = loader.state_dict()
-    # Its text alone: while a frame of the error holds the loader, that waits for its worker.
+    # Keep only the text. While the error's frames hold the loader, it waits for its worker.
     except ValueError as error:
         message = str(error)
     assert message.startswith("training.dataset_path must hold ")
@@ -654,7 +654,7 @@ def test_the_error_of_a_worker_keeps_its_line(tmp_path, kind):
 
 
 def http_errors() -> list[Exception]:
-    """What the clients raise that can lie under a stream, of those that are installed."""
+    """Errors of the installed clients that a stream may use."""
     found = [
         ConnectionError("Server Disconnected"),
         TimeoutError("timed out"),
@@ -678,9 +678,9 @@ def http_errors() -> list[Exception]:
 
 
 class Hub:
-    """Stands in for the hub below `datasets.load_dataset`: a stream of `datasets` over files here.
+    """Replaces the hub below `datasets.load_dataset` by a stream over local files.
 
-    Its iteration raises what is listed: (rows from the last time on, error).
+    The iteration raises the listed errors, each given as (rows since the last error, error).
     """
 
     def __init__(self, monkeypatch, folder: Path, num_files: int = 4) -> None:
@@ -706,8 +706,7 @@ class Hub:
         return self.rows
 
     def _iterate(self, rows):
-        # The row that an error comes in place of is read already, and the state of the stream
-        # stands behind it.
+        # The row at which an error is raised has been read, and the stream's state is after it.
         for count, row in enumerate(self._read(rows)):
             if self.errors and count >= self.errors[0][0]:
                 raise self.errors.pop(0)[1]
@@ -752,7 +751,7 @@ def test_a_stream_that_stays_away_ends_the_run(hub, waits):
     seen = take(windows, 3)
     hub.errors = [(0, ConnectionError("Server\nDisconnected"))] * 9
     with pytest.raises(ValueError) as error:
-        # Those that follow without another document.
+        # Errors in a row, without a document in between.
         while True:
             seen.append(next(windows))
             if len(seen) > 3:
@@ -761,7 +760,7 @@ def test_a_stream_that_stays_away_ends_the_run(hub, waits):
     assert waits == [1, 2, 4, 8]
     assert_one_line(error, "training.dataset must be a stream that can be read", "'c4'")
     assert_one_line(error, "ConnectionError: Server Disconnected", "5th time in a row")
-    assert_one_line(error, "see to the network and start the same run again", "'c4_local'")
+    assert_one_line(error, "check the network and start the same run again", "'c4_local'")
     hub.errors = []
     resumed = open_dataset("c4", None, dataset.state_dict())
     assert_all_same(take(resumed, 20 - len(seen)), expected[len(seen) :])

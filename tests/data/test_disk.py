@@ -1,4 +1,4 @@
-"""A disk without room: seen before the run starts, and a save that meets its end is loud."""
+"""A full disk: found before the run starts, or reported by the save that fails."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.preflight import check_config
 
-# Three values of four bytes for each parameter of the debug model.
+# Three values of four bytes per parameter of the debug model.
 CHECKPOINT = 3 * 4 * 1_131_648
 
 
@@ -23,10 +23,10 @@ def corpus(tmp_path):
 @pytest.mark.parametrize(
     ("options", "num_checkpoints"),
     [
-        # Steps 2, 4, 6, 7 and the switch, step 3, fewer than would be kept.
+        # Steps 2, 4, 6, 7 and the switch after step 3. All are kept.
         ({"checkpoint__keep_latest_k": 0}, 5),
         ({"checkpoint__keep_latest_k": 10}, 5),
-        # Two, one that is being written, and that of the switch.
+        # Two checkpoints, the one that is being written, and that of the switch.
         ({"checkpoint__keep_latest_k": 2}, 4),
         ({"checkpoint__keep_latest_k": 2, "lighthouse__stage1_steps": 0}, 3),
     ],
@@ -58,12 +58,12 @@ def test_room_for_the_checkpoints_that_will_be_there(
 def test_a_save_that_fails_ends_the_run_with_one_line(tmp_path, corpus):
     args = command_line(tmp_path / "run", corpus, checkpoint__interval=2)
     program = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train", *args]
-    # No file may be longer than 2 MB.
+    # Files are limited to 2 MB.
     limited = ["bash", "-c", 'ulimit -f 2000; exec "$@"', "limited", *program]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: the checkpoint of step 2 could not be saved (rank 0: ")
-    assert "there is no good checkpoint; see to the space" in error
+    assert "there is no good checkpoint; check the free space" in error
     assert "Traceback" not in done.stderr
     assert checkpoint_steps(tmp_path / "run" / "checkpoint") == {2: False}

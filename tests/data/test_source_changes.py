@@ -1,4 +1,4 @@
-"""Files that change or change places between two starts are noticed, behind and ahead."""
+"""Changes of files between two starts are noticed, before and after the data position."""
 
 import hashlib
 import os
@@ -70,7 +70,7 @@ def test_prepared_shards_that_change_places_stop_the_run(tmp_path):
     dataset = TokenizedDataset(path, SEQ_LEN)
     state = dataset.state_dict()
     TokenizedDataset(path, SEQ_LEN).load_state_dict(state)
-    # A checkpoint from before there were prints.
+    # A checkpoint of a version without prints.
     TokenizedDataset(path, SEQ_LEN).load_state_dict(state | {"corpus": state["corpus"][:64]})
     shards = sorted(Path(path, "train").glob("*.bin"))
     exchange(*shards[1:])

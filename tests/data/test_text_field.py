@@ -1,4 +1,4 @@
-"""The field that holds the text: of JSON lines and of tables, in training and beforehand."""
+"""The field of the text in JSON lines and tables, for training and for `lighthouse prepare`."""
 
 import json
 

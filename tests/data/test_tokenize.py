@@ -1,4 +1,4 @@
-"""Preparing a corpus: its bytes, after any number of kills, and refusals."""
+"""Preparing a corpus: its bytes, also after any number of kills, and errors."""
 
 import contextlib
 import gzip
@@ -42,7 +42,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def texts_in_order(name: str, path: str, split: str) -> list[str]:
-    """Reads a corpus with nothing of the code under test."""
+    """Read a corpus without the code under test."""
     texts = []
     for file in sorted(Path(path).iterdir()):
         if name == "text":
@@ -74,7 +74,7 @@ def test_the_shards_are_the_documents_in_order(tmp_path, kind, split):
     assert manifest.tokens == len(expected)
     assert (len(shards) > 3) == (split == "train")
     for i, (shard, tokens) in enumerate(zip(manifest.shards, shards, strict=True)):
-        # Whole documents, as few as make a shard.
+        # A shard has the smallest number of whole documents that reaches its size.
         assert tokens[-1] == EOS_ID
         assert shard.documents == (tokens == EOS_ID).sum()
         if i < len(shards) - 1:
@@ -87,7 +87,7 @@ def test_the_shards_are_the_documents_in_order(tmp_path, kind, split):
     assert {file.name for file in folder.iterdir()} == {
         "manifest.json", *(shard.file for shard in manifest.shards)
     }  # fmt: skip
-    # A second call finds everything there.
+    # A second call finds the split complete.
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert make(name, path, tmp_path / "out", split=split) == manifest
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
@@ -125,7 +125,7 @@ class Killed(BaseException):
 
 
 class Executioner:
-    """Lets some calls of what writes happen, and kills at the next, before or after it."""
+    """Allows some calls that write, and kills at the next one, before or after it."""
 
     def __init__(self, monkeypatch):
         self.calls_left, self.after = None, False
@@ -191,7 +191,7 @@ def test_a_preparation_that_is_killed_again_and_again_comes_to_its_end(tmp_path,
     make(name, path, tmp_path / "whole")
     kills = 0
     while kills < 10:
-        # Enough for the largest shard, and not for two.
+        # Enough for the largest shard, but not for two.
         executioner.calls_left = 26
         with contextlib.suppress(Killed):
             make(name, path, tmp_path / "out")
@@ -232,7 +232,7 @@ def be_killed_with_workers() -> None:
 
 def test_workers_do_not_outlive_a_kill():
     reading, writing = os.pipe()
-    # Its workers hold the writing end, too.
+    # The workers also hold the write end of the pipe.
     process = multiprocessing.get_context("fork").Process(target=be_killed_with_workers)
     process.start()
     os.close(writing)
@@ -249,7 +249,7 @@ def write_lines(path: Path, texts: list[str]) -> None:
 
 @pytest.mark.parametrize("broken", ["b.jsonl", "c.jsonl"])
 def test_a_file_that_was_repaired_is_read_anew(tmp_path, monkeypatch, broken):
-    """A shard has ended in the broken file, before the line that breaks: it is made anew, too."""
+    """A shard ends in the broken file, before the broken line. It is also written again."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 50)
     texts = make_texts(60)
     corpus = tmp_path / "corpus"
@@ -314,7 +314,7 @@ BROKEN = {
     "torn gzip": ("x.jsonl.gz", gzip.compress(LINE * 5, mtime=0)[:-12], ("x.jsonl.gz", "replace")),
     "cut gzip": (
         "x.jsonl.gz",
-        # Enough that lines come out before the end is missed.
+        # Long enough that some lines are decompressed before the end is missing.
         gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(9)), 0, mtime=0)[:100],
         ("x.jsonl.gz' line 6:", "end-of-stream", "replace or remove"),
     ),
@@ -490,7 +490,7 @@ def test_the_command_prepares_both_splits_and_verifies(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     main([*out, "--dataset", name, "--dataset-path", path, "--shard-size", "100"])
     printed = capsys.readouterr().out.splitlines()
-    # Not on a terminal: a line for each shard.
+    # Without a terminal, there is a line for each shard.
     assert printed[0].startswith("train/00000.bin: ")
     assert printed[-3].startswith("train: ") or printed[-2].startswith("validation/")
     assert printed[-1].startswith("validation: ") and "3 documents in 1 shards" in printed[-1]

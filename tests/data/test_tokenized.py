@@ -1,4 +1,4 @@
-"""Prepared data: windows, their order, ranks, resuming under another degree, and refusals."""
+"""Prepared data: windows, their order, ranks, resuming with another degree, and errors."""
 
 import hashlib
 import itertools
@@ -50,7 +50,7 @@ SEQ_LEN = 16
 def write_tokenized(
     folder: Path, num_tokens: int, shards: int = 3, split: str = "train", first_id: int = 0
 ) -> str:
-    """Writes tokens whose ids are their places, so that a window tells where it lies."""
+    """Write tokens whose ids are their positions, so that windows show their position."""
     (folder / split).mkdir(parents=True)
     entries = []
     parts = np.array_split(np.arange(first_id, first_id + num_tokens, dtype="<u2"), shards)
@@ -87,7 +87,7 @@ def make_loaders(
 
 
 def read_order(loaders: list[TokenizedDataloader], num_rounds: int) -> list[list[int]]:
-    """The windows [S + 1] that all ranks read in some rounds, in their global order."""
+    """The windows [S + 1] that all ranks read in some rounds, in global order."""
     batches = [take(loader, num_rounds) for loader in loaders]
     order = []
     for one_of_each in zip(*batches, strict=True):
@@ -106,7 +106,7 @@ def read_order(loaders: list[TokenizedDataloader], num_rounds: int) -> list[list
 def test_every_token_is_a_label_once_an_epoch(tmp_path, dp_world_size):
     num_tokens = 1000
     path = write_tokenized(tmp_path, num_tokens)
-    # Two epochs are a whole number of windows, and the first ends within a window.
+    # Two epochs are a whole number of windows. The first one ends inside a window.
     num_windows = 2 * num_tokens // SEQ_LEN
     order = read_order(make_loaders(path, dp_world_size), math.ceil(num_windows / dp_world_size))
     order = order[:num_windows]
@@ -117,7 +117,7 @@ def test_every_token_is_a_label_once_an_epoch(tmp_path, dp_world_size):
     first_epoch = order[: math.ceil(num_tokens / SEQ_LEN)]
     starts = [window[0] for window in first_epoch]
     assert sorted(starts) == list(range(0, num_tokens, SEQ_LEN)) != starts
-    # The second one begins within the window that the first one ended in.
+    # The second epoch begins inside the window in which the first one ended.
     starts = [window[0] for window in order[len(first_epoch) :]]
     assert sorted(starts) == list(range(SEQ_LEN - num_tokens % SEQ_LEN, num_tokens, SEQ_LEN))
 
@@ -161,7 +161,7 @@ def test_shuffled_takes_every_index_everywhere_equally_often():
     for seed in range(draws):
         for i in range(count):
             hits[i, shuffled(i, count, seed, 0)] += 1
-    # Chi-squared of 36 degrees of freedom: 99.99 % of draws lie below 76.
+    # Chi-squared with 36 degrees of freedom. 99.99 % of draws are below 76.
     assert ((hits - draws / count) ** 2 / (draws / count)).sum() < 76
     neighbours = np.array([shuffled(i, 5000, 0, 0) for i in range(5000)])
     assert abs(np.corrcoef(neighbours[1:], neighbours[:-1])[0, 1]) < 0.06
@@ -181,7 +181,7 @@ def test_a_global_batch_does_not_depend_on_the_data_parallel_degree(tmp_path):
 
     expected = batches(1, 12)
     assert len(expected) == steps
-    # The rest of a global batch is accumulated.
+    # Gradient accumulation provides the rest of a global batch.
     for layout in ((1, 1), (1, 4), (2, 6), (2, 1), (3, 2), (4, 3), (4, 1), (12, 1)):
         assert batches(*layout) == expected
 
@@ -193,7 +193,7 @@ def test_a_global_batch_does_not_depend_on_the_data_parallel_degree(tmp_path):
 @pytest.mark.parametrize("before", [1, 2, 3])
 def test_resume_at_every_step_under_any_degree(tmp_path, before, after):
     path = write_tokenized(tmp_path, 200)
-    # Three epochs and more.
+    # More than three epochs.
     num_rounds = 45 // before
     expected = read_order(make_loaders(path, 1), 60)
     loaders = make_loaders(path, before)
@@ -240,7 +240,7 @@ def test_workers_read_ahead_and_the_position_does_not(tmp_path):
             assert_same(batch, same)
         state = loader.state_dict()
         assert state["windows"] == 9 * 2 * config.training.local_batch_size
-        # Another number of workers goes on, too.
+        # A run can also resume with another number of workers.
         config.training.dataloader.num_workers = 4 - num_workers
         resumed = build_dataloader(2, 1, tokenizer, config)
         resumed.load_state_dict(state)
@@ -280,7 +280,7 @@ def test_a_resume_reads_no_more_however_far_it_is(tmp_path, monkeypatch):
             next(iter(loader))
             most[consumed] = max(most.get(consumed, (0, 0)), (work["reads"], work["digests"]))
             state["windows"] += 1
-    # A window lies in two shards at most; most walks of the permutation are one or two long.
+    # A window is in at most two shards. Most walks of the permutation have one or two rounds.
     assert all(1 <= reads <= 2 and digests <= 10 * 8 for reads, digests in most.values()), most
 
 
@@ -330,7 +330,8 @@ def test_each_evaluation_sees_the_same_held_out_windows(tmp_path, num_workers):
 
 @pytest.mark.parametrize("dp_world_size", [1, 2, 3])
 def test_an_evaluation_over_the_whole_split_stops(tmp_path, dp_world_size):
-    """A window that would go on in the next epoch is left out, and what ranks cannot share."""
+    """Left out are a window that would continue in the next epoch, and windows that do not fill a
+    round of all ranks."""
     path = write_tokenized(tmp_path, 200, split="validation")
     config = make_config("tokenized", path, section="validation", steps=-1)
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
@@ -394,7 +395,7 @@ def test_refuses_a_shard_of_another_size(place, section, size):
 @pytest.mark.parametrize(
     ("old", "new", "parts"),
     [
-        ('"format": 1', '"format": 2', ("format 1", "got 2", "prepare the corpus anew")),
+        ('"format": 1', '"format": 2', ("format 1", "got 2", "prepare the corpus again")),
         ('"format": 1', '"format": ', ("readable manifest", "restore it")),
         ('"format"', '"formats"', ("readable manifest", "restore it")),
         ('"tokens"', '"tokenz"', ("readable manifest", "restore it")),
@@ -486,7 +487,7 @@ OPTIONS = {
     "validation__enable": True,
     "training__global_batch_size": 2,
     "training__steps": STEPS,
-    # Without it Adam divides the difference of two roundings by its own size.
+    # Without it, Adam divides a difference of two roundings by its own size.
     "optimizer__eps": 1e-3,
 }
 
@@ -501,7 +502,7 @@ def corpora(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_a_run_goes_on_under_another_data_parallel_degree(tmp_path, corpora):
-    """One process that accumulates, then two ranks, then one, against one all the time."""
+    """One process with accumulation, then two ranks, then one, compared with one throughout."""
     text, out = corpora
     whole = train(command_line(tmp_path / "whole", out, **OPTIONS))
 
@@ -529,7 +530,7 @@ def test_a_run_goes_on_under_another_data_parallel_degree(tmp_path, corpora):
     both = json.loads((tmp_path / "run" / "handover.json").read_text())["data"]
     assert both == [position, position]
 
-    # What such a checkpoint cannot go on with ends the run before it starts.
+    # A change that the checkpoint does not allow ends the run before it starts.
     other = {"training__dataset": "text", "training__dataset_path": text}
     for options, parts in (
         (other, ("training.dataset must be 'tokenized'", "got 'text'", "set it back")),

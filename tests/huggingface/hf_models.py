@@ -49,7 +49,7 @@ FAMILIES = {
         "sliding_window": 4096,
     },
 }
-"""What differs from `SIZES`, by `model_type` and variant."""
+"""Changes to `SIZES`, by `model_type` and variant."""
 
 QK_NORM = ("qwen3", "olmo2", "gemma3_text")
 

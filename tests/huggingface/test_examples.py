@@ -23,7 +23,7 @@ def run_example(name, *options):
 
 @pytest.mark.parametrize("name", ["train_hf.py", "attention_only.py"])
 def test_an_example_is_short(name):
-    # Without the docstring, imports and empty lines.
+    # Lines without the docstring, imports and empty lines.
     code = (ROOT / "examples" / name).read_text().split('"""', 2)[2].split("\n\n\n", 1)[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 60
 

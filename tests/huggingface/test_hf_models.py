@@ -1,4 +1,4 @@
-"""Hugging Face models under Lighthouse: family by family, and the same as our torchtitan model."""
+"""Hugging Face models with Lighthouse: each family, and equality with our torchtitan model."""
 
 import dataclasses
 import json
@@ -27,10 +27,10 @@ STAGE1_STEPS = 30
 
 
 def pair_of_models(pool_rotary):
-    """The same weights twice, under Lighthouse: for torchtitan and for transformers.
+    """Models with the same weights and Lighthouse, for torchtitan and for transformers.
 
-    The first layer is dense: there all q of one token have one norm but for rounding, which would
-    decide between them.
+    The first layer is dense. Its q have equal norms for equal tokens, so rounding would decide the
+    selection there.
     """
     ours = random_model(GQA, SEQ_LEN).train().requires_grad_(True)
     theirs = LlamaForCausalLM(LlamaConfig(**hf_llama.to_config(ours.model_args)))
@@ -43,7 +43,7 @@ def pair_of_models(pool_rotary):
 
 
 def losses_of(model, logits_of, dense):
-    """Losses of 30 steps under Lighthouse and 10 dense, on batches that depend on the step."""
+    """Losses of 30 steps with Lighthouse and 10 dense steps, on batches that depend on the step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step in range(NUM_STEPS):
@@ -90,7 +90,7 @@ def config_for(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_rotary_table_is_that_of_the_model(family):
-    """One token at every position: q and k of neighbours differ by one rotation alone."""
+    """With one token at every position, q and k of neighbours differ only by a rotation."""
     model = make_model(family)
     register_lighthouse(config_for(family), pool_rotary="aligned")
     use_lighthouse(model)
@@ -160,7 +160,7 @@ def test_a_cache_of_earlier_tokens_is_attended_densely():
         register_lighthouse(CONFIG)
         use_lighthouse(model)
         cache = model(input_ids=tokens[:, :256], use_cache=True).past_key_values
-        # In training mode the first part was under Lighthouse.
+        # In training mode, the first part used Lighthouse.
         use_dense(model)
         cache = model(input_ids=tokens[:, :256], use_cache=True).past_key_values
         use_lighthouse(model)

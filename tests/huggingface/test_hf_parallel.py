@@ -1,4 +1,4 @@
-"""Context parallelism for a Hugging Face model: two ranks compute what one does, in both stages."""
+"""Context parallelism of a Hugging Face model: two ranks compute the same as one."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ STAGES = {"lighthouse": use_lighthouse, "dense": use_dense}
 
 
 def step(stage: str, context: ContextParallel | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Loss and gradients of a batch, of this rank's shard of it under context parallelism."""
+    """Loss and gradients of a batch, or of this rank's shard under context parallelism."""
     register_lighthouse(CP_CONFIG, full_attn_layers=[0], pool_rotary="aligned", context=context)
     model = make_model()
     use_lighthouse(model)

@@ -1,4 +1,4 @@
-"""What a Hugging Face model or batch may not ask of Lighthouse raises an error that names it."""
+"""Unsupported features of a Hugging Face model or batch raise an error that names them."""
 
 import dataclasses
 
@@ -81,7 +81,7 @@ def test_packing_is_seen_in_the_mask_of_models_that_do_not_pass_positions_on(mod
 
 
 def test_padding_without_gradients(model):
-    """No gradients, but in training mode: the mask reaches the layer."""
+    """Without gradients but in training mode, the mask reaches the layer."""
     with torch.no_grad(), pytest.raises(ValueError, match="attention_mask must be all ones"):
         model(input_ids=TOKENS, attention_mask=PADDED)
 
@@ -91,7 +91,7 @@ def test_a_mask_without_padding_is_none(model):
     positions = torch.arange(SEQ_LEN)[None] + 5
     found = model(input_ids=TOKENS, attention_mask=ONES, position_ids=positions - 5).logits
     assert torch.equal(found, expected)
-    # Positions may begin anywhere, as those of a shard do.
+    # Positions may begin anywhere, as in a shard.
     model(input_ids=TOKENS, position_ids=positions)
 
 

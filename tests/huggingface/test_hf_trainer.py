@@ -1,4 +1,4 @@
-"""Trainer: two stages, stopped at any step and resumed, are the run that was not disturbed."""
+"""Trainer with two stages: a run stopped at any step and resumed equals an undisturbed run."""
 
 import json
 
@@ -25,7 +25,7 @@ DATA = [{"input_ids": x, "labels": x} for x in make_tokens(batch=16, seq_len=256
 
 
 class Record(TrainerCallback):
-    """The loss and the attention of every step."""
+    """Records the loss and the attention of every step."""
 
     def __init__(self):
         self.losses, self.attention = {}, {}
@@ -47,7 +47,7 @@ def run(
     checkpointing=None,
     **options,
 ):
-    """Train, from a checkpoint if one is given; returns the trainer and its record."""
+    """Train, from a checkpoint if one is given. Returns the trainer and its record."""
     model = make_model(seed=seed)
     if checkpointing is not None:
         model.gradient_checkpointing_enable(checkpointing)
@@ -91,7 +91,7 @@ def test_the_switch_is_between_two_steps(undisturbed):
 @pytest.mark.parametrize("step", range(1, NUM_STEPS))
 def test_resumed_at_any_step(undisturbed, tmp_path, step):
     folder, trainer, record = undisturbed
-    # Its own weights are others: those of the checkpoint must be loaded.
+    # The new model has other weights, so those of the checkpoint must be loaded.
     resumed, found = run(tmp_path, checkpoint=str(folder / f"checkpoint-{step}"), seed=1)
     rest = range(step + 1, NUM_STEPS + 1)
     assert found.losses == {i: record.losses[i] for i in rest}
@@ -114,7 +114,7 @@ def test_with_gradient_checkpointing(place, undisturbed, tmp_path):
     kwargs = gradient_checkpointing_kwargs()
     if place == "model":
         found, losses = run(tmp_path, checkpointing=kwargs)
-        # As TensorBoard's callback writes them.
+        # TensorBoard's callback writes them.
         found.args.to_json_string()
     else:
         options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}

@@ -1,4 +1,4 @@
-"""Generation: with the cache it is what it would be without, and no quadratic tensor is made."""
+"""Generation: same results with and without the cache, and no quadratic tensor."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ PROMPT = list(b"def read_lines(path):\n")
 
 @pytest.fixture(params=["debugmodel", "gqa"])
 def model(request):
-    # With seed 0 and torch 2.11 one of them repeats five tokens, whatever the prompt.
+    # With seed 0 and torch 2.11, one model repeats five tokens for every prompt.
     return random_model({**FLAVORS, "gqa": GQA}[request.param], MAX_SEQ_LEN, seed=3)
 
 
@@ -32,7 +32,7 @@ def test_cached_generation_is_uncached_argmax(model):
     for _ in range(40):
         tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
     assert generate(model, PROMPT, 40, temperature=0) == tokens[len(PROMPT) :]
-    # A model that repeats itself would pass with a wrong cache.
+    # A model that repeats itself would pass the test with a wrong cache.
     assert len({*tokens[len(PROMPT) :]}) > 5
 
 
@@ -50,7 +50,7 @@ def test_logits_of_every_cached_step(model):
         next_token_logits(model, tokens[:, :50])
         for i in range(50, MAX_SEQ_LEN):
             logits = next_token_logits(model, tokens[:, i : i + 1], start=i)
-            # RoPE computes in fp32, whatever the dtype.
+            # RoPE computes in fp32 for every dtype.
             torch.testing.assert_close(logits, expected[:, i], atol=1e-4, rtol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_is_loaded(tmp_path):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Keeps how many numbers the largest tensor has that any operation returns."""
+    """Records the size of the largest tensor that an operation returns."""
 
     size = 0
 
@@ -100,13 +100,13 @@ def test_nothing_is_quadratic_in_the_prompt():
     use_fused_attention(model, torch.float32, seq_len, "cudnn")
     with LargestTensor() as largest:
         generate(model, [i % 256 for i in range(seq_len - 4)], 4, temperature=0)
-    # The hidden width of the SwiGLU, and not the length or the vocabulary for every position.
+    # The largest size per position is the width of the SwiGLU, not the length or the vocabulary.
     assert largest.size <= seq_len * 384 < seq_len**2
 
 
 @pytest.fixture
 def program(tmp_path, monkeypatch, capsys):
-    """What `lighthouse generate` prints for a saved model, or the line it refuses with."""
+    """The output of `lighthouse generate` for a saved model, or its error line."""
     folder = save(random_model(FLAVORS["debugmodel"], MAX_SEQ_LEN, seed=3), tmp_path, "debugmodel")
 
     def program(*args: str) -> str:
@@ -126,7 +126,7 @@ def test_the_program_continues_a_prompt(program):
     model = random_model(FLAVORS["debugmodel"], MAX_SEQ_LEN, seed=3)
     tokens = generate(model, PROMPT, 20, temperature=0)
     assert EOS_ID not in tokens
-    # Some ids of a random model are no bytes.
+    # A random model also returns ids that are not bytes.
     text = bytes(PROMPT + [token for token in tokens if token < 256]).decode(errors="replace")
     args = ["--device", "cpu", "--dtype", "float32", "--num-tokens", "20", "--temperature", "0"]
     assert program("--prompt", bytes(PROMPT).decode(), *args) == text + "\n"

@@ -1,4 +1,4 @@
-"""Exported folders: transformers computes the same, and what does not is noticed."""
+"""Exported folders: transformers computes the same, and differences are noticed."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def gqa_flavor():
 
 @pytest.fixture(scope="module", params=["debugmodel", "gqa"])
 def trained(request, tmp_path_factory):
-    """What a run of seven steps leaves behind, stage 1 and 2."""
+    """The checkpoints of a run of seven steps, in stages 1 and 2."""
     folder = tmp_path_factory.mktemp(request.param)
     train(command_line(folder, write_corpus(folder / "text"), model__flavor=request.param))
     return open_trained(folder / "checkpoint" / "step-7")
@@ -98,8 +98,8 @@ def test_rope_is_the_same_far_beyond_what_is_scaled(factor, random, tmp_path):
     cos, sin = theirs(torch.zeros(1), positions)
     head_dim = args.dim // args.n_heads
     ours = precompute_freqs_cis(head_dim, args.max_seq_len, args.rope_theta, scaling)
-    # The angles are the same fp32 numbers, but for the interpolated ones, which may differ in
-    # their last bit: at most 2**-23 of the largest of them.
+    # The angles are the same fp32 numbers, except for interpolated ones. These may differ in their
+    # last bit, by at most 2**-23 of the largest one.
     largest = ours.shape[0] * args.rope_theta ** (-2 / head_dim)
     tolerance = max(1e-6, largest * 2**-23)
     half = cos[0, :, : head_dim // 2], sin[0, :, : head_dim // 2]
@@ -136,7 +136,7 @@ def test_files_of_the_tokenizer_are_copied_or_completed(random, tmp_path):
     )
     assert copied == {**kept, "pad_token": "<|pad|>"}
 
-    # Nothing but the tokenizer itself, as torchtitan takes it, too.
+    # Only tokenizer.json, which is enough for torchtitan.
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / names[0]).write_bytes(Path(BYTE_TOKENIZER_PATH, names[0]).read_bytes())
@@ -154,7 +154,7 @@ def test_a_tokenizer_pads_with_a_token_of_its_own_where_there_is_room(random, tm
     assert batch["input_ids"][0][:2] == [0xC3, 0xA9]
     assert set(batch["input_ids"][0][2:]) == {tokenizer.pad_token_id} == {EOS_ID + 1}
 
-    # A vocabulary that is full: 257 tokens.
+    # A full vocabulary of 257 tokens.
     full = random_model(dataclasses.replace(random.args, vocab_size=257), SEQ_LEN)
     checkpoint = save(full, tmp_path / "full", None)
     (checkpoint.parents[1] / "config.json").unlink(missing_ok=True)
@@ -163,7 +163,7 @@ def test_a_tokenizer_pads_with_a_token_of_its_own_where_there_is_room(random, tm
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out2")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS_ID
 
-    # One that the tokenizer has stays.
+    # A pad token of the tokenizer is kept.
     again = open_trained(tmp_path / "out")
     export(again, tmp_path / "out3", "float32")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -203,7 +203,7 @@ def test_the_command(tmp_path):
 
 @pytest.fixture
 def script(monkeypatch):
-    """The script's `main` in this process, with a command line."""
+    """Call the script's `main` in this process with a command line."""
 
     def main(*args):
         monkeypatch.setattr(sys, "argv", ["lighthouse export", *map(str, args)])

@@ -1,4 +1,4 @@
-"""Trained models on disk: what they are is found out, or asked for in one line."""
+"""Trained models on disk: their description is found, or a line asks for what is missing."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ NAMED = {"max_seq_len": 64, "tokenizer_path": BYTE_TOKENIZER_PATH}
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """Of a run that kept no configuration."""
+    """A checkpoint of a run without a saved configuration."""
     return save(random_model(FLAVORS["quickstart"], 64), tmp_path, None)
 
 
@@ -32,7 +32,7 @@ def test_a_run_says_what_it_is(tmp_path):
     trained = open_trained(folder)
     assert (trained.flavor, trained.args.max_seq_len) == ("quickstart", 64)
     assert trained.lighthouse.topk == 256 and trained.lighthouse.num_levels == 3
-    # A configuration without the field was trained with averaged phases, whatever the default is.
+    # Without the field in its configuration, a run was trained with averaged phases.
     assert trained.lighthouse.pool_rotary == "averaged"
     assert open_trained(folder, max_seq_len=128).load().freqs_cis.shape[0] == 128
 

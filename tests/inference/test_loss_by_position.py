@@ -1,4 +1,4 @@
-"""`lighthouse eval-loss`: losses are those of the model, by position and under both attentions."""
+"""`lighthouse eval-loss`: losses of the model, by position and with both attentions."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def script(corpus, tmp_path, monkeypatch, capsys):
-    """Runs the script on `corpus` and returns its JSON and what it printed."""
+    """Run the script on `corpus`. Returns its JSON and its output."""
 
     def main(*args) -> tuple[dict, str]:
         options = ["--dataset", "text", "--dataset-path", str(corpus), "--output", str(tmp_path)]
@@ -44,7 +44,7 @@ def script(corpus, tmp_path, monkeypatch, capsys):
 
 
 def expected_losses(corpus: Path, model) -> torch.Tensor:
-    """Of every token of the first two held-out windows, by the model's own forward."""
+    """Losses of all tokens of the first two held-out windows, by the model's own forward."""
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
     windows = iter(PackedTextDataset("text", str(corpus), tokenizer, SEQ_LEN, split="validation"))
     pairs = [next(windows) for _ in range(2)]
@@ -86,7 +86,7 @@ def test_an_exported_folder_has_the_same_loss(checkpoint, script, tmp_path):
     result, _ = script(checkpoint, tmp_path / "out", "--seq-len", 128)
     first, second = (entry["loss"] for entry in result["results"])
     assert first == second
-    # The text ends before there are as many windows as asked for.
+    # The text has fewer windows than requested.
     assert 2 < result["results"][0]["windows"] < 16
 
 

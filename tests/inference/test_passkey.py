@@ -1,4 +1,4 @@
-"""`lighthouse eval-passkey`: the documents are what they claim, and right answers are counted."""
+"""`lighthouse eval-passkey`: the form of the documents, and the count of right answers."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(checkpoint, tmp_path, monkeypatch, capsys):
-    """Runs the script on the checkpoint and returns its JSON."""
+    """Run the script on the checkpoint and return its JSON."""
 
     def main(*args) -> dict:
         options = [checkpoint, "--output", tmp_path, *args]
@@ -60,7 +60,7 @@ def test_a_document_is_what_it_claims(maker, length, depth):
     assert {*before, *after} <= {*string.ascii_letters, *string.digits, " "}
     assert maker.text(document) == text + "7"
     if length == 1000:
-        # Letters and digits are drawn alike, and no word often.
+        # Letters and digits are equally frequent, and no word is frequent.
         num_digits = len(re.findall(r"\d", before + after))
         assert 0.08 < num_digits / (length - 81) < 0.2
         assert len({*(before + after).split()}) > 140
@@ -70,7 +70,7 @@ def test_a_document_is_what_it_claims(maker, length, depth):
 def test_filler_of_few_words(maker, num_words):
     text = bytes(maker.make(1000, 0.5, 7, "key", num_words).prompt).decode()
     before, after = text.split("\nWhat")[0].split("\nThe pass key is #7. Keep it in mind.\n")
-    # Both ends and the needle may cut a word.
+    # A word may be cut at both ends and at the needle.
     words = (before + after).split()[:-1]
     assert len({*words}) == num_words and {*map(len, words)} == {5}
     counts = [words.count(word) for word in {*words}]
@@ -85,7 +85,7 @@ def test_documents_that_ask_more_than_once(maker):
     assert question not in before and after.count(question + "7\n") == 4
     filler = after.replace(question + "7\n", "").removesuffix(question)
     assert abs(len(before) - len(filler)) <= 1
-    # As many as fit.
+    # As many questions as fit.
     short = bytes(maker.make(130, 0.5, 7, "key", questions=5).prompt).decode()
     assert len(short) == 128 and short.count(question) == 2
 
@@ -119,7 +119,7 @@ def test_a_sign_may_belong_to_the_digit(tmp_path):
 def test_a_tokenizer_without_digits(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"^--tokenizer must have a token for each digit"):
+    with pytest.raises(ValueError, match=r"^--tokenizer must have a separate token for each digit"):
         eval_passkey.DocumentMaker(HuggingFaceTokenizer(str(tmp_path)))
 
 
@@ -131,14 +131,14 @@ def test_right_answers_are_counted(run, monkeypatch):
         found = needle[1] if needle.start() < 0.4 * len(text) else "3"
         logits = torch.zeros(320)
         logits[ord(found)] = 1
-        # Not a digit: not asked for.
+        # This token is not a digit, so it does not count.
         logits[ord("x")] = 2
         return logits
 
     monkeypatch.setattr(eval_passkey, "next_logits", finds_it_near_the_start)
     result = run("--lengths", 400, 300, 400)
     assert result["lengths"] == [300, 400] and result["out_of_memory"] == []
-    # Where it always says 3, it is right for one key of ten.
+    # If the answer is always 3, it is right for one key of ten.
     assert result["accuracy"] == [[1, 1, 1, 0.1, 0.1, 0.1, 0.1]] * 2
     assert result["answers"][0][0] == list(range(10)) and result["answers"][0][6] == [3] * 10
     assert result["mean"] == pytest.approx((3 + 0.4) / 7) and result["chance"] == 0.1
@@ -170,7 +170,7 @@ def test_under_lighthouse_attention(run, maker, monkeypatch):
     model = random_model(FLAVORS["quickstart"], WINDOW)
     prompt, rest, logits = found[4]
     assert prompt == maker.make(120, 0, 4, "0 120 0 4").prompt
-    # The window is full, and of no word that was there before.
+    # The window is full, with new words only.
     assert len(prompt + rest) == WINDOW and {*bytes(rest).split()[:-1]}.isdisjoint(
         bytes(prompt).split()
     )
@@ -227,7 +227,7 @@ def test_data_to_train_on(maker, tmp_path, monkeypatch):
     depths = [text.index("\nThe pass") for text in texts]
     assert min(depths) < 10 and max(depths) > 37
 
-    # Each fills a window: the answer is the last but one label.
+    # Each document fills a window, so the answer is the last but one label.
     dataset = PackedTextDataset(
         "jsonl",
         str(tmp_path / "passkey.jsonl"),

@@ -1,8 +1,7 @@
-"""Plans: against counts written out by hand, and against what runs on the CPU really do.
+"""Plans: comparison with counts by hand and with real runs on the CPU.
 
-Memory is measured at the allocator: torch's profiler records every allocation and every release of
-a training step, in operators and inside of them. Traffic is measured at the collectives of two
-ranks over gloo.
+Memory is measured at the allocator. torch's profiler records every allocation and release of a
+training step, also inside operators. Traffic is measured at the collectives of two gloo ranks.
 """
 
 import contextlib
@@ -54,7 +53,7 @@ def run_script(capsys, *args) -> str:
 
 
 def refused(capsys, *args) -> str:
-    """The one line on stderr with which the program ends, with exit code 2."""
+    """Run the program, which must fail with exit code 2. Returns its one line on stderr."""
     with pytest.raises(SystemExit) as end:
         plan_script.main([str(arg) for arg in args])
     assert end.value.code == 2
@@ -70,7 +69,7 @@ def sizes_of(path: Path, world_size: int, *overrides: str, device_type: str = "c
 
 
 def fitting_world_size(path: Path) -> int:
-    """One of 1, 2 and 32 processes for which the file is legal."""
+    """The number of processes, 1, 2 or 32, for which the file is legal."""
     for world_size in (1, 2, 32):
         with contextlib.suppress(ValueError):
             sizes_of(path, world_size)
@@ -197,7 +196,7 @@ def test_illegal_values_end_it_with_one_line_and_code_2():
         ("--world-size 32 --training.seq_len 1000000", ("lighthouse.topk", "or seq_len 999424")),
         ("--world-size 32 --lighthouse.top 4", ("--lighthouse.top is not a field", "topk?")),
         (
-            # Of a GPU, though there is none here.
+            # Plan for a GPU on a machine without one.
             "--world-size 32 --training.mixed_precision_param float32",
             ("training.mixed_precision_param must be bfloat16", "65535"),
         ),
@@ -258,7 +257,8 @@ def test_flops_of_a_token_by_hand():
     sizes = sizes_of(CONTEXT_1M, 32, "--lighthouse.full_attn_layers", "0", "-1")
     seq_len, sub_seq_len = 1048576, 65536
     linear = 30 * (4 * 1024**2 + 3 * 1024 * 1536)
-    # q·k and p·v, a multiplication and an addition each, half of the square; 2.5 times backward.
+    # q·k and p·v, with a multiplication and an addition each, over half of the square. The
+    # backward pass has 2.5 times as many.
     dense = 3.5 * 2 * 1024 * seq_len
     sparse = 3.5 * 2 * 1024 * sub_seq_len**2 / seq_len
     assert flops_per_token(sizes, 1) == {
@@ -269,10 +269,10 @@ def test_flops_of_a_token_by_hand():
         "total": 6 * linear + 2 * dense + 28 * sparse + 6 * 128256 * 1024,
     }
     assert flops_per_token(sizes, 2)["attention"] == 30 * dense
-    # All of forward once more.
+    # The whole forward pass is recomputed.
     again = 2 * linear + (2 * dense + 28 * sparse) / 3.5
     assert recomputed_flops_per_token(sizes, 1) == pytest.approx(again)
-    # torchtitan: the whole square, backward twice forward, and the norms among the weights.
+    # torchtitan counts the whole square, twice as many FLOPs backward, and norms as weights.
     norms = 61 * 1024
     logged = 6 * (linear + norms + 128256 * 1024) + 12 / 7 * (2 * dense + 28 * sparse)
     assert logged_flops_per_token(sizes, 1) == pytest.approx(logged)
@@ -280,7 +280,7 @@ def test_flops_of_a_token_by_hand():
 
 def test_dear_scores_are_counted_forward_and_never_computed_again():
     options = "--lighthouse.scorer dilated --lighthouse.dilation 4 --activation_checkpoint.mode "
-    # Two passes over a quarter of the tokens, half of the square each: 4 layers of 2 heads of 64.
+    # Two passes over a quarter of the tokens, half of the square each. 4 layers, 2 heads of 64.
     scoring = 4 * 2 * 2 * (2 * 2048 / 4) * 64
     flops = {}
     for mode in ("none", "full"):
@@ -294,7 +294,7 @@ def test_dear_scores_are_counted_forward_and_never_computed_again():
 
 
 def test_peak_rates_are_torchtitans():
-    # A fresh copy: the one that is imported may measure the CPU.
+    # A fresh copy of the module. The imported one may measure the CPU.
     spec = importlib.util.find_spec("torchtitan.tools.utils")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -308,10 +308,10 @@ def test_seconds_follow_from_bytes_flops_and_rates():
     config = sizes_of(CONTEXT_1M, 32).config
     found = plan(config, 32, GPUS["H200"])
     stage1, stage2 = found.stages["1"], found.stages["2"]
-    # Half of the square of a sequence, once more for activation checkpointing, on eight ranks.
+    # Half of the square of a sequence, plus recomputation, on eight ranks.
     flops = 2 * 30 * 2 * 1024 * 1048576**2 / 8
     assert stage2.seconds["attend"] == pytest.approx(flops / 688e12)
-    # S is a sixteenth.
+    # S is a sixteenth of N.
     assert stage1.seconds["attend"] == pytest.approx(stage2.seconds["attend"] / 256)
     gathered = 30 * 2 * 24 * (16384 * (1 + 4 + 16 + 1) + 65536) * 256 / 8 / (0.9 * 4.8e12)
     assert stage1.seconds["gather"] == pytest.approx(gathered, rel=0.01)
@@ -321,7 +321,7 @@ def test_seconds_follow_from_bytes_flops_and_rates():
 
 
 def test_stage_2_on_pieces_by_hand():
-    """At 98K and at 1M tokens on 32 B200; the whole of stage 2 on pieces, and with a finish."""
+    """98K and 1M tokens on 32 B200, with stage 2 on pieces, with and without full-length steps."""
     configs = ROOT / "train_configs"
     c4 = sizes_of(configs / "c4_530m_98k_pieces.toml", 32, "--lighthouse.stage2_full_steps", "0")
     found = plan(c4.config, 32, GPUS["B200"])
@@ -331,7 +331,7 @@ def test_stage_2_on_pieces_by_hand():
     assert whole.gpu_hours == pytest.approx(165, abs=0.5)
     assert found.dense == whole.dense and found.stages["1"] == whole.stages["1"]
     pieces, full = found.stages["2"], whole.stages["2"]
-    # A quarter of attention, nothing else.
+    # Only attention changes, to a quarter.
     assert pieces.flops_per_token["attention"] == full.flops_per_token["attention"] / 4
     assert pieces.flops_per_token["linear"] == full.flops_per_token["linear"]
     assert pieces.seconds["attend"] == pytest.approx(full.seconds["attend"] / 4)
@@ -348,7 +348,7 @@ def test_stage_2_on_pieces_by_hand():
     assert sum(found.stages["2 full"].seconds.values()) == pytest.approx(33.1, abs=0.1)
     assert not any("exchange" in name for name in found.stages["2"].traffic_per_step)
     assert found.stages["2 full"].traffic_per_step["exchange"] > 0
-    # The table of rotations and the loader's batch are whole.
+    # The rotation table and the loader's batch have full length.
     assert found.stages["2"].memory.always == found.stages["1"].memory.always
     tokens = {
         stage.flops_per_step / stage.flops_per_token["total"] for stage in [*found.stages.values()]
@@ -360,7 +360,7 @@ def test_checkpoints_by_hand():
     options = "--training.steps 25 --lighthouse.stage1_steps 12 --checkpoint.interval 5"
     sizes = sizes_of(DEBUG, 1, *options.split(), "--checkpoint.keep_latest_k", "2")
     full = 3 * 4 * sizes.parameters["total"]
-    # That of the switch, 15 and 20 with the new one, 25; then 15 goes.
+    # Steps 15 and 20, the switch and the new step 25. Then 15 is removed.
     assert checkpoint_facts(sizes) == {
         "steps": [5, 10, 12, 15, 20, 25],
         "bytes": full,
@@ -378,7 +378,7 @@ def test_checkpoints_by_hand():
 
 
 def options_of(folder: Path, corpus: Path, **overrides) -> list[str]:
-    """Two steps, one in each stage."""
+    """Options of a run with one step in each stage."""
     defaults = {
         "training__steps": 2,
         "lighthouse__stage1_steps": 1,
@@ -388,7 +388,7 @@ def options_of(folder: Path, corpus: Path, **overrides) -> list[str]:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts bytes that this rank sends to others in collectives, by purpose."""
+    """Counts the bytes that this rank sends in collectives, by purpose."""
 
     def __init__(self):
         super().__init__()
@@ -408,7 +408,7 @@ class Traffic(TorchDispatchMode):
         self.sent[purpose] = self.sent.get(purpose, 0) + size
 
     def wrapped(self, function, others: int):
-        """A collective of torch's ring, which sends its tensor to so many ranks."""
+        """Wrap a collective of torch's ring that sends its tensor to `others` ranks."""
 
         def call(tensor, *args, **kwargs):
             self.count("exchange", tensor.nbytes * others)
@@ -418,7 +418,7 @@ class Traffic(TorchDispatchMode):
 
 
 def sent_by_stage(folder: Path, corpus: Path, runs: dict) -> dict[str, list[dict[str, int]]]:
-    """Bytes that a rank of a group sends in the step of each stage, by run."""
+    """Bytes that a rank sends in the step of each stage, by run."""
     return {
         name: sent_in_run(options_of(folder / name, corpus, **overrides))
         for name, overrides in runs.items()
@@ -427,7 +427,7 @@ def sent_by_stage(folder: Path, corpus: Path, runs: dict) -> dict[str, list[dict
 
 def sent_in_run(args: list[str]) -> list[dict[str, int]]:
     ring, ranks, result = torch_ring.ft_c, dist.get_world_size(), []
-    # The name in torch 2.13, and that in 2.11.
+    # The names in torch 2.13 and 2.11.
     gather_name = next(x for x in ("all_gather_single", "all_gather_tensor") if hasattr(ring, x))
     with trainer_of(load_config(args), TwoStageTrainer) as trainer:
         batches = trainer.batch_generator(trainer.dataloader)
@@ -480,7 +480,7 @@ def test_bytes_sent_are_those_that_two_ranks_send(corpus, tmp_path):
             for purpose, size in step_traffic(planned_sizes, stage).items():
                 kind = "exchange" if purpose.startswith("edges") else purpose.split()[0]
                 planned[kind] = planned.get(kind, 0) + size
-            # Ranks that hold whole pieces exchange nothing to attend to them.
+            # Ranks that hold whole pieces send nothing for attention.
             assert ("exchange" in planned) == (sizes.cp_scheme is not None and not on_pieces)
             for rank in sent:
                 assert rank[name][stage - 1] == planned, name
@@ -490,14 +490,14 @@ def test_bytes_sent_are_those_that_two_ranks_send(corpus, tmp_path):
 
 
 def measured_peak(args: list[str]) -> int:
-    """The most bytes of tensors alive at a time in the second step of a run on the CPU."""
+    """Peak bytes of live tensors in the second step of a run on the CPU."""
     config = load_config(args)
     with trainer_of(config, TwoStageTrainer) as trainer:
         batches = trainer.batch_generator(trainer.dataloader)
         assert trainer.should_continue_training()
         trainer.step = 1
         trainer.train_step(batches)
-        # Gradients of the first step are none of the second.
+        # Gradients of the first step do not count for the second.
         trainer.optimizers.zero_grad()
         states = trainer.optimizers.optimizers[0].state.values()
         tensors = [value for state in states for value in state.values()]
@@ -518,7 +518,7 @@ def measured_peak(args: list[str]) -> int:
         if event.alloc_size > 0:
             alive.add(event.ptr)
         elif event.ptr not in alive:
-            # Of something from before.
+            # A release of an earlier allocation.
             continue
         now += event.alloc_size
         peak = max(peak, now)
@@ -543,11 +543,11 @@ def test_dear_scores_are_kept(checkpointing, corpus, tmp_path):
         args = options_of(tmp_path, corpus, **LIGHTHOUSE, **options, lighthouse__scorer=scorer)
         return kept_tensors(Sizes(load_config(args), 1, "cpu"), True, checkpointing)
 
-    # Of queries and of keys, in fp32: 2 sequences, 2 kv heads, L2 p2, so 2,048 spans.
+    # fp32 scores of queries and of keys. 2 sequences, 2 kv heads, L2 p2, so 2,048 spans.
     scores = {"scores": 2 * 2 * 2 * 2048 * 4}
     assert kept("gla", checkpointing) == kept("norm", checkpointing) | scores
     assert kept("dilated", checkpointing) == kept("gla", checkpointing)
-    # They are not part of what the backward pass needs.
+    # The backward pass does not need them.
     assert kept("gla", "none") == kept("norm", "none")
 
 
@@ -590,6 +590,6 @@ def test_memory_is_within_5_percent_of_what_is_measured(overrides, corpus, tmp_p
     pieces = pieces_plan(sizes, None, 1) if sizes.config.has_pieces else None
     memory = pieces.memory if pieces else stage_memory(sizes, stage)
     peak = measured_peak(args)
-    # Activations and what comes on top, not the model.
+    # Activations and temporary tensors, without the model.
     assert memory.peak > 5 * sum(memory.always.values())
     assert memory.peak == pytest.approx(peak, rel=0.05), memory.parts

@@ -1,4 +1,4 @@
-"""The rank that did not come is named, and not the one whose connection broke first."""
+"""The error names the rank that is absent, not the one whose connection broke first."""
 
 import pytest
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from torchtitan.experiments.lighthouse.runtime.absent_ranks import (
 
 @pytest.fixture
 def as_rank(monkeypatch):
-    """Lets this process be one rank of three after the other."""
+    """Makes this process act as each of three ranks in turn."""
     store, current = dist.HashStore(), {}
     monkeypatch.setattr(module, "_store", lambda: store)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
@@ -33,7 +33,7 @@ def test_who_has_not_reported_is_absent_and_told_by_its_place(as_rank, monkeypat
     absent = absent_ranks(7, 0.1)
     assert absent.keys() == {1}
     line = description(absent, 7)
-    assert line.startswith("rank 1 (process ") and " on other) did not come to step 7" in line
+    assert line.startswith("rank 1 (process ") and " on other) did not reach step 7" in line
     assert "py-spy" in line and "\n" not in line
     as_rank(1)
     assert absent_ranks(7, 0.1) == {}

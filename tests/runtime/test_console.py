@@ -1,4 +1,4 @@
-"""The console of a run: what a line says, and what is expected of the time left."""
+"""The console of a run: its lines, and the expected time left."""
 
 import logging
 import sys
@@ -30,13 +30,13 @@ def test_the_time_left_counts_the_stages_by_their_costs():
     # Compilation takes 50 s of the first step. Then a step of stage 1 takes 4 s.
     clock = clock_of([100, 150, 158, 166])
     assert clock.times(1) == (50, None)
-    # 7 more of stage 1, and 5 that cost three times as much.
+    # 7 more steps of stage 1, and 5 steps at three times the cost.
     assert clock.times(3) == (58, 7 * 4 + 5 * 12)
     assert clock.times(5) == (66, 5 * 4 + 5 * 12)
 
 
 def test_a_stage_is_measured_anew():
-    # Stage 2 is slower than its FLOPs say: 20 s in the place of 12.
+    # A step of stage 2 takes 20 s instead of the 12 s that follow from its FLOPs.
     clock = clock_of([0, 0, 4, 100, 120])
     clock.times(8)
     clock.times(9)

@@ -1,4 +1,4 @@
-"""The CPU as torchtitan's device: what ranks start with."""
+"""The CPU as torchtitan's device: initial parameters of the ranks."""
 
 import torch
 from ranks import launch
@@ -8,7 +8,7 @@ from torchtitan.experiments.lighthouse.config.load import load_config
 
 
 def initial_weights(args: list[str]) -> dict[str, torch.Tensor]:
-    """All parameters, whole, of a trainer that has just been built."""
+    """The full parameters of a new trainer."""
     with trainer_of(load_config(args)) as trainer:
         (model,) = trainer.model_parts
         return {
@@ -18,7 +18,7 @@ def initial_weights(args: list[str]) -> dict[str, torch.Tensor]:
 
 
 def test_ranks_start_from_the_parameters_of_one_process(corpus, tmp_path):
-    """Without the mend, both halves of each sharded parameter are the same."""
+    """Without the fix, both halves of each sharded parameter would be equal."""
     args = command_line(tmp_path / "run", corpus, debug__seed=3)
     one = launch(initial_weights, 1, tmp_path / "one", args)[0]
     for rank in launch(initial_weights, 2, tmp_path / "two", args):

@@ -1,4 +1,4 @@
-"""Ranks end with their launcher, also when it is killed."""
+"""Ranks end when their launcher ends, also when it is killed."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def test_a_run_without_a_launcher_outlives_its_shell(monkeypatch):
 )
 def test_what_no_launcher_sets_is_refused(monkeypatch, variables, name):
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
-        # Restored in the end, whatever is set meanwhile.
+        # Restored at the end of the test.
         monkeypatch.setenv(variable, variables.get(variable, "0"))
         if variable not in variables:
             del os.environ[variable]

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: no step with them reaches the parameters."""
+"""Steps with a loss or gradient that is not finite do not change the parameters."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ BAD_STEP = 3
 
 
 class BrokenTrainer(RecordedTrainer):
-    """One whose backward pass goes wrong in step 3, on the last rank."""
+    """A trainer whose gradient is not finite in step 3 on the last rank."""
 
     spoil = "nan"
 
@@ -40,7 +40,7 @@ class BrokenTrainer(RecordedTrainer):
         gradient = self.model_parts[0].norm.weight.grad
         gradient = getattr(gradient, "to_local", lambda: gradient)()
         if self.spoil == "large":
-            # Finite elements whose norm is not.
+            # The elements are finite, but their norm is not.
             gradient.fill_(1e30)
         else:
             gradient[0] = float(self.spoil)
@@ -74,7 +74,7 @@ def test_the_run_stops_with_the_step_and_the_last_good_checkpoint(tmp_path, corp
 
 def test_a_skipped_step_changes_nothing_but_time(tmp_path, corpus, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "propagate", True)
-    # A rate that stays, since it goes on in a skipped step.
+    # A constant learning rate, because the schedule advances in a skipped step.
     flat = {
         "lr_scheduler__warmup_steps": 0,
         "lr_scheduler__decay_ratio": 0.0,
@@ -108,7 +108,7 @@ def test_one_more_than_may_be_skipped_stops_the_run(tmp_path, corpus):
 
 
 def rank(folder: Path, corpus: Path, options: dict) -> str:
-    """What a rank of a run says whose last rank goes wrong."""
+    """Message of a rank in a run whose last rank has a wrong gradient."""
     try:
         train(command_line(folder / "run", corpus, **options), broken("nan"))
     except TrainingAborted as stop:
@@ -124,7 +124,7 @@ def test_ranks_agree_and_the_one_that_went_wrong_is_named(tmp_path, corpus, skip
         assert said == ["trained", "trained"]
         return
     assert said[0] == said[1]
-    # Clipping has spread it: the norm is one of all ranks.
+    # Clipping spreads NaN to all ranks, because the norm is that of all ranks.
     assert said[0].startswith("step 3: the gradient must be finite, got nan on rank 0, 1;")
 
 

@@ -1,4 +1,4 @@
-"""Whatever a file from outside holds: a value of the type asked for, or one line."""
+"""Reading any file returns a value of the requested type, or raises one line."""
 
 import dataclasses
 import os

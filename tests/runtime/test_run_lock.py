@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder, and a dead one does not keep it."""
+"""Only one process at a time locks a folder, and its end releases the lock."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from torchtitan.experiments.lighthouse.runtime.run_lock import FILE_NAME, Folder
 
 
 def hold_in_a_child(folder) -> int:
-    """The process id of a child that holds the folder."""
+    """The process id of a child that holds the lock."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -55,7 +55,7 @@ def test_a_child_of_a_dead_holder_does_not_keep_the_folder(tmp_path):
     try:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        # The child lets go of it after the fork, which the parent does not wait for.
+        # The child closes its copy after the fork. The parent does not wait for that.
         with FolderLock("job.dump_folder", tmp_path, 5):
             pass
     finally:

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: they end after the step, saved, and go on to the same last bit."""
+"""Runs that get a signal stop after the step with a checkpoint, and resume bit for bit."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ IN_STAGE_1, IN_STAGE_2 = STAGE1_STEPS - 1, STAGE1_STEPS + 2
 
 
 class SignalledTrainer(RecordedTrainer):
-    """Is sent a signal while it trains a step, or, at step 0, before it trains any."""
+    """Gets a signal during a step, or before training if the step is 0."""
 
     at_step: int
     ranks: tuple[int, ...] = (0,)
@@ -66,7 +66,7 @@ def undisturbed(tmp_path_factory, corpus) -> Run:
 def train_until_signal(
     folder: Path, corpus: Path, at_step: int, overrides: dict[str, Any] | None = None, **attributes
 ) -> tuple[Run, int]:
-    """A run that is sent a signal in `at_step`, and its exit code."""
+    """A run that gets a signal in `at_step`, and its exit code."""
     trainer_class = type("Signalled", (SignalledTrainer,), {"at_step": at_step, **attributes})
     exit_codes = []
     run = train(
@@ -97,7 +97,7 @@ def saved_at(folder: Path) -> dict[int, int]:
 
 
 def assert_continues(stopped: Run, resumed: Run, expected: Run, step: int) -> None:
-    """The runs were parted after `step`, and are `expected` in all."""
+    """Check that the first run stopped after `step`, and that both together equal `expected`."""
     assert list(stopped.batches) == list(range(1, step + 1))
     for what in ("batches", "attention"):
         assert getattr(stopped, what) | getattr(resumed, what) == getattr(expected, what)
@@ -110,10 +110,10 @@ def assert_continues(stopped: Run, resumed: Run, expected: Run, step: int) -> No
 def test_a_signal_ends_the_run_after_the_step(undisturbed, corpus, tmp_path, step, number):
     stopped, exit_code = train_until_signal(tmp_path, corpus, step, number=number)
     assert exit_code == EXIT_CODE == 75
-    # The interval is longer than the run; the switch is saved in any case.
+    # The interval is longer than the run. The switch is always saved.
     expected = {step, STAGE1_STEPS} if step > STAGE1_STEPS else {step}
     assert checkpoint_steps(tmp_path / "checkpoint") == dict.fromkeys(sorted(expected), True)
-    # The switch belongs to the step behind it.
+    # The switch belongs to the step before it.
     assert (tmp_path / "handover.json").exists() == (step > STAGE1_STEPS)
 
     resumed, exit_code = train_to_the_end(tmp_path, corpus)
@@ -195,7 +195,7 @@ def test_a_signal_before_the_first_step_of_all(corpus, tmp_path):
     run, exit_code = train_until_signal(tmp_path, corpus, 0)
     assert exit_code == EXIT_CODE
     assert not run.batches
-    # No folder at all: one without a checkpoint could not be resumed from.
+    # There is no folder, because a run cannot resume from a folder without a checkpoint.
     assert not (tmp_path / "checkpoint").exists()
 
 
@@ -209,7 +209,7 @@ def test_the_former_actions_are_restored(corpus, tmp_path):
         interruption.close()
         assert [signal.getsignal(number) for number in SIGNALS] == [former] * len(SIGNALS)
 
-        # By a trainer, too.
+        # A trainer also does this.
         seen = []
         train(
             command_line(tmp_path, corpus, training__steps=1, lighthouse__stage1_steps=1),
@@ -226,7 +226,7 @@ def test_the_former_actions_are_restored(corpus, tmp_path):
 @pytest.mark.parametrize("launcher", [None, "torchrun"])
 def test_a_second_one_ends_the_process_at_once(monkeypatch, number, launcher):
     if launcher:
-        # The terminal sends one, and torchrun another.
+        # The terminal and torchrun each send one.
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     pid = os.fork()
     if not pid:
@@ -251,7 +251,7 @@ def test_what_nohup_ignores_stays_ignored():
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_to_all_processes(one_rank, number):
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    # It tells when it runs.
+    # The child prints a line when it runs.
     script = "import time; print('up', flush=True); time.sleep(1000)"
     interruption = Interruption()
     helper = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
@@ -267,7 +267,7 @@ def test_a_signal_to_all_processes(one_rank, number):
                 helper.wait(timeout=0.5)
         assert interruption.is_on_any_rank(torch.device("cpu"))
     finally:
-        # What waits must not reach the former action, which would end this process.
+        # A pending signal must not reach the former action, which would end this process.
         interruption.close()
         helper.kill()
         helper.communicate()
@@ -314,13 +314,13 @@ def descendants(pid: int) -> list[int]:
     return [*children, *(below for child in children for below in descendants(child))]
 
 
-# More steps than a run can train before a signal reaches it.
+# More steps than a run can train before the signal arrives.
 ENDLESS = {"lr_scheduler__total_steps": 10_000}
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, corpus) -> Run:
-    """The first steps of a run with so long a schedule."""
+    """The first steps of a run with that long schedule."""
     return train(command_line(tmp_path_factory.mktemp("begun"), corpus, **ENDLESS))
 
 
@@ -344,7 +344,7 @@ def test_the_exit_code_of_the_process(begun, corpus, tmp_path, to_all):
                 metrics__enable_wandb=to_all,
             ),
         ],
-        # One thread, as in the runs of this process.
+        # One thread, as in the runs in this process.
         env=env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -354,14 +354,14 @@ def test_the_exit_code_of_the_process(begun, corpus, tmp_path, to_all):
         while process.poll() is None and len(losses_of(tmp_path)) == 1:
             time.sleep(0.01)
         if to_all:
-            # W&B's service is one of them.
+            # W&B's service is such a process.
             helpers = descendants(process.pid)
             assert helpers
             for pid in (*helpers, process.pid):
                 os.kill(pid, signal.SIGTERM)
         else:
             process.send_signal(signal.SIGUSR1)
-            # Some launchers ask until a process has ended.
+            # Some launchers repeat the signal until the process has ended.
             asking = threading.Event()
             asker = threading.Thread(target=ask_on, args=(process, asking))
             asker.start()

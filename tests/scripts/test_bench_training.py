@@ -1,4 +1,4 @@
-"""The training benchmark: what it measures, and how it tells kernels apart."""
+"""The training benchmark: its measurements, and its classification of kernels."""
 
 import json
 

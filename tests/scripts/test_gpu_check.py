@@ -1,4 +1,4 @@
-"""`scripts/gpu_check.sh` runs every part and tells which failed, with a stand-in for Python."""
+"""`scripts/gpu_check.sh` runs all parts and names those that failed. A script replaces Python."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.sh"
 
 @pytest.fixture
 def check(tmp_path):
-    """Calls the script with parts; programs whose arguments hold `failing` fail."""
+    """Call the script with parts. Programs with `failing` in their arguments fail."""
 
     def call(*parts: str, failing: str = "none") -> subprocess.CompletedProcess:
         python = tmp_path / "python"

@@ -1,4 +1,4 @@
-"""The quick start from beginning to end, in small: runs, report, figures, reuse."""
+"""The whole quick start with small sizes: runs, report, figures, reuse."""
 
 import json
 import subprocess
@@ -85,7 +85,7 @@ def test_summary_is_what_the_runs_measured(output):
 
 
 def test_dense_run_ends_once_it_trained_as_long(output):
-    """Or with its last step: at these few tokens either run may be the faster one."""
+    """The dense run may also end with its last step. With few tokens, either run may be faster."""
     seconds, _ = seconds_at(output / "two_stages")
     dense_seconds, losses = seconds_at(output / "dense")
     last = max(losses)
@@ -96,7 +96,7 @@ def test_both_runs_read_the_same_tokens(output):
     two, dense = (
         metrics(output / run, "loss_metrics/global_avg_loss") for run in ("two_stages", "dense")
     )
-    # The first step has the same parameters and the same batch under both kinds of attention.
+    # The first step has the same parameters and the same batch with both kinds of attention.
     assert sorted(two) == [(step, 1 if step <= 12 else 2) for step in range(1, 25)]
     assert two[1, 1] == pytest.approx(dense[1, 2], rel=0.02)
     assert metrics(output / "two_stages", "n_tokens_seen")[24, 2] == 24 * 2048

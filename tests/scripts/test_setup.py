@@ -1,4 +1,4 @@
-"""The set-up scripts refuse what cannot work before they install anything."""
+"""The set-up scripts report wrong arguments before they install anything."""
 
 import os
 import subprocess

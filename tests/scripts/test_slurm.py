@@ -1,8 +1,8 @@
-"""The launchers for SLURM, on a real one: its daemons run on this machine, as four nodes of it.
+"""The launchers for SLURM, on a real SLURM whose daemons simulate four nodes on this machine.
 
-Two-stage runs of two ranks on the CPU are stopped by a signal, by the time limit, by a preemption
-and by their user. What is to go on goes on, with the losses of an undisturbed run. Where nothing
-has to be trained, a script stands in for the trainer.
+Two-stage runs of two CPU ranks are stopped by a signal, the time limit, a preemption and their
+user. Runs that should resume do so, with the losses of an undisturbed run. A script replaces the
+trainer if no training is needed.
 """
 
 import os
@@ -79,7 +79,7 @@ seed = 0
 
 @dataclass
 class Cluster:
-    """Submits the launchers of the repository, with what a site would set in them."""
+    """Submits the launchers of the repository, with the settings of a site."""
 
     folder: Path
     corpus: Path
@@ -107,7 +107,7 @@ class Cluster:
         trainer: str | None = None,
         cwd: Path = ROOT,
     ) -> "Job":
-        """A job of two tasks on a node; `trainer` is a script that stands in for the trainer."""
+        """A job of two tasks on a node. The script `trainer` replaces the trainer."""
         number = len(list(self.folder.glob("launcher-*")))
         programs = Path(sys.executable).parent
         if trainer is not None:
@@ -193,7 +193,7 @@ class Job:
         ]
 
     def starts(self) -> list[int]:
-        """The steps at which it started, as task 0 logged them."""
+        """The steps at which the run started, as task 0 logged them."""
         return [
             int(step)
             for step in re.findall(r"^0: .*Training starts at step (\d+)", self.text, re.M)
@@ -228,7 +228,7 @@ def undisturbed(cluster) -> Job:
 
 
 def kept_command(job: Job) -> list[str]:
-    """The words of command.txt, as a shell reads them."""
+    """The words of command.txt, split as by a shell."""
     script = f'set -- {(job.folder / "command.txt").read_text().strip()}; printf "%s\\0" "$@"'
     return job.cluster.command("bash", "-c", script).split("\0")[:-1]
 
@@ -260,7 +260,7 @@ def test_a_signal_in_each_stage(cluster, undisturbed):
     config = cluster.config("removed.toml")
     job = cluster.submit(config)
     job.wait_for_step(1)
-    # What is edited or removed in the checkout is nothing to a run.
+    # Changes in the checkout do not affect a run.
     config.unlink()
     job.signal("USR1")
     job.wait_for_step(STAGE1_STEPS + 1)
@@ -294,12 +294,12 @@ def test_a_preemption(cluster, undisturbed, partition):
     assert step < STEPS
     assert job.starts() == [1, step + 1]
     assert job.losses == undisturbed.losses
-    # With a grace time SLURM ends nothing that ends by itself, and would not requeue it either.
+    # With a grace time, SLURM neither kills nor requeues a job that ends by itself.
     assert (job.folder / "requeues.txt").exists() == (partition == "low")
 
 
 def test_the_time_limit(cluster):
-    # SLURM looks at limits every minute: the signal comes after one to two.
+    # SLURM checks limits every minute, so the signal comes after one to two minutes.
     options = ("--time=3", "--signal=USR1@60")
     job = cluster.submit(cluster.config("long.toml", steps=100_000), options=options)
     job.wait_for(lambda: job.restarts == 1)
@@ -362,7 +362,7 @@ INJECTION = "a b'c\"d $(touch {0}) `touch {0}` ; touch {0} & | > {0} * \\ é"
 def test_arguments_arrive_as_they_are(cluster):
     touched = cluster.folder / "touched"
     argument = INJECTION.format(touched)
-    # A file's name holds no slash.
+    # A file name has no slash.
     config = cluster.config(INJECTION.format("touched") + ".toml")
     job = cluster.submit(
         config,
@@ -434,7 +434,7 @@ def test_a_name_of_a_job_is_one_of_a_folder(cluster):
 
 
 def test_other_exit_codes_are_passed_on(cluster):
-    # The other task hangs, as in a collective, until it is killed.
+    # The other task hangs until it is killed, as in a collective.
     job = cluster.submit(
         cluster.config(), trainer="if [[ $RANK == 1 ]]; then exit 3; fi; sleep 1000"
     )

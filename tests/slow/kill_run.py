@@ -1,16 +1,19 @@
-"""Runs of the trainer that are killed with SIGKILL at a named moment, for `test_kill.py`.
+"""Start runs of the trainer and kill them with SIGKILL at a named moment, for `test_kill.py`.
 
-    python tests/slow/kill_run.py        # a request as a line of JSON in, an answer as a line out
+    python tests/slow/kill_run.py        # reads requests and writes answers, one JSON line each
 
-A request is one start of a run: the command line, the number of ranks, and perhaps a kill. Every
-rank is a process of its own, forked from this one, which has imported everything already and runs
-nothing itself: no process group, no thread. It calls the real entry point with the real command
-line. Hooks in functions of torch, torchtitan and the trainer write down what is trained, and at
-the moment asked for they send SIGKILL to their own process: nothing is flushed, closed or undone.
+A request is one start of a run: the command line, the number of ranks, and an optional kill. Each
+rank is a fork of this process, which has imported everything but has no process group or threads.
+A rank calls the real entry point with the real command line. Hooks in functions of torch,
+torchtitan and the trainer record the training. At the requested moment they send SIGKILL to their
+own process, so nothing is flushed, closed or undone.
 
-What a start leaves in the folder of its run, beside the dump folder: `batches-RANK.jsonl`, a line
-for each batch, of all starts so far; `killed-RANK.json`, the moment at which this start died by its
-own hand; `final-RANK.json`, digests of all that it ended with; `log-START-RANK.txt`.
+A start writes these files beside the dump folder of its run:
+
+    batches-RANK.jsonl     one line for each batch of all starts so far
+    killed-RANK.json       the moment at which this start killed itself
+    final-RANK.json        digests of the final state
+    log-START-RANK.txt     the log
 """
 
 import contextlib
@@ -80,25 +83,25 @@ MOMENTS = (
 
 @dataclass
 class Kill:
-    """When to die."""
+    """The moment of a kill."""
 
     moment: str
     """One of `MOMENTS`."""
 
     step: int | None = None
-    """Of the step, of the checkpoint saved or purged; None where the moment comes once."""
+    """The step, or the checkpoint that is saved or purged. None if the moment comes only once."""
 
     ranks: list[int] = field(default_factory=lambda: [0])
-    """Who dies; of several, from outside."""
+    """The rank to kill. Several ranks are killed from outside."""
 
     items: int = 3
-    """In a shard: tensors and other things that are written before."""
+    """For a kill inside a shard: the number of tensors and values written before."""
 
     delay: float = 0.0
-    """From outside: seconds from the start."""
+    """For a kill from outside: seconds after the start."""
 
     grace: float = 0.0
-    """Seconds for which the other ranks live on without the dead, before they are killed, too."""
+    """Seconds until the other ranks are also killed."""
 
 
 @dataclass
@@ -115,7 +118,7 @@ class Request:
     last_step: int = 0
     kill: Kill | None = None
     fault: str | None = None
-    """A defect that must be noticed: a part of the state that is not loaded, or "staging"."""
+    """A defect that the test must notice: a part of the state that is not loaded, or "staging"."""
 
     timeout: float = 900.0
 
@@ -125,10 +128,10 @@ class Answer:
     """How the ranks of a start ended."""
 
     exit_codes: list[int]
-    """Negative: the number of the signal."""
+    """Exit codes by rank. A negative code is the number of a signal."""
 
     felled: list[int]
-    """Ranks that were killed because another was gone."""
+    """Ranks that were killed because another rank had ended."""
 
     seconds: float
     timed_out: bool = False
@@ -138,20 +141,20 @@ class Answer:
 
 
 def serve() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         values = json.loads(line)
         kill = values.pop("kill")
         request = Request(**values, kill=Kill(**kill) if kill else None)
-        # A fork copies no other thread than its own.
+        # A fork copies only the thread that calls it.
         assert threading.active_count() == 1, threading.enumerate()
         print(json.dumps(asdict(run(request))), file=answers, flush=True)
 
 
 def run(request: Request) -> Answer:
-    """Start all ranks, kill who is to be killed from outside and who is left, and see them end."""
+    """Start all ranks, kill the requested ranks and the remaining ones, and wait for their end."""
     begin = time.monotonic()
     pids = {rank: fork(request, rank) for rank in range(request.world_size)}
     exit_codes, shot, felled, timed_out = {}, [], [], False
@@ -182,7 +185,7 @@ def run(request: Request) -> Answer:
 
 
 def fork(request: Request, rank: int) -> int:
-    """A new process that is one rank of a run, by its id."""
+    """Fork a process for one rank of a run. Returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -206,11 +209,11 @@ def fork(request: Request, rank: int) -> int:
 
 
 def be_rank(request: Request, rank: int) -> int:
-    """Run the entry point; its exit code."""
+    """Run the entry point and return its exit code."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(request.world_size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(request.port)}
-    # A rate to report: measuring it takes longer than a step.
+    # A fixed peak rate. Measuring it takes longer than a step.
     cpu_device.measure_peak_flops = lambda: 1e12
     torchtitan.train.time = SimpleNamespace(
         perf_counter=time.perf_counter, sleep=lambda seconds: None
@@ -225,7 +228,7 @@ def be_rank(request: Request, rank: int) -> int:
 
 
 class Watch:
-    """Writes down what a rank does, and ends it at the moment asked for."""
+    """Records what a rank does, and kills it at the requested moment."""
 
     def __init__(self, request: Request, rank: int):
         self.request, self.rank = request, rank
@@ -243,7 +246,7 @@ class Watch:
         return kill is not None and kill.moment == moment and step in (kill.step, None)
 
     def is_late(self, step: int) -> bool:
-        """Whether a save of this rank waits for the next step, whoever dies."""
+        """Whether a save of this rank waits for the next step, whichever rank is killed."""
         kill = self.request.kill
         return kill is not None and (kill.moment, kill.step) == (LATE, step)
 
@@ -257,7 +260,7 @@ class Watch:
             self.die()
 
     def hold(self) -> None:
-        """Wait to be killed from outside, for a kill that comes late must come all the same."""
+        """Wait to be killed from outside, so that a late kill still happens."""
         while True:
             time.sleep(1)
 
@@ -286,14 +289,14 @@ class Watch:
         (self.folder / f"final-{self.rank}.json").write_text(json.dumps(final))
 
     def hook(self) -> None:
-        """Put the moments where they happen."""
+        """Hook the moments into the functions in which they happen."""
         train.TwoStageTrainer = watched_trainer(self)
         self._hook_saves()
         self._hook_the_purge()
         self._hook_the_switch()
         self._hook_the_rest()
         if self.request.fault == "staging":
-            # What is saved is not copied first.
+            # The saved state is not copied before the save.
             DefaultStager.stage = lambda stager, state_dict: state_dict
         elif self.request.fault:
             self._load_too_little(self.request.fault)
@@ -339,7 +342,7 @@ class Watch:
                 wait_until(lambda: other.exists() and other.stat().st_size > 0)
                 self.die()
             if self.is_late(step):
-                # Nothing of that step may be in it.
+                # The checkpoint must not contain anything of that step.
                 wait_until(lambda: self.trained_step > step)
             result = write_data(writer, *args)
             self.reach("all shards are written", step)
@@ -432,7 +435,7 @@ class Watch:
 
 
 def watched_trainer(watch: Watch) -> type:
-    """The trainer, with the moments that are its own."""
+    """The trainer with hooks for its own moments."""
 
     class WatchedTrainer(train.TwoStageTrainer):
         def __init__(self, job_config):
@@ -491,7 +494,7 @@ def digest(value: torch.Tensor | float) -> str:
 
 
 def step_of(path: str | os.PathLike) -> int:
-    """Of the checkpoint that a path names or lies in; -1 where there is none."""
+    """The step of the checkpoint that a path names or lies in. -1 if there is none."""
     match = re.search(r"step-(\d+)(/[^/]*)?$", os.fspath(path))
     return int(match.group(1)) if match else -1
 
@@ -507,5 +510,5 @@ def wait_until(is_so) -> None:
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
         serve()
-    # Nothing is open, and to take down all that was imported takes seconds.
+    # No file is open, and a normal shutdown of all imported modules takes seconds.
     os._exit(0)

@@ -1,8 +1,8 @@
-"""Random configurations: what the rules accept runs, what they refuse could not have run.
+"""Random configurations: accepted ones run, and rejected ones could not run.
 
-What could run is stated a second time, by cutting lists into pieces rather than by arithmetic, and
-by running without the rules. A value that an error names as the nearest is accepted in its place.
-The normal suite draws the same few examples every time, `slow` tests new and many ones.
+Whether a configuration can run is found in a second way: by cutting lists into pieces instead of
+arithmetic, and by running without the rules. The nearest value that an error suggests is accepted.
+The normal suite uses the same few examples every time. `slow` tests use many new ones.
 """
 
 import copy
@@ -36,7 +36,7 @@ FEW, MANY = "few", "many"
 
 
 def fuzz(few: int, many: int, effort: str) -> settings:
-    """As many examples as the suite has time for; the few are the same ones every time."""
+    """The number of examples for this suite. The few of the normal suite are always the same."""
     return settings(
         max_examples=few if effort == FEW else many,
         derandomize=effort == FEW,
@@ -51,7 +51,7 @@ both_efforts = pytest.mark.parametrize("effort", [FEW, pytest.param(MANY, marks=
 wild = st.one_of(
     st.integers(-5, 5), st.integers(-5000, 5000), st.integers(), st.integers(-(10**40), 10**40)
 )
-"""Numbers of every size, the small ones often."""
+"""Numbers of every size, most of them small."""
 
 shapes = st.builds(
     dict,
@@ -59,7 +59,7 @@ shapes = st.builds(
     pooling_factor=st.sampled_from([2, 2, 4, 8]),
     topk=st.integers(1, 6).map(lambda strata: 128 * strata),
 )
-"""Fields of LighthouseConfig that are legal by themselves."""
+"""Fields of LighthouseConfig that are each legal alone."""
 
 FIELDS_OF_SHAPES = ("num_levels", "pooling_factor", "topk")
 
@@ -72,14 +72,14 @@ def lengths(draw, longest: int = 4096) -> int:
 
 
 def pieces(items: list, count: int) -> list[list] | None:
-    """`items` in `count` consecutive pieces of one size; None where one would be shorter."""
+    """Cut `items` into `count` consecutive pieces of equal size. None if that is impossible."""
     size = -(-len(items) // count)
     cut = [items[i : i + size] for i in range(0, len(items), size)]
     return cut if len(cut) == count and {len(piece) for piece in cut} == {size} else None
 
 
 def could_run(fields: dict[str, int], seq_len: int, num_chunks: int = 1) -> bool:
-    """Whether the pyramid can be built and its strata filled: the rules in other words."""
+    """Whether the pyramid can be built and its strata filled. A second statement of the rules."""
     p, strata = fields["pooling_factor"], fields["topk"] // 128
     level = list(range(seq_len))
     for _ in range(fields["num_levels"] - 1):
@@ -89,12 +89,12 @@ def could_run(fields: dict[str, int], seq_len: int, num_chunks: int = 1) -> bool
     cut = pieces(level, strata) if level else None
     if cut is None or min(map(len, cut)) < 128:
         return False
-    # No stratum lies in two chunks.
+    # A stratum is in only one chunk.
     return pieces(cut, num_chunks) is not None
 
 
 def refusal(check, *args, **options) -> str | None:
-    """The message of a check, or None where it accepts. Any other end is a fault."""
+    """The message of a check, or None if it passes. Any other exception fails the test."""
     try:
         check(*args, **options)
     except ValueError as error:
@@ -146,7 +146,7 @@ def test_what_is_accepted_runs_and_what_is_refused_does_not(effort):
 
 
 def runs_unchecked(config: LighthouseConfig, seq_len: int) -> bool:
-    """Whether scores lead to a selection when nothing is checked: every slot another entry."""
+    """Whether scores give a selection without any checks, with another entry in every slot."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.rand(2, 1, 1, seq_len, generator=generator)
     with mock.patch.object(LighthouseConfig, "check_seq_len", lambda *args: None):
@@ -159,7 +159,7 @@ def runs_unchecked(config: LighthouseConfig, seq_len: int) -> bool:
     is_entry = bool(((entry >= 0) & (entry < config.num_entries(seq_len))).all())
     if not is_entry or len(entry.unique()) < len(entry):
         return False
-    # Of every stratum and level, 128 are refined, and all their children are there.
+    # 128 entries of every stratum and level are refined, and all their children are present.
     return len(entry) == config.sub_seq_len(seq_len) and bool((selection.entry_to_slot >= 0).any())
 
 
@@ -176,7 +176,7 @@ def test_a_wrong_field_is_refused_in_time_and_the_nearest_one_accepted(effort):
         )
     )
     def check(fields):
-        # Each message names one field; setting it to what is named ends the complaint.
+        # Each message names one field. Setting it to the suggested value removes the error.
         for _ in range(5):
             message = refusal(LighthouseConfig, **fields)
             if message is None:
@@ -265,13 +265,13 @@ def base(corpus, tmp_path_factory) -> JobConfig:
     folder = tmp_path_factory.mktemp("runs") / "run"
     options = {"model__flavor": "quickstart", "lr_scheduler__total_steps": 9}
     options |= {"training__steps": 2, "lighthouse__stage1_steps": 1, "checkpoint__enable": False}
-    # It has two layers.
+    # The model has two layers.
     options["lighthouse__full_attn_layers"] = [0]
     return load_config(command_line(folder, corpus, **options))
 
 
 def changed(base: JobConfig, values: dict[str, Any]) -> JobConfig:
-    """A copy with other values, by their names, as `training.steps`."""
+    """A copy with other values, by dotted names such as `training.steps`."""
     config = copy.deepcopy(base)
     for name, value in values.items():
         *sections, leaf = name.split(".")
@@ -292,7 +292,7 @@ def values_of(annotation: Any) -> st.SearchStrategy:
         return st.lists(values_of(options[0]), max_size=3)
     words = ["", " ", "none", "op", "2", "text", "prepared", "model", "debugmodel", "norm", "é\n"]
     return {
-        # No path: the files of this machine are no part of the test.
+        # No paths, because the test must not depend on files of this machine.
         str: st.sampled_from(words) | st.text("abc-_. \n\u00e9\u2028", max_size=6),
         int: st.sampled_from([0, 1, 2, 3, 128, 2048]) | wild,
         float: st.floats() | st.floats(0, 1),
@@ -357,7 +357,7 @@ def toml(value: Any) -> str:
 
 
 def fits_type(value: Any, annotation: Any) -> bool:
-    """Whether TOML's value may stand for a field: as its annotation is written."""
+    """Whether a TOML value has the annotated type of a field."""
     written = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     if get_origin(annotation) is not None:
         written = str(annotation)
@@ -415,7 +415,7 @@ def test_a_named_value_ends_the_complaint(effort, base):
         if "nearest" in message:
             assert still is None or still.split()[0] != name, (message, still)
         else:
-            # A bound is one rule of several.
+            # A bound is one of several rules.
             assert still is None or still.split(", got")[0] != message.split(", got")[0]
         ended.append(name)
 
@@ -476,7 +476,7 @@ def test_ranks_are_accepted_where_they_make_a_grid(effort, base):
                 expected = pieces(list(range(n_kv_heads // tensor)), context) is not None
             expected = expected and (scorer == "norm" or stage1_steps == 0)
         if expected:
-            # Sharded by nothing, parameters are replicated by DDP, which knows no other mesh.
+            # Without sharding, DDP replicates the parameters. DDP supports no other mesh.
             expected = not (replicate > 1 and tensor > 1 and shards * context == 1)
             expected = expected and pieces(list(range(length)), 2 * context * tensor) is not None
         if expected and stage1_steps:
@@ -559,7 +559,7 @@ def test_what_is_accepted_trains(effort, base, corpus):
     assert len(trained) > 2
 
 
-# What makes a run long, large, or one that asks the network; and the compiler, which takes long.
+# Fields that make a run long or large or need the network. The compiler takes long, too.
 NOT_TRIED = {
     *("training.steps", "training.seq_len", "training.local_batch_size", "model.flavor"),
     *("training.global_batch_size", "validation.steps", "validation.local_batch_size"),
@@ -569,7 +569,7 @@ NOT_TRIED = {
 
 @both_efforts
 def test_any_value_that_is_accepted_trains(effort, base):
-    """The values of any field, one at a time."""
+    """Values of all fields, one field at a time."""
     whatever = st.sampled_from(sorted(FIELDS.keys() - NOT_TRIED)).flatmap(
         lambda name: st.tuples(st.just(name), values_of(FIELDS[name]))
     )

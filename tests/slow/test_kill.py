@@ -1,12 +1,12 @@
-"""Runs that are killed with SIGKILL and started again end as if nothing had happened, bit for bit.
+"""Runs that are killed with SIGKILL and restarted equal undisturbed runs, bit for bit.
 
-A run is killed at one moment after the other (`kill_run.py`), each time started again with the
-same command, and left alone at last. Every batch and every loss of every start, and the parameters
-and moments in the end, are those of a run that was never disturbed. Where a kill leaves no whole
-checkpoint, the run must say so, in one line, and go on from step 0 when the folder is moved away.
+A run is killed at one moment after another (`kill_run.py`) and restarted each time with the same
+command. The last start is not killed. All batches and losses of all starts, and the final
+parameters and moments, equal those of an undisturbed run. If a kill leaves no whole checkpoint, the
+run must say so in one line, and start at step 0 after the folder was moved away.
 
 The quick suite runs a small sample. `pytest -m slow tests/slow/test_kill.py` runs all kills and
-prints how many there were at each moment. Set `KILL_SEED` to repeat or vary the random ones.
+prints their number at each moment. Set `KILL_SEED` to repeat or vary the random kills.
 """
 
 import json
@@ -57,7 +57,7 @@ TORN = (
 WHOLE = ("after the rename of the metadata", LATE)
 PURGED = ("in the purge, a shard is gone", "in the purge, the metadata are gone")
 
-# Moments of the first rank alone; the others come to all ranks.
+# Moments of the first rank only. All other moments happen on every rank.
 OF_RANK_0 = {
     "in the metadata",
     "before the rename of the metadata",
@@ -72,7 +72,7 @@ OF_RANK_0 = {
 
 @dataclass
 class Chain:
-    """A run that is killed again and again."""
+    """A run with a sequence of kills."""
 
     name: str
     world_size: int
@@ -82,7 +82,7 @@ class Chain:
 
     options: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
-    """Of every start, as in `Request`."""
+    """Value of `Request` for every start."""
 
     @property
     def folder(self) -> str:
@@ -97,13 +97,13 @@ def all_chains(seed: int) -> list[Chain]:
 
         def kill(moment: str, step: int | None = None, world_size=world_size, dice=dice) -> Kill:
             rank = 0 if moment in OF_RANK_0 else dice.randrange(world_size)
-            # Either both ranks are gone at once, or one goes on alone for a while.
+            # Either both ranks are killed at once, or one continues alone for a while.
             grace = dice.choice([0, dice.uniform(0.1, 2)]) if world_size > 1 else 0
             return Kill(moment, step, [rank], items=dice.randint(1, 40), grace=grace)
 
         def outside(world_size=world_size, dice=dice) -> Kill:
             ranks = dice.choice([[0], [1], [0, 1]][: 2 * world_size - 1])
-            # Of the time that an undisturbed run takes: what is saved in between is not repeated.
+            # A share of the time of an undisturbed run. Steps that were saved are not repeated.
             delay = dice.uniform(0, 0.6)
             return Kill(OUTSIDE, ranks=ranks, delay=delay, grace=dice.random())
 
@@ -117,7 +117,7 @@ def all_chains(seed: int) -> list[Chain]:
             [kill(name, FIRST_SAVE) for name in (torn[1], torn[-1], LATE)],
             options=ASYNC,
         )
-        # The save of the switch is that of step 5, the first after it that of step 6.
+        # The switch is saved at step 5, and the next checkpoint is that of step 6.
         later = [(torn[0], 4), (torn[-2], 4), (torn[-3], 4), (torn[-1], 5), (WHOLE[0], 5)]
         later += [(name, 6) for name in torn] + [("while the torn folder is cleared", 6)]
         later += [(WHOLE[0], 6), (torn[-3], 10), ("while the torn folder is cleared", 10)]
@@ -130,7 +130,7 @@ def all_chains(seed: int) -> list[Chain]:
         switch = [(name, SWITCH) for name in MOMENTS if "switch" in name or "handover" in name]
         chain("switch", [kill(*when) for when in switch])
         chain("switch, async", [kill(*when) for when in switch[::2]], options=ASYNC)
-        # Stage 2 in pieces of which the last is that of step 8; a checkpoint there, and not.
+        # Stage 2 in pieces up to step 8, with and without a checkpoint there.
         some = [("before the switch", SWITCH), ("after the switch", SWITCH), ("in a step", 7)]
         some += [("before the switch", 8), ("after the switch", 8), ("in a step", 9)]
         chain("pieces", [kill(*when) for when in some], data="pieces")
@@ -161,11 +161,11 @@ class Server:
         self._log = (folder / "server.txt").open("w")
         launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
-        # On the CPU, with one thread: sums depend on it.
+        # Run on the CPU with one thread, because sums depend on the number of threads.
         env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("kill_run.py")],
-            # Nothing may depend on the order of a set: it differs from process to process.
+            # The order of a set differs between processes, and nothing may depend on it.
             env=env | {"PYTHONHASHSEED": str(hash_seed)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -188,24 +188,24 @@ class Server:
 
 @dataclass
 class Undisturbed:
-    """What a run that nobody killed has trained."""
+    """The record of an undisturbed run."""
 
     batches: list[dict[int, list[str]]]
-    """By rank, then by step: digests of the token ids."""
+    """Digests of the token ids, by rank and step."""
 
     lines: dict[int, dict[str, float]]
-    """Figures by step, of `metrics.jsonl`."""
+    """Figures of `metrics.jsonl` by step."""
 
     final: list[dict[str, Any]]
-    """By rank: digests of parameters and moments, and some numbers."""
+    """Digests of parameters and moments, and some numbers, by rank."""
 
     handover: dict[str, Any]
     seconds: float
-    """From its start to its end."""
+    """Seconds from its start to its end."""
 
 
 class World:
-    """Servers, corpora, and the runs that kills must not change."""
+    """Servers, corpora, and the undisturbed runs for comparison."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -262,7 +262,7 @@ class World:
         return self._undisturbed[key]
 
     def endure(self, chain: Chain, server_number: int) -> "KilledRun":
-        """Go through the kills of a chain, to the end, and compare."""
+        """Run all kills of a chain and compare the results."""
         expected = self.undisturbed(chain.world_size, chain.data)
         run = KilledRun(self, chain, self.server(server_number))
         for kill in chain.kills:
@@ -277,7 +277,7 @@ class World:
 
 
 class KilledRun:
-    """One run in a folder of its own, started as often as it takes."""
+    """One run in its own folder, started as often as needed."""
 
     def __init__(self, world: World, chain: Chain, server: Server):
         self.chain, self.server = chain, server
@@ -288,12 +288,12 @@ class KilledRun:
         self.options = {**OPTIONS, **world.data[chain.data], **chain.options}
         self.corpus = world.corpus
         self.first_steps = []
-        """The step that each start begins with."""
+        """The first step of each start."""
         self.num_refusals = 0
         self.seconds = 0.0
 
     def kill(self, kill: Kill) -> None:
-        """Start the run, see it die at the moment and only there, and look at what it leaves."""
+        """Start the run, check that it is killed at the right moment, and check its files."""
         answer = self._start(kill)
         steps = checkpoint_steps(self.checkpoints)
         print(f"{self.chain.name}: {kill}: {answer.exit_codes}, {answer.seconds:.1f} s, {steps}")
@@ -326,13 +326,13 @@ class KilledRun:
         self._move_torn_checkpoints(is_first=kill.moment in TORN and kill.step == FIRST_SAVE)
 
     def finish(self) -> None:
-        """Start the run and leave it alone."""
+        """Start the run without a kill."""
         answer = self._start(None)
         self.seconds = answer.seconds
         assert answer.exit_codes == [0] * self.chain.world_size, (answer, self._log())
 
     def compare(self, expected: Undisturbed) -> None:
-        """Everything that all starts have trained is what the undisturbed run has trained."""
+        """Check that all steps of all starts equal those of the undisturbed run."""
         for rank in range(self.chain.world_size):
             trained = set()
             for start, batches in enumerate(self.batches(rank)):
@@ -340,7 +340,7 @@ class KilledRun:
                 first = self.first_steps[start]
                 assert steps == list(range(first, first + len(steps))), (start, steps)
                 for step, found in batches.items():
-                    # The last may have been cut short.
+                    # The last line may be incomplete.
                     wanted = expected.batches[rank][step]
                     is_last = step == steps[-1] and start + 1 < len(self.first_steps)
                     wanted = wanted[: len(found)] if is_last else wanted
@@ -371,7 +371,7 @@ class KilledRun:
         return starts
 
     def lines(self) -> list[dict[str, float]]:
-        """Every whole line of a step in `metrics.jsonl`, also of steps that were trained again."""
+        """All whole lines of steps in `metrics.jsonl`, also of repeated steps."""
         lines = []
         num_torn = 0
         for text in (self.dump_folder / metrics.FILE_NAME).read_text().splitlines():
@@ -413,7 +413,7 @@ class KilledRun:
         return answer
 
     def _move_torn_checkpoints(self, is_first: bool) -> None:
-        """Where no checkpoint is whole, the run must refuse to start until they are moved away."""
+        """Without a whole checkpoint, the run must not start until the folder is moved away."""
         steps = checkpoint_steps(self.checkpoints)
         is_refused = self.checkpoints.exists() and not any(steps.values())
         assert is_refused or not is_first, steps
@@ -432,12 +432,12 @@ class KilledRun:
         self.checkpoints.rename(self.dump_folder / f"torn-{self.num_refusals}")
 
     def _log(self, rank: int = 0) -> str:
-        """What the newest start has printed."""
+        """The output of the newest start."""
         return (self.folder / f"log-{len(self.first_steps) - 1}-{rank}.txt").read_text()
 
 
 def missing_shards(path: Path) -> set[str]:
-    """Files that the metadata of a checkpoint name and its folder lacks."""
+    """Files that the metadata of a checkpoint names but that are missing."""
     metadata = FileSystemReader(path).read_metadata()
     return {
         info.relative_path

@@ -1,11 +1,11 @@
-"""Files from outside, mutated: every outcome is a right run or one clear line.
+"""Mutated input files lead to a correct result or to an error of one line.
 
-A mutation changes a file of a checkpoint, of tokenized data, of a tokenizer, of a model in Hugging
-Face's format or of a corpus: bytes are flipped, cut, inserted or replaced, a file is emptied,
-removed, or has a folder, a pipe or a link in its place, and a JSON value becomes one of another
-type. The reader of the folder then returns, or raises a `ValueError` of one line; nothing else.
+A mutation changes a file of a checkpoint, tokenized data, a tokenizer, a model in Hugging Face
+format or a corpus. It flips, cuts, inserts or replaces bytes. It empties or removes a file, or
+replaces it by a folder, a pipe or a link. It changes the type of a JSON value. The reader of the
+folder must then return, or raise a `ValueError` of one line.
 
-The quick suite runs 120 mutations, `pytest -m slow tests/slow/test_mutations.py` 2,000. Set
+The quick suite runs 120 mutations. `pytest -m slow tests/slow/test_mutations.py` runs 2,000. Set
 `MUTATION_SEED` to repeat or vary them.
 """
 
@@ -39,7 +39,7 @@ from torchtitan.experiments.lighthouse.runtime.command_line import open_tokenize
 
 SEED = int(os.environ.get("MUTATION_SEED", "20261124"))
 SECONDS = 60
-"""Longer is a hang."""
+"""Timeout in seconds."""
 
 SEQ_LEN = 64
 TOKENIZER = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
@@ -126,9 +126,9 @@ READERS = {
 
 
 def mutate(folder: Path, dice: random.Random) -> str:
-    """Change one file of a folder; returns what was done."""
+    """Change one file of a folder. Returns a description of the change."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    # Small files, which say what the others are, as often as large ones.
+    # Small files describe the others. Choose them as often as large ones.
     path = dice.choice(files)
     kinds = [flip, cut, insert, overwrite, repeat, replace_by]
     if path.suffix in (".json", ".jsonl"):
@@ -190,7 +190,7 @@ def replace_by(path: Path, dice: random.Random) -> str:
 
 
 def change_value(path: Path, dice: random.Random) -> str:
-    """Give a value of a JSON file, or of a line of one, another type."""
+    """Change the type of a value in a JSON file, or in a line of it."""
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
     number = dice.randrange(len(lines)) if lines else 0
     try:
@@ -241,7 +241,7 @@ def check_mutations(originals: dict[str, Path], corpus: Path, folder: Path, coun
             raise AssertionError(f"{done}: {error!r}") from error
         finally:
             signal.alarm(0)
-    # Both happen.
+    # Both outcomes occur.
     assert read > count / 20 and refused > count / 5, (read, refused)
 
 

@@ -1,4 +1,4 @@
-"""Lighthouse put around the attention of a model and taken away again, and what it saves."""
+"""Adding Lighthouse to a model's attention, removing it, and the FLOPs it saves."""
 
 import dataclasses
 
@@ -63,7 +63,7 @@ def test_phases_are_those_of_the_model_with_its_scaling():
 
 
 def test_aligned_layers_attend_by_the_rotary_embedding_of_the_model(model):
-    """What a layer gets is the reference from its unrotated q and k."""
+    """The inputs of a layer give the reference computed from its unrotated q and k."""
     attention = model.layers["0"].attention
     x = torch.randn(1, 512, MODEL_ARGS.dim)
     errors = {}
@@ -113,7 +113,7 @@ def test_all_layers_but_the_dense_ones_are_wrapped(model, full_attn_layers, wrap
     for layer in wrapped:
         attention = model.layers[str(layer)].attention.inner_attention
         assert attention.inner is inner[layer] and attention.config is CONFIG
-    # Taken away, and taken away again.
+    # Remove it twice.
     for _ in range(2):
         use_dense(model)
         assert [block.attention.inner_attention for block in model.layers.values()] == inner
@@ -164,7 +164,7 @@ def test_attention_is_kept_to_fused_kernels(model, prefer, first):
     use_fused_attention(model, torch.bfloat16, 512, prefer)
     for module in inner:
         assert module.sdpa_backends[0] == first and SDPBackend.MATH not in module.sdpa_backends
-    # Of this model alone.
+    # The change affects only this model.
     other = Transformer(MODEL_ARGS).layers["0"].attention.inner_attention
     assert SDPBackend.MATH in other.sdpa_backends
 
@@ -184,7 +184,7 @@ def test_fused_attention_changes_nothing_on_the_cpu(model):
         # of q·k and of p·v, at 2 FLOPs forward and 4 backward.
         ([], 4 * 448 * 32 * 2 * 6),
         ([0, -1], 2 * 448 * 32 * 2 * 6),
-        # Layer 3 by both its names.
+        # Layer 3 by both of its indices.
         ([3, -1], 3 * 448 * 32 * 2 * 6),
         ([0, 1, 2, 3], 0),
     ],
@@ -198,10 +198,10 @@ def test_flops_saved_per_token(full_attn_layers, saved):
 @pytest.mark.parametrize(
     ("scorer", "dilation", "positions"),
     [
-        # A token attends to a class of 1,024/4 or 1,024/2 tokens, both ways.
+        # A token attends to a class of 1,024/4 or 1,024/2 tokens, in both directions.
         ("dilated", 4, 2 * 256),
         ("dilated", 2, 2 * 512),
-        # A state of 8 * 8 for each head: as much as 8 positions, both ways.
+        # Each head has a state of 8 * 8, which costs as much as 8 positions, in both directions.
         ("gla", 4, 2 * 8),
     ],
 )
@@ -209,7 +209,7 @@ def test_scoring_by_attention_saves_less(scorer, dilation, positions):
     config = LighthouseConfig(2, 2, 128, scorer, dilation)
     by_norm = flops_saved_per_token(MODEL_ARGS, CONFIG, [0], 1024)
     saved = flops_saved_per_token(MODEL_ARGS, config, [0], 1024)
-    # In each of the three layers, for the 32 channels of q·k and of p·v, 2 FLOPs forward alone.
+    # 2 FLOPs, forward only, for the 32 channels of q·k and of p·v in each of the three layers.
     assert saved == pytest.approx(by_norm - 3 * positions * 32 * 2 * 2)
 
 

@@ -1,4 +1,4 @@
-"""`lighthouse train`: how many processes it starts, with what, and how it ends."""
+"""`lighthouse train`: the number of processes, their arguments, and the exit code."""
 
 import os
 import signal
@@ -42,12 +42,12 @@ if "deaf" in behaviour:
 if "wait" in behaviour:
     time.sleep(60)
 """
-"""Stands in for the trainer: does what its arguments say."""
+"""Replaces the trainer, and does what its arguments say."""
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Launches stand-ins and returns the exit code of the run."""
+    """Launch replacement trainers and return the exit code of the run."""
     monkeypatch.setattr(launch, "TRAINER", [sys.executable, "-S", "-c", WORKER])
     monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
     return lambda nproc, *behaviour: launch.launch([str(tmp_path), *behaviour], nproc)
@@ -121,7 +121,7 @@ def test_a_signal_stops_all_with_the_code_of_a_saved_run(start, tmp_path, number
     former = signal.signal(number, signal.SIG_DFL)
 
     def ask():
-        # Before the stand-ins listen: it must neither end them nor be lost.
+        # The signal comes before the processes listen. It must not kill them, and must not be lost.
         while not (tmp_path / "1").exists():
             time.sleep(0.02)
         os.kill(os.getpid(), number)
@@ -135,7 +135,7 @@ def test_a_signal_stops_all_with_the_code_of_a_saved_run(start, tmp_path, number
 
 @pytest.fixture
 def started(monkeypatch):
-    """What `lighthouse train` trains: the number of processes and their arguments."""
+    """The number of processes that `lighthouse train` starts, and their arguments."""
     found = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(launch, "launch", lambda args, nproc: found.append((nproc, args)) or 0)
@@ -178,8 +178,8 @@ def test_under_a_launcher_it_is_one_of_its_processes(started, monkeypatch, capsy
 
 
 def refused(*args: str) -> str:
-    """The one line that a call ends with, before any process is started."""
-    # Tests of the trainer in this process may have set it.
+    """The error line of a call that fails before any process is started."""
+    # Tests of the trainer in this process may have set this variable.
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     done = subprocess.run(
         [sys.executable, "-m", "lighthouse_cli", "train", *args],
@@ -253,7 +253,7 @@ def test_two_processes_train_stop_and_go_on(corpus, tmp_path):
             time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=300) == EXIT_CODE
-    # The switch and the step it was stopped after; from there the same command goes on.
+    # The switch, and the step after which the run stopped. The same command resumes from there.
     folder = tmp_path / "run" / "checkpoint"
     last = max(int(path.name.removeprefix("step-")) for path in folder.iterdir())
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks: the plain one's value and gradients, in memory that holds one chunk.
+"""Cross-entropy in chunks has the plain value and gradients, with one chunk in memory.
 
 The expected values are those of `F.cross_entropy` on all logits. Whole runs, on one rank and on two
 FSDP ranks over gloo, are compared with runs without chunks.
@@ -22,17 +22,17 @@ from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.loss import build_loss, chunked_cross_entropy
 
-# Of the last bit, and carried on by what comes after it; a wrong factor is orders beyond.
+# Differences of the last bit, which later steps carry on. A wrong factor is orders larger.
 ROUNDING = 100 * torch.finfo(torch.float32).eps
 
 TOKENS, DIM, VOCAB = 300, 64, 200
-# They divide the tokens, do not, are one token, all of them, and more.
+# Chunks that divide the tokens, do not divide them, are one token, all tokens, and more.
 CHUNK_SIZES = [100, 128, 1, 300, 1000]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def inputs(dtype: torch.dtype = torch.float64, counted: float = 0.9) -> tuple[torch.Tensor, ...]:
-    """hidden, weight and labels, of which that share counts; the logits are of order one."""
+    """hidden, weight and labels. The given share of labels counts. Logits are of order one."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, DIM, generator=generator).to(dtype)
     weight = (torch.randn(VOCAB, DIM, generator=generator) / DIM**0.5).to(dtype)
@@ -42,14 +42,14 @@ def inputs(dtype: torch.dtype = torch.float64, counted: float = 0.9) -> tuple[to
 
 
 def plain(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """All logits, at least fp32 from there on."""
+    """Reference with all logits, in at least fp32 after them."""
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
 def value_and_gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
-    # As in training: the sum is divided by a number of tokens.
+    # As in training, the sum is divided by a number of tokens.
     return [loss.detach(), *torch.autograd.grad(loss / 17, leaves)]
 
 
@@ -85,7 +85,7 @@ def test_errors_are_at_most_twice_the_plain_ones(dtype, chunk_size):
     assert [x.dtype for x in got] == [torch.float32, dtype, dtype]
     expected = in_fp64(hidden, weight, labels)
     limits = errors(value_and_gradients(plain(hidden, weight, labels), hidden, weight), expected)
-    # The error of the one value can be zero by chance.
+    # The error of a single value can be zero by chance.
     limits[0] = max(limits[0], torch.finfo(torch.float32).eps)
     for error, limit in zip(errors(got, expected), limits, strict=True):
         assert error <= 2 * limit
@@ -166,7 +166,7 @@ def test_two_backward_passes_of_one_forward_pass_agree():
 
 
 class Work(TorchDispatchMode):
-    """Counts matrix products, bytes of the tensors that operators make, and logits at a time."""
+    """Counts matrix products, bytes of new tensors, and logits in memory at the same time."""
 
     def __init__(self, vocab: int = VOCAB):
         super().__init__()
@@ -176,7 +176,7 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for tensor in tensors_of((args, kwargs)):
-            # Made by nobody here.
+            # This tensor was not made here.
             self.sizes.setdefault(tensor.untyped_storage()._cdata, 0)
         result = func(*args, **kwargs or {})
         if func.overloadpacket is torch.ops.aten.mm:
@@ -189,7 +189,7 @@ class Work(TorchDispatchMode):
                 self.bytes += storage.nbytes()
                 weakref.finalize(storage, self.free, storage._cdata)
             if tensor.shape[-1:] == (self.vocab,):
-                # In tokens; the transposed weight is one of them, by its looks.
+                # In tokens. The transposed weight has the same shape and is counted, too.
                 self.most_logits = max(self.most_logits, tensor.numel() // self.vocab)
         self.peak = max(self.peak, self.bytes)
         return result
@@ -239,7 +239,7 @@ def test_peak_memory_is_as_documented(num_tokens, chunk_size, dtype):
     with Work() as backward:
         gradients = torch.autograd.grad(loss, (hidden, weight))
     handed_on = size * (num_tokens + vocab) * dim
-    # Beside what the formulas count there are vectors of a chunk, and its rows of hidden.
+    # The formulas do not count vectors of a chunk and its rows of hidden.
     rest = chunk_size * (8 * 8 + 3 * 4 * dim)
     while_summed = size * (chunk_size + dim) * vocab
     assert logits <= validation.peak <= logits + rest
@@ -283,7 +283,7 @@ def test_the_loss_of_a_chunk_is_compiled_where_the_loss_is(components, is_compil
 
 CHUNKS = {"training__loss_chunk_size": 100}
 VALIDATION = {"validation__enable": True, "validation__freq": 2}
-# Every entry is selected: no near-tie between scores, that a last bit could turn.
+# Every entry is selected, so a last bit cannot change the selection at a near-tie.
 TWO_STAGES = {"lighthouse__topk": 384}
 # The first moments are the gradients of the step, unclipped, times a constant.
 ONE_STEP = {
@@ -295,7 +295,7 @@ BF16 = {"training__mixed_precision_param": "bfloat16"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Dump folder of the run without chunks."""
+    """Dump folder of a run without chunks."""
     return tmp_path_factory.mktemp("plain")
 
 
@@ -310,7 +310,7 @@ def validation_losses(folder: Path) -> list[float]:
 
 
 def gradients(run: Run) -> dict[str, torch.Tensor]:
-    """Up to a factor; after one step."""
+    """Gradients after one step, up to a factor."""
     return {name: x for name, x in run.moments.items() if name.endswith(".exp_avg")}
 
 
@@ -319,7 +319,7 @@ def assert_same_gradients(run: Run, expected: Run) -> None:
     assert "output.weight.exp_avg" in gradients(run)
     for name, gradient in gradients(run).items():
         same = gradients(expected)[name]
-        # Zero for a rank whose part of the vocabulary does not occur.
+        # Zero on a rank whose part of the vocabulary does not occur.
         assert (gradient - same).norm() <= ROUNDING * same.norm(), name
 
 
@@ -329,7 +329,7 @@ def assert_errors_of_bf16(run: Run, plain: Run, expected: Run) -> None:
     error, limit = (
         errors([gradients(x)[name]], [gradients(expected)[name]])[0] for x in (run, plain)
     )
-    # Both did round to bf16.
+    # Both losses did round to bf16.
     assert min(error, limit) > 1e-4
     assert error <= 2 * limit
 
@@ -388,7 +388,7 @@ def test_the_logits_of_a_sequence_never_exist(corpus, tmp_path, chunk_size):
     with Work(FLAVORS["debugmodel"].vocab_size) as work:
         train(args)
     assert len(validation_losses(tmp_path)) == 1
-    # Without chunks those of a validation batch; the weight has 128 columns.
+    # Without chunks, all logits of a validation batch. The weight has 128 columns.
     assert work.most_logits == (chunk_size or 2 * 256)
 
 
@@ -409,7 +409,7 @@ TWO_RANKS = {
 
 
 def run_on_two_ranks(folder: Path, corpus: Path) -> dict[tuple[str, bool], Run]:
-    """All runs of the tests below, without chunks and with, in one group of processes."""
+    """All runs of the tests below, with and without chunks, in one group of processes."""
     return {
         (name, is_chunked): train(
             command_line(

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per step and stage, whatever happened to the run."""
+"""metrics.jsonl has one line per step and stage, also after stops and kills."""
 
 import collections
 import json
@@ -62,7 +62,7 @@ def test_of_two_lines_for_a_step_the_later_counts(tmp_path):
 
 
 def test_both_stages_of_a_step_count(tmp_path):
-    """The switch is validated under both kinds of attention."""
+    """At the switch, validation uses both kinds of attention."""
     lines = [line_of(3, stage, stage / 2, VALIDATION_LOSS) for stage in (2, 1)]
     write(tmp_path, line_of(3, 1, 9.0), *lines, line_of(4, 2, 8.0))
     assert read_metrics(tmp_path, VALIDATION_LOSS) == lines[::-1]
@@ -81,12 +81,12 @@ def test_the_logger_adds_the_stage_and_hands_on(tmp_path):
     for stage in (1, 2):
         logger.stage, logger.phase = stage, PHASES[stage]
         logger.log({LOSS: 0.1}, 7)
-        # Read while the run goes on.
+        # Read during the run.
         assert len(path.read_text().splitlines()) == stage
     logger.close()
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     assert lines == [line_of(7, stage, 0.1) | {"phase": PHASES[stage]} for stage in (1, 2)]
-    # The stage that trained the step; the line after the switch does not take its place.
+    # The stage that trained the step. The line after the switch does not replace its line.
     assert logged == [({LOSS: 0.1, "lighthouse/stage": 1}, 7), ({LOSS: 0.1}, 7), "closed"]
 
 
@@ -137,7 +137,7 @@ def test_a_stage_starts_with_nothing_of_the_one_before():
 
 
 class BrokenLogger(BaseLogger):
-    """Stands for W&B without its service."""
+    """Replaces W&B, without its service."""
 
     def __init__(self):
         self.calls = []
@@ -159,9 +159,9 @@ def test_the_lines_outlive_the_other_loggers(tmp_path, caplog):
         logger.log({LOSS: float(step)}, step)
     logger.close()
     assert [line["step"] for line in read_metrics(tmp_path, LOSS)] == [1, 2]
-    # It is given up, and that is said once.
+    # W&B is turned off, with one warning.
     assert broken.calls == [1]
-    assert caplog.text.count("metrics go to metrics.jsonl alone") == 1
+    assert caplog.text.count("metrics go only to metrics.jsonl") == 1
     assert "Connection lost" in caplog.text
 
     broken = BrokenLogger()
@@ -183,7 +183,7 @@ def test_a_spike_is_told_and_noise_is_not(monkeypatch, caplog):
     processor._losses = collections.deque(maxlen=SPIKE_WINDOW)
     dice = random.Random(0)
     losses = [3 - step / 100 + dice.gauss(0, 0.05) for step in range(1, 200)]
-    # A spike before there is anything to compare with is none, and a loss of nan is another matter.
+    # An early spike has nothing to compare with and does not count. nan is handled elsewhere.
     losses[3] = 9.0
     losses[150] = 4.0
     losses[170] = math.nan

@@ -1,7 +1,7 @@
-"""Layouts of ranks: the same global batch gives the same losses, and checkpoints move between them.
+"""All layouts of ranks give the same losses for a global batch, and can exchange checkpoints.
 
-Every run starts from one seed checkpoint, since the random numbers of an initialization depend on
-how parameters are sharded. What is left to differ is the order of sums.
+Every run starts from the same seed checkpoint, because initialization depends on the sharding of
+parameters. Only the order of sums differs.
 """
 
 import itertools
@@ -22,12 +22,12 @@ from torchtitan.experiments.lighthouse.config.load import load_config
 
 CONFIGS = Path(__file__).parents[2] / "train_configs"
 STEPS, STAGE1_STEPS = 20, 12
-# A stratum for each of four chunks, with more candidates, 136, than are selected.
+# One stratum for each of four chunks, with 136 candidates, more than are selected.
 SEQ_LEN = 4 * 136 * 2
 OPTIONS = {
     "model__flavor": "quickstart",
     "optimizer__lr": 3e-3,
-    # Without it Adam divides the difference of two roundings by its own size.
+    # Without it, Adam divides a difference of two roundings by its own size.
     "optimizer__eps": 1e-3,
     "lr_scheduler__total_steps": STEPS,
     "lighthouse__num_levels": 2,
@@ -53,7 +53,7 @@ PIECES = {
     "lighthouse__stage2_full_steps": 2,
     "training__steps": 8,
     "lighthouse__stage1_steps": 2,
-    # At full length, in the midst of the pieces too.
+    # Validation is at full length, also during the steps on pieces.
     "validation__enable": True,
     "validation__freq": 2,
 }
@@ -64,7 +64,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "ring": {**RING, "parallelism__context_parallel_rotate_method": "alltoall"},
         "ulysses, compiled, selective": {
             **ULYSSES,
-            # Traced in full and differentiated ahead; without the compiler of kernels.
+            # Traced in full with AOTAutograd, but without compiling kernels.
             "compile__enable": True,
             "compile__backend": "aot_eager",
             "activation_checkpoint__mode": "selective",
@@ -107,15 +107,17 @@ SAME = {
 
 
 class SharedTrainer(RecordedTrainer):
-    """Reads one sequence of windows, dealt to the data-parallel ranks in turn, so that the global
-    batches do not depend on their number."""
+    """Reads one sequence of windows and gives them to the data-parallel ranks in turn.
+
+    Global batches are then the same for any number of ranks.
+    """
 
     def batch_generator(self, data_iterable):
         dims = self.parallel_dims
         degree = dims.dp_replicate * dims.dp_shard
         rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
         generator = torch.Generator().manual_seed(0)
-        # Runs of a rising byte: something to learn at once.
+        # Sequences of rising bytes, which the model learns quickly.
         for i in itertools.count():
             seq_len = self.job_config.training.seq_len
             starts = torch.randint(0, 256, (seq_len // 16 + 1, 1), generator=generator)
@@ -158,8 +160,10 @@ def run_layouts(num_ranks: int, folder: Path, corpus: Path) -> dict[str, dict[st
 
 
 class Layouts:
-    """The runs of all layouts, by name; those of one number of ranks are made together, when the
-    first of them is wanted."""
+    """The runs of all layouts, by name.
+
+    Runs with equally many ranks are made together, at first use.
+    """
 
     def __init__(self, folder: Path, corpus: Path):
         self.folder, self.corpus = folder, corpus
@@ -188,13 +192,16 @@ def layouts(tmp_path_factory, corpus):
 
 
 def marked(name: str):
-    """More than two ranks take minutes on two cores."""
+    """Mark layouts of more than two ranks as slow. They take minutes on two cores."""
     return pytest.mark.slow if name not in LAYOUTS[2] else ()
 
 
 def assert_same_losses(losses: dict[int, float], expected: dict[int, float]) -> None:
-    """Equal to rounding at first. Later a rounding may have turned a near-tie of the selection:
-    that moves a loss by some 1e-4 of it, and the text of another position by 1e-2 and more."""
+    """Check that losses are equal up to rounding, and later up to changes of the selection.
+
+    Rounding may change the selection at a near-tie. That changes a loss by about 1e-4 of its value.
+    Text of another position would change it by over 1e-2.
+    """
     first = min(expected)
     assert losses[first] == pytest.approx(expected[first], rel=1e-6)
     assert losses == pytest.approx(expected, rel=1e-3)
@@ -211,7 +218,7 @@ def assert_same_losses(losses: dict[int, float], expected: dict[int, float]) -> 
 def test_every_layout_trains_as_one_process(layouts, one, layout):
     expected, actual = layouts[one], layouts[layout]
     losses = list(expected["losses"].values())
-    # It learns, and the dense steps are among those compared.
+    # The loss falls, and dense steps are also compared.
     assert losses[-1] < losses[0] - 0.1
     for step, classes in expected["attention"].items():
         of_last_layer = actual["attention"][step][-1]
@@ -224,7 +231,7 @@ def test_every_layout_trains_as_one_process(layouts, one, layout):
 
 @pytest.mark.slow
 def test_two_nodes_go_through_the_switch(tmp_path):
-    """Two agents of torchrun on this machine, a process each, share every sequence."""
+    """Two torchrun agents on this machine, with one process each, share every sequence."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -250,7 +257,7 @@ def test_two_nodes_go_through_the_switch(tmp_path):
 # ---- a checkpoint of one layout under another
 
 MOVES = {
-    # Stopped in stage 1; the next layout goes through the switch.
+    # The run stops in stage 1, and the next layout continues through the switch.
     "one to ulysses": [(1, {}, 5), (2, ULYSSES, STEPS)],
     "ring to one": [(2, RING, 5), (1, {}, STEPS)],
     "ulysses to ring, at the switch": [(2, ULYSSES, STAGE1_STEPS), (2, RING, STEPS)],
@@ -267,7 +274,7 @@ def unmoved(layouts, tmp_path_factory, corpus):
 
 
 def move(folder, layouts, corpus, legs) -> dict[int, float]:
-    """The losses of a run whose legs have layouts of their own, on the text of the corpus."""
+    """The losses of a run on the corpus that changes its layout at each resume."""
     seed = from_seed(layouts.folder)
     for i, (num_ranks, layout, steps) in enumerate(legs):
         options = {**OPTIONS, **seed, **layout, "training__steps": steps}

@@ -1,8 +1,8 @@
-"""Stage 2 on pieces of a sequence: the same as training on short sequences, and as exact to resume.
+"""Stage 2 on pieces of a sequence equals training on short sequences, and resumes exactly.
 
-Losses, gradients, parameters and moments are compared to the last bit, on one rank and on two. That
-ranks which share a batch train as one process does is in `test_parallelism.py`, and that they
-exchange nothing in attention in `tests/planner/test_plan.py`.
+Losses, gradients, parameters and moments are compared in every bit, on one rank and on two.
+`test_parallelism.py` tests that ranks with a shared batch train like one process.
+`tests/planner/test_plan.py` tests that their attention needs no communication.
 """
 
 import itertools
@@ -42,7 +42,7 @@ PHASES = [
 
 
 class WindowsTrainer(RecordedTrainer):
-    """Reads the same random windows whatever the sequence length; keeps the gradients."""
+    """Reads the same random windows for any sequence length, and records the gradients."""
 
     def batch_generator(self, data_iterable):
         dims, seq_len = self.parallel_dims, self.job_config.training.seq_len
@@ -70,7 +70,7 @@ class WindowsTrainer(RecordedTrainer):
 
 
 def train_on_pieces_and_short(folder: Path, corpus: Path) -> dict[str, tuple[Run, dict]]:
-    """Two micro-batches a step and rank: of pieces, and of sequences that are as short."""
+    """Two micro-batches per step and rank, of pieces and of equally short sequences."""
     num_pieces = SEQ_LEN // PIECE_LEN
     num_ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     dense = {"lighthouse__stage1_steps": 0, "training__steps": 3, "checkpoint__enable": False}
@@ -153,12 +153,12 @@ def test_each_change_is_recorded(undisturbed, folder, corpus, tmp_path):
         assert change["tokens_seen_per_rank"] == step * SEQ_LEN
         assert change["before"] == change["after"]
     assert finish["after"] != record["after"]
-    # Pieces are another thing than whole sequences, of the same batches and stage 1.
+    # Pieces and whole sequences give different losses after the same stage 1, on the same batches.
     whole = train(command_line(tmp_path, corpus))
     assert whole.batches == undisturbed.batches
     for step, loss in whole.losses.items():
         assert (loss == undisturbed.losses[step]) == (step <= STAGE1_STEPS)
-    # Attention over a third of the length is a third of that part.
+    # Attention over a third of the length costs a third.
     attention = 6 * 2 * 128 * N_LAYERS
     for step, flops in whole.flops_per_token.items():
         saved = attention * (SEQ_LEN - PIECE_LEN) if PHASES[step - 1] == "pieces" else 0
@@ -202,7 +202,7 @@ def test_each_phase_compiles_once_and_validation_keeps_its_length(corpus, tmp_pa
         "checkpoint__enable": False,
         "validation__enable": True,
         "validation__freq": 1,
-        # With two sequences a batch no dimension is 1, which is never dynamic.
+        # Two sequences per batch, because a dimension of 1 is never dynamic.
         "training__local_batch_size": 2,
     }
     graphs, shapes = [], set()
@@ -230,6 +230,6 @@ def test_each_phase_compiles_once_and_validation_keeps_its_length(corpus, tmp_pa
         (False, 2, SEQ_LEN),
     }
     new = [after - before for before, after in itertools.pairwise([0, *graphs])]
-    # A layer and the loss, in training and, of both attentions, in validation.
+    # A layer and the loss are compiled for training, and for validation with both attentions.
     firsts = {1: 4, STAGE1_STEPS + 1: 3, LAST_PIECE_STEP + 1: 1}
     assert new == [firsts.get(step, 0) for step in range(1, STEPS + 1)], new

@@ -1,5 +1,7 @@
-"""Telemetry of a run: what it measures, and that training does not notice, alone, compiled, or as
-two FSDP ranks."""
+"""Telemetry of a run: its measurements, and its absence of effects on training.
+
+Runs are on one rank, compiled, and on two FSDP ranks.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ KEYS = ["refined_share/level_1", "coverage/level_0", "coverage/level_1", "head_o
 
 
 def telemetry_of(folder: Path) -> dict[int, dict]:
-    """By step, without what belongs to every line."""
+    """Telemetry by step, without the keys of every line."""
     lines = metrics.read_metrics(folder, "telemetry/layer_1/attention_on_level_0")
     assert all(line.pop("stage") == 1 for line in lines)
     assert all(line.pop("phase") == "lighthouse" for line in lines)
@@ -41,7 +43,7 @@ def test_training_is_the_same_with_and_without(corpus, tmp_path):
     measured = train(args)
     assert measured.losses == without.losses and measured.batches == without.batches
     assert_same_state(measured, without)
-    # Every second step of stage 1, of both layers with Lighthouse.
+    # Every second step of stage 1, for both layers with Lighthouse.
     found = telemetry_of(tmp_path / "with")
     assert list(found) == [2] and STAGE1_STEPS == 3
     assert found[2].keys() == {
@@ -101,7 +103,7 @@ def test_the_sampled_layers(full_attn_layers, expected):
 
 
 class CountingTrainer(RecordedTrainer):
-    """Keeps how many graphs are compiled by the end of each step."""
+    """Records the number of compiled graphs at the end of each step."""
 
     def __init__(self, job_config):
         self.num_graphs = {}
@@ -117,7 +119,7 @@ def test_compiled_layers_stay_as_they_are(corpus, tmp_path):
         **OPTIONS,
         "model__flavor": "quickstart",
         "lighthouse__full_attn_layers": [0],
-        # Traced in full and differentiated ahead; without the compiler of kernels.
+        # Traced in full with AOTAutograd, but without compiling kernels.
         "compile__enable": True,
         "compile__backend": "aot_eager",
         "activation_checkpoint__mode": "selective",
@@ -133,7 +135,7 @@ def test_compiled_layers_stay_as_they_are(corpus, tmp_path):
         )
         runs.append(train(args, CountingTrainer, lambda t: num_graphs.append(t.num_graphs)))
     assert list(telemetry_of(tmp_path / "1")) == [1, 2, 3]
-    # All compiled in the first step, the same number of graphs.
+    # The number of graphs is the same, and all are compiled in the first step.
     assert num_graphs[0] == num_graphs[1]
     assert list(num_graphs[0]) == [1, 2, 3] and len({*num_graphs[0].values()}) == 1
     assert num_graphs[0][1] >= 2
@@ -142,7 +144,7 @@ def test_compiled_layers_stay_as_they_are(corpus, tmp_path):
 
 
 def train_two_ranks(folder: Path, corpus: Path) -> list:
-    """The run without and the run with."""
+    """The run without telemetry and the run with it."""
     return [
         train(command_line(folder / str(freq), corpus, **OPTIONS, lighthouse__telemetry_freq=freq))
         for freq in (0, 1)
@@ -153,6 +155,6 @@ def test_two_ranks_train_the_same_with_and_without(corpus, tmp_path):
     for without, measured in launch(train_two_ranks, 2, tmp_path / "ranks", tmp_path, corpus):
         assert measured.losses == without.losses and measured.batches == without.batches
         assert_same_state(measured, without)
-    # One line a step: of one rank.
+    # One rank writes one line per step.
     assert list(telemetry_of(tmp_path / "1")) == [1, 2, 3]
     assert len((tmp_path / "1" / "metrics.jsonl").read_text().splitlines()) == 7 + 1 + 3

@@ -1,4 +1,4 @@
-"""A model of any size from a TOML file alone: trained, resumed, exported, evaluated, imported."""
+"""Train, resume, export, evaluate and import a model whose sizes are in the TOML file."""
 
 import dataclasses
 import inspect
@@ -92,7 +92,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(corpus, tokenizer, tmp_path_factory):
-    """Writes a TOML file, with other sizes and another dump folder."""
+    """Write a TOML file with other sizes and another dump folder."""
 
     def write(name: str, **sizes) -> list[str]:
         folder = tmp_path_factory.mktemp(name)
@@ -107,7 +107,7 @@ def files(corpus, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(files):
-    """A run of both stages: its arguments, its dump folder, and what it left behind."""
+    """A run of both stages: its arguments, its dump folder, and its results."""
     args = files("run")
     return args, Path(load_config(args).job.dump_folder), train(args)
 
@@ -133,7 +133,7 @@ def test_the_model_has_the_sizes(run):
     plain = 20000.0 ** -(torch.arange(0, 64, 2) / 64)
     angles = torch.angle(Transformer(args).freqs_cis[1])
     assert torch.allclose(angles, plain)
-    # A flavor stays what it is.
+    # The flavor itself does not change.
     assert FLAVORS["debugmodel"].dim == 128
 
 
@@ -154,7 +154,7 @@ def test_a_stopped_run_goes_on(files, run, caplog):
     after = train(args)
     assert sorted(before.batches) == [1, 2, 3, 4] and sorted(after.batches) == [5, 6]
     assert_same_state(after, run[2])
-    # The lines of the trainer: ours, and none of torchtitan's, nor its warning of missing weights.
+    # The log has our lines, but not torchtitan's or its warning about missing weights.
     assert "step 1/4 | stage 1 | loss " in caplog.text
     assert "step 5/6 | stage 2 | loss " in caplog.text
     assert "step:" not in caplog.text and "index.json not found" not in caplog.text
@@ -212,7 +212,7 @@ def test_the_dense_model_is_exported_evaluated_and_imported(run, corpus, tmp_pat
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and 0 < losses[0] < 10
 
-    # The sizes of the folder, under a flavor of other ones.
+    # The sizes come from the folder, although the flavor has others.
     imported = [
         *("--job.dump_folder", str(tmp_path / "imported"), "--model.hf_config", str(folder)),
         *("--model.hf_assets_path", str(folder), "--checkpoint.enable"),
@@ -229,7 +229,7 @@ def test_the_dense_model_is_exported_evaluated_and_imported(run, corpus, tmp_pat
         assert torch.allclose(went_on.parameters[name], parameter), name
     kept = json.loads((tmp_path / "imported" / "config.json").read_text())["model"]["override"]
     assert None not in kept.values() and kept["ffn_dim"] == 500
-    # Later on the folder is not needed.
+    # The folder is not needed later.
     (folder / "config.json").rename(tmp_path / "away")
     assert open_trained(tmp_path / "imported" / "checkpoint" / "step-1").args.dim == 192
 

@@ -1,4 +1,4 @@
-"""The two-stage trainer: the switch, and runs that are stopped and resumed equal to the last bit.
+"""The two-stage trainer: the switch, and resumed runs that are equal in every bit.
 
 Losses, parameters, optimizer moments and token ids are compared exactly, on one rank and on two
 FSDP ranks over gloo.
@@ -52,14 +52,14 @@ def undisturbed(folder, corpus) -> Run:
 
 
 def train_with_stops(folder: Path, corpus: Path, stops: Sequence[int], **overrides) -> list[Run]:
-    """The runs up to each stop, and the one from there to the end, in one dump folder."""
+    """The runs up to each stop and to the end, in one dump folder."""
     return [
         train(
             command_line(
                 folder,
                 corpus,
                 training__steps=steps,
-                # A run that is to end in stage 1 has no switch yet.
+                # A run that ends in stage 1 has no switch yet.
                 lighthouse__stage1_steps=STAGE1_STEPS if steps >= STAGE1_STEPS else -1,
                 **overrides,
             )
@@ -69,7 +69,7 @@ def train_with_stops(folder: Path, corpus: Path, stops: Sequence[int], **overrid
 
 
 def assert_continues(runs: list[Run], expected: Run) -> None:
-    """Each step of ``expected`` was trained once, with the same data, attention and result."""
+    """Check that each step of ``expected`` ran once, with the same data, attention and result."""
     for what in ("batches", "attention", "flops_per_token"):
         steps = [item for run in runs for item in getattr(run, what).items()]
         assert steps == list(getattr(expected, what).items())
@@ -93,7 +93,7 @@ def test_the_switch_happens_between_two_steps(undisturbed, folder):
     ]
     switches = metrics.read_metrics(folder, "lighthouse/switch")
     assert [line["step"] for line in switches] == [STAGE1_STEPS]
-    # The text began anew within the run, and training gets somewhere.
+    # The text was repeated during the run, and the loss falls.
     assert undisturbed.epoch >= 1
     assert undisturbed.losses[STEPS] < undisturbed.losses[1] - 2
 
@@ -111,7 +111,7 @@ def test_the_handover_record(undisturbed, folder, corpus):
     assert record == {
         **{"from": "lighthouse", "to": "full", "seq_len": SEQ_LEN},
         "step": STAGE1_STEPS,
-        # The rate of the next step.
+        # The learning rate of the next step.
         "learning_rate": lines[STAGE1_STEPS]["lr"],
         "tokens_seen_per_rank": STAGE1_STEPS * SEQ_LEN,
         "data": [dataset.position()],
@@ -125,7 +125,7 @@ def test_a_checkpoint_is_saved_at_the_switch_and_at_the_end(undisturbed, folder)
 
 def test_the_checkpoint_of_the_switch_is_never_purged(corpus, tmp_path):
     train(command_line(tmp_path, corpus, checkpoint__interval=2, checkpoint__keep_latest_k=2))
-    # Step 2 is gone; the last save purges nothing.
+    # Step 2 is purged. The last save purges nothing.
     assert checkpoint_steps(tmp_path / "checkpoint") == {3: True, 4: True, 6: True, 7: True}
 
 
@@ -167,11 +167,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(undisturbed, folder, corpus
 
 
 class Preempted(Exception):
-    """Stands for a machine that goes away."""
+    """Simulates the failure of a machine."""
 
 
 class PreemptedTrainer(RecordedTrainer):
-    """Ends without a farewell, at the switch just behind it."""
+    """Ends without cleanup, directly after the switch."""
 
     last_step: int
 
@@ -211,7 +211,7 @@ def test_a_new_process_takes_the_switch_as_the_first_would_have(
             *[sys.executable, "-m", "torchtitan.experiments.lighthouse.train"],
             *command_line(tmp_path, corpus),
         ],
-        # One thread, as in the runs of this process.
+        # One thread, as in the runs in this process.
         env=env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -246,7 +246,7 @@ def test_a_fault_of_the_data_ends_the_run_with_one_line(corpus, tmp_path):
     shutil.copytree(corpus, broken)
     args[args.index("--training.dataset_path") + 1] = str(broken)
     trainer = subprocess.Popen(program[:3] + args, stderr=subprocess.PIPE, text=True)
-    # Every document but those read first changes.
+    # All documents change, except those read first.
     while not (tmp_path / "run" / "checkpoint" / "step-2" / ".metadata").exists():
         time.sleep(0.01)
         assert trainer.poll() is None
@@ -274,7 +274,7 @@ def test_a_dense_run_is_torchtitans(undisturbed, folder, corpus, tmp_path):
     assert plain.losses != undisturbed.losses
     assert not (tmp_path / "ours" / "handover.json").exists()
 
-    # A checkpoint of either stage is one of plain torchtitan.
+    # Plain torchtitan can load a checkpoint of either stage.
     def saved_keys(path):
         return FileSystemReader(path).read_metadata().state_dict_metadata.keys()
 
@@ -300,10 +300,10 @@ def test_two_stages_with_another_scorer(without_recomputation, corpus, tmp_path,
     run = train_four_steps(tmp_path, corpus, lighthouse__scorer=scorer)
     assert run.batches == by_norm.batches and run.attention == by_norm.attention
     assert run.keys == by_norm.keys
-    # It selects differently, as soon as the first step, and gets somewhere.
+    # The selection differs from the first step on, and the loss falls.
     assert run.losses[1] != by_norm.losses[1]
     assert run.losses[4] < run.losses[1] - 1
-    # In the first stage, for the scores of two layers of two heads of 64; in the second none.
+    # In stage 1, for the scores of two layers with two heads of 64. None in stage 2.
     positions = {"dilated": 2 * SEQ_LEN / 4, "gla": 2 * 64}[scorer]
     scoring = 2 * positions * 2 * 64 * 4
     for step, flops in by_norm.flops_per_token.items():
@@ -386,7 +386,7 @@ def test_two_ranks_share_model_and_data(two_ranks, undisturbed):
     assert record["before"] == record["after"]
     assert record["tokens_seen_per_rank"] == STAGE1_STEPS * 2 * SEQ_LEN
     assert len(record["data"]) == 2
-    # The keys of a plain model, with Lighthouse and without.
+    # The keys are those of a plain model, with and without Lighthouse.
     assert {*map(tuple, first.keys.values())} == {tuple(undisturbed.keys[1])}
 
 

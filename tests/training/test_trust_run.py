@@ -1,4 +1,4 @@
-"""What a whole run does when its surroundings fail, and what it says of its configuration."""
+"""Whole runs with failures of their environment, and warnings about the configuration."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from torchtitan.experiments.lighthouse.runtime.run_lock import FolderLock
 
 
 class FullDisk:
-    """A file on a disk that has room for some bytes, and later for more."""
+    """A file on a disk with space for some bytes, and later for more."""
 
     def __init__(self, path: Path, room: int):
         self.file, self.room = path.open("ab", buffering=0), room
@@ -105,7 +105,7 @@ def test_a_second_run_in_the_folder_is_refused_by_the_program(tmp_path, corpus):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == []
 
 
-# ---- what is accepted, and surely not meant
+# ---- legal values that are surely mistakes
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_second_run_in_the_folder_is_refused_by_the_program(tmp_path, corpus):
             {"validation__enable": True, "validation__dataset": "python_stdlib"},
             "validation.dataset is 'python_stdlib', another corpus",
         ),
-        ({"checkpoint__exclude_from_loading": ["dataloader"]}, "begins the data anew at every"),
+        ({"checkpoint__exclude_from_loading": ["dataloader"]}, "restarts the data at every"),
     ],
 )
 def test_what_is_surely_not_meant_is_told(tmp_path, corpus, options, part):

@@ -1,4 +1,4 @@
-"""Held-out loss: the same when asked twice, the mean it claims to be, and without any effect."""
+"""Held-out loss: reproducible, a correct mean, and without an effect on training."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ VALIDATION = {"validation__enable": True, "validation__freq": 2}
 
 @pytest.fixture
 def trainer(tmp_path, corpus):
-    """A trainer in its first stage; nothing is trained yet."""
+    """A trainer in stage 1 before its first step."""
     args = command_line(tmp_path, corpus, checkpoint__enable=False, **VALIDATION)
     with trainer_of(load_config(args)) as trainer:
         assert trainer.should_continue_training() and trainer.stage == 1
@@ -24,7 +24,7 @@ def trainer(tmp_path, corpus):
 
 
 def validation_losses(trainer, count: int) -> list[float]:
-    """Losses of so many validations; each has a step of its own in the metrics."""
+    """Losses of several validations. Each has its own step in the metrics."""
     for step in range(101, 101 + count):
         trainer.validator.validate(trainer.model_parts, step)
     folder = trainer.job_config.job.dump_folder
@@ -51,7 +51,7 @@ def test_the_loss_is_the_mean_over_the_first_held_out_windows(trainer, corpus):
             logits = model(inputs["input"].unsqueeze(0))[0]
             losses.append(F.cross_entropy(logits.double(), labels).item())
     assert loss == pytest.approx(sum(losses) / 4, rel=1e-6)
-    # The windows differ, and so a mean over fewer or others would not do.
+    # The windows differ, so a mean over fewer or other windows would differ.
     assert len({round(loss, 4) for loss in losses}) > 1
 
 
@@ -81,7 +81,7 @@ def test_training_is_the_same_with_and_without(corpus, tmp_path):
     assert validated.batches == without.batches
     assert_same_state(validated, without)
 
-    # Every second step, after the last, and at the switch under both kinds of attention.
+    # Every second step, after the last step, and at the switch with both kinds of attention.
     lines = metrics.read_metrics(tmp_path / "with", metrics.VALIDATION_LOSS)
     assert [(line["step"], line["stage"]) for line in lines] == [
         *[(2, 1), (3, 1), (3, 2), (4, 2), (6, 2), (7, 2)]

@@ -1,4 +1,4 @@
-"""W&B without a network: what a run in two stages leaves in its folder."""
+"""W&B without a network: the records of a two-stage run."""
 
 import json
 import time
@@ -15,11 +15,11 @@ HELD_OUT = metrics.VALIDATION_LOSS
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """The records of a W&B file: a log of LevelDB's format behind a header of 7 bytes.
+    """The records of a W&B file, a log in LevelDB's format after a header of 7 bytes.
 
     In blocks of 32 KiB, each part of a record has a checksum (4 bytes), its length (2) and its kind
-    (1): the whole of the record, its first part, a middle one, or its last. What is still being
-    written is left out.
+    (1). The kind is the whole record, or its first, middle or last part. Incomplete records are
+    left out.
     """
     data, position, parts = path.read_bytes(), 7, []
     while position < len(data):
@@ -86,7 +86,7 @@ def test_a_run_offline(tmp_path, monkeypatch):
     stages = {step: row["lighthouse/stage"] for step, row in rows.items()}
     assert stages == {step: 1 if step <= STAGE1_STEPS else 2 for step in rows}
     assert [step for step, row in rows.items() if metrics.SWITCH in row] == [STAGE1_STEPS]
-    # At the switch the held-out loss under both kinds of attention.
+    # At the switch, the held-out loss with both kinds of attention.
     found = {
         (step, stage): row[f"{HELD_OUT}_stage_{stage}"]
         for step, row in rows.items()

@@ -193,7 +193,7 @@ class StagedLogger(BaseLogger):
         try:
             call()
         except Exception as error:
-            logger.warning(f"From here on metrics go to {FILE_NAME} alone: {error!r}")
+            logger.warning(f"From now on, metrics go only to {FILE_NAME}: {error!r}")
             self.inner = BaseLogger()
 
 

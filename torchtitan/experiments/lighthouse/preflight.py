@@ -92,18 +92,18 @@ def warnings_of(config: JobConfig) -> list[str]:
     if config.lighthouse.stage_of(steps) == 1:
         found.append(
             f"lighthouse.stage1_steps is {stage1_steps}, so all {steps} steps train with "
-            "Lighthouse: made dense, such a model has a clearly higher loss; to deploy it, set "
-            "lighthouse.stage1_steps below training.steps"
+            "Lighthouse and the loss with dense attention is clearly higher; to deploy the model, "
+            "set lighthouse.stage1_steps below training.steps"
         )
     validation = config.validation
     if validation.enable and validation.dataset != config.training.dataset:
         found.append(
-            f"validation.dataset is {validation.dataset!r}, another corpus than is trained on, "
+            f"validation.dataset is {validation.dataset!r}, but training.dataset is "
             f"{config.training.dataset!r}; leave it out to validate on held-out documents of that"
         )
     if "dataloader" in config.checkpoint.exclude_from_loading:
         found.append(
-            'checkpoint.exclude_from_loading = ["dataloader"] begins the data anew at every '
+            'checkpoint.exclude_from_loading = ["dataloader"] restarts the data at every '
             "start; remove it before the next one"
         )
     return found

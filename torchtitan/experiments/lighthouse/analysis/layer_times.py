@@ -1,4 +1,4 @@
-"""Milliseconds of one attention layer against the sequence length, dense and Lighthouse."""
+"""Time of one attention layer by sequence length, dense and Lighthouse."""
 
 import math
 import statistics
@@ -21,15 +21,17 @@ from lighthouse.sdpa import causal_sdpa
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Forward and backward pass of a layer, medians in milliseconds, one for each length."""
+    """Median milliseconds of a layer's forward and backward pass, for each length."""
 
     seq_lens: list[int]
     dense: list[float]
     lighthouse: list[float]
 
     def crossing(self) -> float | None:
-        """Length in tokens at which both take as long, on the straight line between two lengths on
-        logarithmic axes; None if one of them is faster at every length."""
+        """Length in tokens at which both take equally long. None if one is faster at every length.
+
+        Interpolated linearly on logarithmic axes.
+        """
         ratios = [math.log(d / s) for d, s in zip(self.dense, self.lighthouse, strict=True)]
         for i in range(1, len(ratios)):
             if ratios[i - 1] < 0 <= ratios[i]:
@@ -42,11 +44,11 @@ class LayerTimes:
 def measure_layer_times(
     config: LighthouseConfig, n_heads: int, head_dim: int, seq_lens: list[int], repeats: int = 3
 ) -> LayerTimes:
-    """Times attention alone, without projections, in fp32 on the CPU.
+    """Time attention without projections, in fp32 on the CPU.
 
     Args:
         seq_lens: lengths in tokens, each legal under `config`.
-        repeats: measurements of which the median counts, after one that does not.
+        repeats: number of measurements, after one warm-up. The result is their median.
     """
     dense, lighthouse = [], []
     for seq_len in seq_lens:
@@ -70,7 +72,7 @@ def _median_ms(attend: Callable, qkv: torch.Tensor, repeats: int) -> float:
 
 
 def plot_layer_times(times: LayerTimes, path: Path) -> None:
-    """Both curves on logarithmic axes, the crossing marked."""
+    """Plot both curves on logarithmic axes and mark the crossing."""
     figure, axes = subplots(figsize=(9, 5.5))
     axes.plot(times.seq_lens, times.dense, color=DENSE_COLOR, marker="o", label="dense")
     axes.plot(

@@ -1,13 +1,13 @@
-"""Train in two stages and dense for as long, on the same text, and show what came of it.
+"""Compare training in two stages with dense training for the same time, on the same text.
 
     outputs/quickstart/report.md      settings, losses after equal time and equal tokens, speed
     outputs/quickstart/loss.png       held-out loss of both runs over seconds, the switch marked
-    outputs/quickstart/layer.png      milliseconds of a layer against the sequence length
+    outputs/quickstart/layer.png      milliseconds of a layer by sequence length
     outputs/quickstart/summary.json   the figures of the report
 
 Both runs start from the same parameters and read the same batches in the same order. The dense run
-ends at its first validation after as many seconds of training as the two stages took. A finished
-run is reused, an unfinished one resumes, and one with other settings starts again.
+stops at its first validation after the training time of the two stages. A finished run is reused,
+an unfinished run resumes, and a run with other settings starts again.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ from lighthouse import LighthouseConfig
 
 PROMPT = "def read_lines(path):\n"
 LAYER_LENGTHS = [2048, 4096, 8192, 16384]
-"""Tokens, for the figure of a layer."""
+"""Sequence lengths in layer.png, in tokens."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -101,7 +101,8 @@ def train(
     """Train, resume or reuse the run in `folder`, with a progress bar.
 
     Args:
-        is_enough: asked while the run goes on; a run that is enough is asked to save and stop.
+        is_enough: called repeatedly during the run. Once it returns True, the run is asked to save
+            and stop.
 
     Raises:
         SystemExit: training failed.
@@ -145,7 +146,7 @@ def train(
 
 
 class Progress:
-    """A progress bar on a terminal, otherwise a line for each tenth of the run."""
+    """A progress bar on a terminal. Otherwise one line for each tenth of the run."""
 
     def __init__(self, name: str, steps: int):
         self.name, self.steps, self.tenth = name, steps, -1
@@ -160,7 +161,7 @@ class Progress:
         self.bar.close()
 
     def show(self, line: dict) -> None:
-        """Show a line of the metrics that holds a training loss."""
+        """Show a line of the metrics that has a training loss."""
         attention = {1: "Lighthouse", 2: "dense"}[line["stage"]]
         figures = f"{attention}, loss {line[LOSS]:.2f}, {line[TOKENS_PER_SECOND]:,.0f} tokens/s"
         self.bar.set_postfix_str(figures, refresh=False)
@@ -172,7 +173,7 @@ class Progress:
 
 
 def layer_times(config: dict) -> LayerTimes:
-    """Of a layer of the run's model, up to the run's length."""
+    """Layer times with the run's sizes, up to the run's sequence length."""
     model = FLAVORS[config["model"]["flavor"]]
     fields = {field.name for field in dataclasses.fields(LighthouseConfig)}
     attention = LighthouseConfig(**{k: v for k, v in config["lighthouse"].items() if k in fields})
@@ -181,16 +182,16 @@ def layer_times(config: dict) -> LayerTimes:
 
 
 def last_validated(run: Run) -> float:
-    """Seconds of training before the last validation of a run on one device."""
+    """Seconds of training until the last validation of a run on one device."""
     return float(run.at_validations(run.seconds())[-1])
 
 
 def held_out_after(run: Run, amounts: np.ndarray, amount: float) -> float:
-    """Held-out loss after an amount of training, between validations on the straight line.
+    """Held-out loss after `amount` of training, interpolated linearly between validations.
 
     Args:
-        amounts: seconds or tokens, one for each line of the metrics.
-        amount: the one of interest.
+        amounts: seconds or tokens so far, one for each line of the metrics.
+        amount: seconds or tokens.
     """
     return float(np.interp(amount, run.at_validations(amounts), list(run.held_out.values())))
 
@@ -248,7 +249,7 @@ def summarize(two: Run, dense: Run, times: LayerTimes, config: dict) -> dict:
 
 
 def sample_text(folder: Path, config: dict) -> str:
-    """What the final dense model makes of `PROMPT`."""
+    """`PROMPT` with its continuation by the final dense model."""
     checkpoint = folder / "checkpoint" / f"step-{config['training']['steps']}"
     model = load_dense_model(config["model"]["flavor"], checkpoint, max_seq_len=512)
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
@@ -298,10 +299,10 @@ steps, without validation and checkpoints.
 ## What this shows
 
 It shows the speed of training at one context length, as in the paper. It does not show that the
-model uses its far context: so small a model hardly does. Dense training on short windows is then a
-strong alternative, which this comparison leaves out. For 98,304 tokens and 16,000 steps, the paper
-(arXiv 2605.06554) reports a final loss of 0.698 in two stages and 0.724 dense, at three quarters of
-the cost.
+model uses distant context. A model this small hardly does. Dense training on short windows is then
+a strong alternative, which this comparison leaves out. For 98,304 tokens and 16,000 steps, the
+paper (arXiv 2605.06554) reports a final loss of 0.698 in two stages and 0.724 dense, at three
+quarters of the cost.
 
 `two_stages/handover.json` records the switch: parameters and optimizer state have the same digests
 before and after it.
@@ -318,7 +319,7 @@ program in {training["steps"]} steps.
 
 
 def results(summary: dict) -> str:
-    """The sections of report.md that hold tables."""
+    """The sections of report.md with tables."""
     time_, tokens = summary["equal_time"], summary["equal_tokens"]
     seen, switch = summary["tokens_seen"], summary["held_out_at_switch"]
     layer = summary["layer_milliseconds"]
@@ -327,7 +328,7 @@ def results(summary: dict) -> str:
     crossing = layer["crossing"]
     crossed = "One of them is faster at every length measured."
     if crossing is not None:
-        crossed = f"They take as long at {crossing:,.0f} tokens."
+        crossed = f"Both take equally long at {crossing:,.0f} tokens."
     rates = "\n".join(f"| {name} | {v:,.0f} |" for name, v in summary["tokens_per_second"].items())
     layers = "\n".join(
         f"| {n:,} | {d:,.1f} | {s:,.1f} | {d / s:.2f} |"
@@ -342,14 +343,14 @@ def results(summary: dict) -> str:
 {tokens["dense"]:.3f} |
 | tokens read | {seen["two_stages"]:,} | {seen["dense"]:,} |
 
-Losses between two validations lie on the straight line between them. After equal tokens, two stages
-may still be in stage 1, where validation attends with Lighthouse.
+Losses between two validations are interpolated linearly. After equal tokens, two stages may still
+be in stage 1, where validation uses Lighthouse Attention.
 
 | at the switch, after step {switch["step"]} | |
 |---|---|
 | held-out loss with Lighthouse Attention | {switch["lighthouse"]:.3f} |
 | held-out loss of the same parameters with dense attention | {switch["dense"]:.3f} |
-| dense steps until the loss was back | {recovered} |
+| dense steps until the loss recovered | {recovered} |
 
 | tokens per second | |
 |---|---|
@@ -368,7 +369,7 @@ Attention of one layer, forward and backward, in milliseconds. {crossed}
 
 
 def plot(two: Run, dense: Run, summary: dict, path: Path) -> None:
-    """Held-out loss of both runs over the seconds of training."""
+    """Plot the held-out loss of both runs over seconds of training."""
     figure, axes = subplots(figsize=(10, 6))
     for name, run, color in (("dense", dense, DENSE_COLOR), ("two stages", two, LIGHTHOUSE_COLOR)):
         losses = list(run.held_out.values())

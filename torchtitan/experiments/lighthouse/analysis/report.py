@@ -1,10 +1,10 @@
-"""Compare runs: their losses, what the switch to dense attention cost, and their speed.
+"""Compare runs: losses, the spike at the switch to dense attention, and speed.
 
     lighthouse report outputs/two_stages outputs/other --dense outputs/dense --output outputs/report
 
 Reads `metrics.jsonl` in the dump folder of each run, finished or not, and writes
 
-    report.md   what the switch cost and when that was made up for, in words, and a table
+    report.md   the spike at the switch and the recovery in sentences, and a table
     loss.png    training and held-out loss over steps, tokens and time, each switch marked
 """
 
@@ -40,10 +40,10 @@ ROWS = {
     "final_held_out_loss": ("final loss, held-out text", ".4f"),
     "final_training_loss": (f"final loss, training text, mean of {WINDOW} lines", ".4f"),
     "switch_step": ("last step with Lighthouse", ","),
-    "held_out_before_switch": ("held-out loss there, attended with Lighthouse", ".4f"),
-    "held_out_after_switch": ("held-out loss there, attended densely", ".4f"),
+    "held_out_before_switch": ("held-out loss there, Lighthouse Attention", ".4f"),
+    "held_out_after_switch": ("held-out loss there, dense attention", ".4f"),
     "spike_nats": ("spike at the switch, nats", "+.4f"),
-    "recovery_step": ("spike made up for at step", ","),
+    "recovery_step": ("loss recovered at step", ","),
     "crossing_step": ("held-out loss at most that of the dense run from step", ","),
     "stage_1_tokens_per_second": ("stage 1, Lighthouse, tokens/s per device", ",.0f"),
     "stage_2_tokens_per_second": ("stage 2, dense, tokens/s per device", ",.0f"),
@@ -52,7 +52,7 @@ ROWS = {
     "whole_run_speed_up": ("speed-up of the whole run", ".2f"),
     "device_hours": ("device-hours in training steps", ".3g"),
 }
-"""What the table calls each figure, and how it writes it."""
+"""Label and number format of each figure in the table."""
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
         *("--output", "--out"),
         type=Path,
         metavar="FOLDER",
-        help="default: report/ in that of the first run",
+        help="default: report/ in the folder of the first run",
     )
     options = parser.parse_args()
     options.output = options.output or options.runs[0] / "report"
@@ -80,12 +80,12 @@ def main() -> None:
 
 
 def names_of(folders: list[Path]) -> list[str]:
-    """The names of the folders, as short as they can be told apart."""
+    """The shortest names that are different for all folders."""
     paths = [folder.resolve() for folder in folders]
     if len({path.name for path in paths}) == len(paths):
         return [path.name for path in paths]
     if len(set(paths)) < len(paths):
-        raise ValueError("every run must be another folder, got one twice; leave it out")
+        raise ValueError("every run must be a different folder, got one twice; remove it")
     root = os.path.commonpath(paths)
     return [str(path.relative_to(root)) for path in paths]
 
@@ -118,11 +118,11 @@ def report(runs: dict[str, Run], dense: str | None) -> str:
 |---|{"---:|" * len(columns)}
 {chr(10).join(rows)}
 
-Losses are in nats per token. The spike is the difference between the held-out losses of the same
-weights, attended densely and with Lighthouse; it is made up for at the first step validated in
-stage 2 whose loss is at or below that with Lighthouse. A dash stands for what did not happen or was
-not measured. Speeds are medians over the logged steps of a stage; the speed-up of
-stage 1 is that over {over}.
+Losses are in nats per token. The spike is the held-out loss with dense attention minus the loss
+with Lighthouse Attention, for the same weights. The loss has recovered at the first validation of
+stage 2 at or below the loss with Lighthouse Attention. A dash marks what did not happen or was not
+measured. Speeds are medians over the logged steps of a stage. The speed-up of stage 1 is relative
+to {over}.
 """
 
 
@@ -131,15 +131,15 @@ def written(value: float | None, form: str) -> str:
 
 
 def sentence(name: str, c: dict) -> str:
-    """What came of one run, in words."""
+    """One sentence on the results of a run."""
     parts = [f"**{name}**: {c['steps']:,} steps, {c['tokens_seen']:,} tokens"]
     if c["spike_nats"] is not None:
-        made_up = "not made up for by the end"
+        recovery = "did not recover by the end"
         if c["recovery_step"] is not None:
-            made_up = f"made up for {c['recovery_step'] - c['switch_step']:,} steps later"
+            recovery = f"recovered {c['recovery_step'] - c['switch_step']:,} steps later"
         parts.append(
-            f"the switch after step {c['switch_step']:,} took the held-out loss from "
-            f"{c['held_out_before_switch']:.3f} to {c['held_out_after_switch']:.3f}, {made_up}"
+            f"at the switch after step {c['switch_step']:,} the held-out loss went from "
+            f"{c['held_out_before_switch']:.3f} to {c['held_out_after_switch']:.3f} and {recovery}"
         )
     elif c["switch_step"] is not None:
         parts.append(f"switch after step {c['switch_step']:,}, without validation on both sides")
@@ -155,7 +155,7 @@ def sentence(name: str, c: dict) -> str:
 
 
 def plot(runs: dict[str, Run], dense: str | None, path: Path) -> None:
-    """Held-out loss, and faintly the training loss, over steps, tokens and time."""
+    """Plot the held-out loss, and faintly the training loss, over steps, tokens and time."""
     figure, panels = subplots(1, 3, figsize=(18, 6.5), sharey=True)
     colors = iter((LIGHTHOUSE_COLOR, *OTHER_COLORS) * len(runs))
     for name, run in runs.items():

@@ -1,8 +1,8 @@
-"""What the metrics of a run say: losses, the cost of the switch, speed, and how two runs compare.
+"""Figures of a run from its metrics: losses, the spike at the switch, speed, comparison of runs.
 
-`read_run` takes a dump folder, `figures` computes what the reports of `scripts/` show. Losses are
-in nats per token, rates in tokens per second and device. What a run did not measure is None: the
-switch and the crossing need validation.
+`read_run` reads a dump folder. `summarize_run` computes the figures for reports. Losses are in nats
+per token, rates in tokens per second and device. A figure that was not measured is None. The switch
+and the crossing need validation.
 """
 
 import statistics
@@ -43,10 +43,10 @@ class Run:
     """Tokens that all ranks have seen so far."""
 
     held_out: dict[tuple[int, int], float]
-    """Held-out loss by step and stage; the step of the switch has one for each stage."""
+    """Held-out loss by step and stage. The step of the switch has one for each stage."""
 
     switch_step: int | None
-    """Last step of stage 1; None for a run that has not switched."""
+    """Last step of stage 1. None for a run that has not switched."""
 
     def rate(self, phase: str) -> float | None:
         """Median tokens per second and device in a phase."""
@@ -54,20 +54,17 @@ class Run:
         return statistics.median(rates.tolist()) if len(rates) else None
 
     def tokens_trained(self) -> np.ndarray:
-        """Tokens between each line and the one before."""
-        # A run that starts from the checkpoint of another counts from its first line on.
+        """Tokens between each line and the previous one."""
+        # A run that starts from another run's checkpoint counts from its first line.
         before = 0 if self.steps[0] == 1 else self.tokens[0]
         return np.diff(self.tokens, prepend=before)
 
     def seconds(self) -> np.ndarray:
-        """Seconds in training steps up to each line, of all devices together.
-
-        Validation and checkpoints do not count.
-        """
+        """Device-seconds in training steps up to each line, without validation and checkpoints."""
         return np.cumsum(self.tokens_trained() / self.rates)
 
     def device_seconds(self) -> float:
-        """Seconds in the training steps of the whole run, of all devices together."""
+        """Device-seconds in the training steps of the whole run."""
         return float(self.seconds()[-1])
 
     def at_validations(self, values: np.ndarray) -> np.ndarray:
@@ -80,7 +77,7 @@ class Run:
         return float(self.tokens_trained().sum()) / seconds if seconds else None
 
     def final_loss(self) -> float:
-        """Training loss at the end, the mean of `WINDOW` lines."""
+        """Mean training loss of the last `WINDOW` lines."""
         return float(self.losses[-WINDOW:].mean())
 
     def final_held_out(self) -> float | None:
@@ -90,17 +87,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Switch:
-    """What the switch did to the held-out loss of the same weights."""
+    """Held-out losses of the same weights at the switch, and the recovery."""
 
     step: int
     lighthouse: float
-    """Attended as in stage 1."""
+    """Loss with Lighthouse Attention, as in stage 1."""
 
     dense: float
-    """Attended as in stage 2."""
+    """Loss with dense attention, as in stage 2."""
 
     recovery_step: int | None
-    """First step validated in stage 2 with the loss of stage 1 or less; None if there is none."""
+    """First validated step of stage 2 with at most the loss `lighthouse`. None without one."""
 
     @property
     def spike(self) -> float:
@@ -111,7 +108,7 @@ def read_run(folder: str | Path) -> Run:
     """The run in a dump folder, finished or not.
 
     Raises:
-        ValueError: the folder has no metrics, or none of a training step.
+        ValueError: the folder has no metrics, or no metrics of a training step.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
@@ -122,7 +119,7 @@ def read_run(folder: str | Path) -> Run:
     if not lines:
         raise ValueError(f"a run must have trained a step, got {str(folder)!r}; leave it out")
     for line in lines:
-        # Lines from before there were phases.
+        # Earlier versions wrote no phase.
         line["phase"] = line.get("phase") or (LIGHTHOUSE if line["stage"] == 1 else FULL)
         for metric in (TOKENS_PER_SECOND, TOKENS_SEEN):
             if metric not in line:
@@ -150,7 +147,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def switch_of(run: Run) -> Switch | None:
-    """The cost of the switch; None without one, or without validation on both its sides."""
+    """The losses at the switch. None without a switch, or without validation on both sides."""
     step = run.switch_step
     if (step, 1) not in run.held_out or (step, 2) not in run.held_out:
         return None
@@ -162,10 +159,11 @@ def switch_of(run: Run) -> Switch | None:
 
 
 def crossing_step(run: Run, dense: Run) -> int | None:
-    """The step from which on the held-out loss is at or below that of the dense run, to the end.
+    """The step from which the held-out loss stays at or below that of the dense run.
 
-    Compared after equally many tokens, between two validations of the dense run on the straight
-    line; steps of stage 1, and those beyond the end of the dense run, do not count.
+    The runs are compared after equally many tokens. The loss of the dense run is interpolated
+    linearly between validations. Steps of stage 1 and steps beyond the end of the dense run do not
+    count.
     """
     if not dense.held_out:
         return None
@@ -184,10 +182,10 @@ def crossing_step(run: Run, dense: Run) -> int | None:
 
 
 def summarize_run(run: Run, dense: Run | None = None) -> dict[str, Any]:
-    """The figures of a run, and against a dense one; None for what is not there.
+    """The figures of a run, with a comparison to a dense run. Missing figures are None.
 
-    The rate of stage 2 is that of its steps at full length. The speed-up of stage 1 is that over
-    the dense run if there is one, else over stage 2; the whole run has one over a dense run alone.
+    The rate of stage 2 is that of its steps at full length. The speed-up of stage 1 is relative to
+    the dense run, or else to stage 2. The speed-up of the whole run needs a dense run.
     """
     switch = switch_of(run)
     rates = {phase: run.rate(phase) for phase in (LIGHTHOUSE, PIECES, FULL)}
@@ -216,7 +214,7 @@ def summarize_run(run: Run, dense: Run | None = None) -> dict[str, Any]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of the last `WINDOW` values at every place."""
+    """Moving average over the last `WINDOW` values."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     end = np.arange(1, len(values) + 1)
     start = np.maximum(0, end - WINDOW)

@@ -1,25 +1,25 @@
-"""Train one configuration over a grid of Lighthouse's settings, and compare what came of it.
+"""Train one configuration with a grid of Lighthouse settings, and compare the runs.
 
     lighthouse sweep c4_530m_98k.toml --output outputs/grid --list
     lighthouse sweep c4_530m_98k.toml --output outputs/grid --run --collect --world-size 8
 
-A grid gives values to fields of [lighthouse] (`stage2_seq_len` and `stage2_full_steps` cut stage 2
-into pieces), to `stage1_share`, stage 1 as a part of
-`training.steps` (0: dense throughout), and to `seed`, debug.seed; without one it is the paper's. It
-is a TOML file or an inline table:
+A grid lists values of fields of [lighthouse], such as `stage2_seq_len` and `stage2_full_steps` for
+stage 2 in pieces. `stage1_share` is stage 1 as a share of `training.steps` (0: dense throughout).
+`seed` is debug.seed. The default is the grid of the paper. --grid takes a TOML file or an inline
+table:
 
     --grid '{scorer = ["norm", "gla"], stage1_share = [0.5, 0.75], seed = [0, 1]}'
 
-Each combination is a cell: the configuration with overrides, in a folder of its own.
+Each combination is a cell: the configuration with overrides, in its own folder.
 
---list     prints the cells with their overrides and how far each is. One that is not legal says
-           why, and is left out of everything else.
---run      trains the cells one after another. A finished one is skipped, and a stopped one goes on
-           from its newest checkpoint. If one fails, the others are trained all the same; its folder
-           holds error.txt, and the exit code is 1. A signal (SIGTERM, SIGUSR1) ends the cell with a
-           checkpoint, and the exit code is 75.
---collect  writes table.md, table.csv, table.json and fields.png of all cells in the folder. Cells
-           that differ in their seeds alone are a row of a second table: mean and range.
+--list     prints the cells with their overrides and states. An illegal cell is printed with the
+           reason and otherwise left out.
+--run      trains the cells one after another. A finished cell is skipped. A stopped cell resumes
+           from its newest checkpoint. If a cell fails, the others are still trained. The folder of
+           a failed cell holds error.txt, and the exit code is 1. A signal (SIGTERM, SIGUSR1) saves
+           a checkpoint and stops. The exit code is then 75.
+--collect  writes table.md, table.csv, table.json and fields.png of all cells in the folder. A
+           second table has the mean and range over cells that differ only in their seeds.
 
 Further arguments override the configuration in every cell: `--training.steps 4000`.
 """
@@ -71,13 +71,13 @@ class Cell:
     folder: Path
     fields: dict[str, Any]
     overrides: list[str]
-    """Of the command line."""
+    """Command-line overrides of the configuration."""
 
     reason: str | None
-    """Why it is not legal; None if it is."""
+    """Why the cell is illegal. None for a legal cell."""
 
     def state(self) -> str:
-        """How far it is: new, stopped, failed or finished."""
+        """`new`, `stopped`, `failed` or `finished`."""
         for state, name in (("finished", "finished"), ("failed", "error.txt")):
             if (self.folder / name).exists():
                 return state
@@ -89,12 +89,12 @@ def main() -> None:
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG", help="TOML file of a run in two stages")
     add("--grid", metavar="FILE|TABLE", help="TOML file or inline table; default: the paper's")
-    add("--output", "--out", type=Path, required=True, metavar="FOLDER", help="holds all cells")
+    add("--output", "--out", type=Path, required=True, metavar="FOLDER", help="for all cells")
     add("--list", action="store_true", help="print the cells (default)")
-    add("--run", action="store_true", help="train them")
+    add("--run", action="store_true", help="train the cells")
     add("--collect", action="store_true", help="write tables and plots")
     num_devices = max(1, torch.cuda.device_count())
-    add("--world-size", "--nproc", type=int, default=num_devices, help="processes of a run")
+    add("--world-size", "--nproc", type=int, default=num_devices, help="processes per run")
     options, overrides = parser.parse_known_args()
     exit_code = 0
     with exit_on_value_error():
@@ -118,10 +118,10 @@ def main() -> None:
 
 
 def read_grid(text: str) -> dict[str, list]:
-    """The grid in a TOML file, or in an inline table.
+    """Read a grid from a TOML file or an inline table.
 
     Raises:
-        ValueError: it is not TOML, or not lists of values of known fields.
+        ValueError: the grid is not TOML, or does not consist of lists of values of known fields.
     """
     is_inline = text.lstrip().startswith("{")
     try:
@@ -163,7 +163,7 @@ def cells_of(
     """The cells of a grid, in its order.
 
     Raises:
-        ValueError: the configuration cannot be read, or an override is what a cell sets.
+        ValueError: the configuration cannot be read, or an override names a field of the grid.
     """
     of_cells = {"job.config_file", "job.dump_folder"}
     of_cells |= {flag_of(name.replace("_share", "_steps")) for name in grid}
@@ -207,7 +207,10 @@ def section_of(config: Any, name: str) -> Any:
 
 
 def name_of(fields: dict[str, Any], steps: int, grid: dict[str, list]) -> str:
-    """As norm-p4-L3-k1536-10000+6000: scorer, pooling_factor, num_levels, topk and stages."""
+    """Name of a cell: scorer, pooling_factor, num_levels, topk, steps of both stages, and more.
+
+    An example is norm-p4-L3-k1536-10000+6000.
+    """
     stage1_steps = steps if fields["stage1_steps"] == -1 else fields["stage1_steps"]
     name = "{scorer}-p{pooling_factor}-L{num_levels}-k{topk}".format(**fields)
     dilation = f"-d{fields['dilation']}" if "dilation" in grid else ""
@@ -230,7 +233,7 @@ def list_cells(cells: list[Cell]) -> None:
 
 
 class SignalForwarder:
-    """Whether a signal has asked to stop; it is handed on to the run of the moment."""
+    """Records whether a signal asked to stop, and forwards it to the current run."""
 
     def __init__(self):
         self.is_asked = False
@@ -254,10 +257,10 @@ class SignalForwarder:
 
 
 def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc: int) -> int:
-    """Train the legal cells that are not finished; returns the exit code.
+    """Train the legal cells that are not finished. Returns the exit code.
 
     Raises:
-        ValueError: there is none, or the folder of one is that of other settings.
+        ValueError: there is no legal cell, or a cell's folder has other settings.
     """
     legal = [cell for cell in cells if cell.reason is None]
     if not legal:
@@ -286,13 +289,13 @@ def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc:
     if failed:
         print(f"{len(failed)} of {len(legal)} cells failed: {' '.join(map(str, failed))}")
     if stop.is_asked:
-        print("Asked to stop; the same command goes on.")
+        print("Asked to stop; run the same command to resume.")
         return EXIT_CODE
     return 1 if failed else 0
 
 
 def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
-    """Make the folder of a cell, or find it made for the same settings."""
+    """Create the folder of a cell, or check that an existing one has the same settings."""
     settings = {
         "fields": cell.fields,
         "overrides": [*overrides, *cell.overrides],
@@ -310,24 +313,24 @@ def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What `take_folder` wrote. Raises ValueError for what it did not."""
+    """Read the settings that `take_folder` wrote. Raises ValueError if they are damaged."""
     try:
         settings = json.loads(path.read_text())
-        # Before there were pieces, stage 2 was at full length.
+        # Earlier versions had no pieces. Stage 2 was at full length.
         before = {"stage2_seq_len": 0, "stage2_full_steps": 0}
         settings["fields"] = before | settings["fields"]
         return {name: settings[name] for name in ("fields", "overrides", "config")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--output must hold the cells as they were begun, got {str(path)!r}: {error!r}; "
-            "remove the folder of that cell, which is then trained anew"
+            f"--output must hold undamaged cell.json files, got {str(path)!r}: {error!r}; "
+            "remove the folder of that cell, which is then trained again"
         ) from None
 
 
 def train(
     cell: Cell, config_file: Path, overrides: list[str], nproc: int, stop: SignalForwarder
 ) -> None:
-    """Train a cell, or go on with it; its folder then says what came of it."""
+    """Train or resume a cell, and record the result in its folder."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     command = [
         sys.executable, *(launcher if nproc > 1 else []), *TRAINER,
@@ -341,7 +344,7 @@ def train(
         stop.process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env={**names, **os.environ}
         )
-        # One that came before there was a process.
+        # Forward a signal that came before the process started.
         stop.hand_on()
         exit_code = stop.process.wait()
         stop.process = None
@@ -357,7 +360,7 @@ def collect(out: Path) -> None:
     """Write tables and plots of all cells in `out`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no cell.
     """
     rows = []
     for path in sorted(out.glob("*/cell.json")):

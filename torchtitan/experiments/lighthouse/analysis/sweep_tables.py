@@ -1,7 +1,7 @@
 """Tables and plots of the cells of a sweep.
 
-A row is a dict of one cell: `cell`, its name; `FIELDS`, its settings; `state`; and the figures of
-`summarize_run`, those of `COLUMNS` at least.
+A row is a dict that describes one cell. It holds `cell` (its name), the settings in `FIELDS`,
+`state`, and figures of `summarize_run`, at least those in `COLUMNS`.
 """
 
 import csv
@@ -20,24 +20,27 @@ FIELDS = [
     *("scorer", "pooling_factor", "num_levels", "topk", "dilation", "pool_rotary"),
     *("stage1_steps", "stage2_seq_len", "stage2_full_steps", "seed"),
 ]
-"""What a cell is told apart by: fields of [lighthouse], and debug.seed."""
+"""Settings that distinguish cells: fields of [lighthouse], and debug.seed."""
 
 COLUMNS = {
     "final_held_out_loss": ("held-out loss", ".4f"),
     "final_training_loss": ("training loss", ".4f"),
     "spike_nats": ("spike, nats", "+.3f"),
-    "recovery_step": ("made up for at", ","),
+    "recovery_step": ("recovered at step", ","),
     "stage_1_tokens_per_second": ("stage 1, tokens/s", ",.0f"),
     "stage_2_tokens_per_second": ("stage 2, tokens/s", ",.0f"),
     "pieces_tokens_per_second": ("stage 2 in pieces, tokens/s", ",.0f"),
     "stage_1_speed_up": ("speed-up", ".2f"),
     "device_hours": ("device-hours", ".3g"),
 }
-"""What table.md calls the figures of a cell, and how it writes them."""
+"""Label and number format of each figure in table.md."""
 
 
 def write_tables(rows: list[dict], out: Path) -> list[Path]:
-    """Write table.md, table.csv, table.json and, of finished cells, fields.png; returns them."""
+    """Write table.md, table.csv, table.json and fields.png. Returns their paths.
+
+    fields.png shows finished cells only. Without any, it is not written.
+    """
     loss = loss_of(rows)
     rows = sorted(rows, key=lambda row: (row[loss] is None, row[loss]))
     paths = [out / name for name in ("table.md", "table.csv", "table.json")]
@@ -54,13 +57,13 @@ def write_tables(rows: list[dict], out: Path) -> list[Path]:
 
 
 def loss_of(rows: list[dict]) -> str:
-    """The loss to compare cells by: the held-out one where there is any."""
+    """The loss to compare cells by: held-out loss if any cell has one, else training loss."""
     is_validated = any(row["final_held_out_loss"] is not None for row in rows)
     return "final_held_out_loss" if is_validated else "final_training_loss"
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as markdown, the best first."""
+    """The rows as a markdown table, in the given order."""
     header = [*FIELDS, "state", *(label for label, _ in COLUMNS.values())]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in rows:
@@ -74,7 +77,7 @@ def table(rows: list[dict]) -> str:
 
 
 def table_over_seeds(rows: list[dict]) -> str:
-    """Finished cells by all but their seeds: mean and range. Empty if only one seed was used."""
+    """Mean and range over the seeds of finished cells. Empty if only one seed was used."""
     if len({row["seed"] for row in rows}) < 2:
         return ""
     settings = [name for name in FIELDS if name != "seed"]
@@ -89,7 +92,7 @@ def table_over_seeds(rows: list[dict]) -> str:
         for name, (_, form) in COLUMNS.items():
             found = [row[name] for row in group if row[name] is not None]
             if len(found) < len(group):
-                # A cell that did not reach it has no place in a mean.
+                # A mean over only some of the cells would mislead.
                 written.append(f"in {len(found)} of {len(group)}" if found else "-")
                 continue
             mean, low, high = (
@@ -101,7 +104,7 @@ def table_over_seeds(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Final loss and speed of cells by each field that they differ in; a bar at the median."""
+    """Plot final loss and speed by each field in which cells differ. A bar marks the median."""
     varied = [name for name in FIELDS if len({row[name] for row in rows}) > 1] or ["topk"]
     metrics = {
         loss_of(rows): "final loss (nats per token)",

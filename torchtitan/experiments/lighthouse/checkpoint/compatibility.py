@@ -172,8 +172,8 @@ def read_record(path: str | Path, now: dict[str, Any] | None = None) -> dict[str
                 raise ValueError(f"{name} is {repr(record[name])[:60]}")
     except (TypeError, ArithmeticError, ValueError) as error:
         raise ValueError(
-            f"{file} must tell what the checkpoint was trained with, got {error}; remove it to go "
-            "on without comparing"
+            f"{file} must record the configuration of the checkpoint, got {error}; remove it to "
+            "resume without this check"
         ) from None
     return record
 

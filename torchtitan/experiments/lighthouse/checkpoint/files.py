@@ -239,9 +239,9 @@ def check_safe(path: str | Path) -> None:
                     _check_plain(file.read(info.length), value)
     except (OSError, *PARSE_ERRORS) as error:
         raise ValueError(
-            f"the checkpoint {str(path)!r} must hold tensors and plain values alone, since loading "
-            f"anything else runs code, got {error}; do not use it, or load it elsewhere and save "
-            "it anew"
+            f"the checkpoint {str(path)!r} must hold only tensors and plain values, because "
+            f"loading anything else runs code, got {error}; do not use it, or load it elsewhere "
+            "and save it again"
         ) from None
 
 

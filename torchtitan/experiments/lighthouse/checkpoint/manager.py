@@ -235,8 +235,8 @@ class TwoStageCheckpointManager(CheckpointManager):
             yield
         except (CheckpointException, OSError, RuntimeError) as error:
             raise TrainingAborted(
-                f"{what} could not be saved ({_reason(error)}); {self.last_good()}; see to "
-                "the space and the rights of its folder"
+                f"{what} could not be saved ({_reason(error)}); {self.last_good()}; check the "
+                "free space and the permissions of its folder"
             ) from error
 
     def last_good(self) -> str:
@@ -260,7 +260,7 @@ class TwoStageCheckpointManager(CheckpointManager):
         for step, fault in faults.items():
             if step > newest and fault is not None:
                 logger.warning(
-                    f"{self._create_checkpoint_id(step)} is torn: {fault}; going on from "
+                    f"{self._create_checkpoint_id(step)} is torn: {fault}; resuming from "
                     f"{self._create_checkpoint_id(newest)}, the newest whole checkpoint"
                 )
         return newest

@@ -45,7 +45,7 @@ TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """Parts of a checkpoint other than the model, by torchtitan's names."""
 
 
-BEGIN_DATA_ANEW = 'begin the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
+RESTART_DATA = 'restart the data with checkpoint.exclude_from_loading = ["dataloader"]'
 
 
 def saves(config: JobConfig, device_type: str) -> bool:
@@ -142,9 +142,9 @@ def _check_start(config: JobConfig, world_size: int) -> None:
         step = newest if checkpoint.load_step == -1 else checkpoint.load_step
         if step < newest:
             raise ValueError(
-                f"checkpoint.load_step must be the newest in {folder}, {newest}, since what is "
-                f"saved before that would be purged first, got {step}; move newer ones away, or "
-                "start another job.dump_folder with checkpoint.initial_load_path"
+                f"checkpoint.load_step must be the newest in {folder}, {newest}, because new "
+                f"checkpoints of earlier steps would be purged first, got {step}; move newer ones "
+                "away, or start another job.dump_folder with checkpoint.initial_load_path"
             )
         older = [] if checkpoint.load_step != -1 else [s for s in whole if s < step]
         _check_own_steps(config, world_size, [*older, step])
@@ -219,7 +219,7 @@ def _check_not_superseded(config: JobConfig) -> None:
             raise ValueError(
                 f"checkpoint.enable must be true in the folder of a run that was saved, got false "
                 f"for {str(dump_folder)!r} with {folder.name}/step-{max(steps)}, whose metrics "
-                "would be superseded; set it to true to go on, or name another job.dump_folder"
+                "would be replaced; set it to true to resume, or name another job.dump_folder"
             )
 
 
@@ -237,9 +237,9 @@ def _check_not_lost(config: JobConfig, folder: Path) -> None:
     saved += [config.lighthouse.stage1_steps] * (config.lighthouse.stage1_steps > 0)
     if steps and steps[-1] > min(saved):
         raise ValueError(
-            f"checkpoint.folder must be there where a run has been, got no {str(folder)!r} beside "
-            f"{METRICS} up to step {steps[-1]}; put it back, name another job.dump_folder, or move "
-            f"{METRICS} away to start from step 0"
+            f"checkpoint.folder must exist if a run has saved checkpoints, got no {str(folder)!r} "
+            f"with {METRICS} up to step {steps[-1]}; put it back, name another job.dump_folder, or "
+            f"move {METRICS} away to start from step 0"
         )
 
 
@@ -285,13 +285,13 @@ def _check_load(
     if step is not None and found not in (None, step):
         raise ValueError(
             f"the checkpoint {str(path)!r} must be of the step in its name, got one of step "
-            f"{found}; give it its name step-{found} back, or move it away"
+            f"{found}; rename it to step-{found}, or move it away"
         )
     if not model_only and not holds_training_state(path):
         raise ValueError(
-            f"the checkpoint {str(path)!r} must hold the state of training to go on from it, got "
-            "the model alone; move it away, and an older one is used, or start another "
-            "job.dump_folder from it with checkpoint.initial_load_path and initial_load_model_only"
+            f"the checkpoint {str(path)!r} must hold the training state to resume from it, got "
+            "only the model; move it away to use an older one, or start another job.dump_folder "
+            "from it with checkpoint.initial_load_path and initial_load_model_only"
         )
     check_checkpoint(path, config, degree, step, model_only)
     if not model_only:
@@ -312,8 +312,8 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
     if (saved is not None and is_tokenized) or (position is not None and not is_tokenized):
         rule = "a corpus of documents" if is_tokenized else "'tokenized'"
         raise ValueError(
-            f"training.dataset must be {rule} to go on at the data position of {path}, got "
-            f"{training.dataset!r}; set it back, or {BEGIN_DATA_ANEW}"
+            f"training.dataset must be {rule} to resume at the data position of {path}, got "
+            f"{training.dataset!r}; set it back, or {RESTART_DATA}"
         )
     accepts_changes = ACCEPT_FILES in config.checkpoint.accept_changes
     if position is not None:
@@ -326,10 +326,10 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
         parallelism = config.parallelism
         model_parallel = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
         raise ValueError(
-            f"the data-parallel degree must be that of {path}, {saved}, to go on at its data "
+            f"the data-parallel degree must be that of {path}, {saved}, to resume at its data "
             f"position, got {degree}: {degree * model_parallel} processes over context times "
             f"tensor parallel {model_parallel}; start {saved * model_parallel} processes or change "
-            f"those degrees, or {BEGIN_DATA_ANEW}"
+            f"those degrees, or {RESTART_DATA}"
         )
     # A dataset on the hub is not queried before the run starts.
     is_here = DATASETS[training.dataset].reader != "hub"

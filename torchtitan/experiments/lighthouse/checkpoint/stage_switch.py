@@ -83,7 +83,7 @@ def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
                 record = {**_read_record(path), "full_length": record}
             write_json(path, record)
         except OSError as error:
-            logger.warning(f"{path} could not be written ({error}); training goes on")
+            logger.warning(f"{path} could not be written ({error}); training continues")
     return path
 
 

@@ -86,7 +86,7 @@ TRAINING_RULES = [
     Rule(
         "job.custom_config_module",
         lambda x, _: not x,
-        "empty, since the configuration is this package's own",
+        "empty, because this package has its own configuration",
         "remove it",
     ),
     one_of("model.name", [MODEL_NAME]),
@@ -107,8 +107,8 @@ TRAINING_RULES = [
     Rule(
         "training.mixed_precision_param",
         lambda x, config: x != "float32" or config.training.seq_len <= LONGEST_EFFICIENT,
-        f"bfloat16 on a GPU beyond {LONGEST_EFFICIENT} tokens, where no fused attention is right "
-        "in fp32",
+        f"bfloat16 on a GPU beyond {LONGEST_EFFICIENT} tokens, where no fused attention is "
+        "correct in fp32",
         "set it to bfloat16",
         applies=on_gpu,
     ),
@@ -116,7 +116,7 @@ TRAINING_RULES = [
         "training.max_norm",
         lambda x, _: x > 0,
         "above 0",
-        "1.0 is common, inf clips nothing",
+        "1.0 is common, inf turns clipping off",
     ),
     at_least("training.gc_freq", 1),
     at_least("metrics.log_freq", 1),
@@ -197,13 +197,13 @@ OPTIMIZER_RULES = [
         "lr_scheduler.decay_ratio",
         lambda x, _: x is None or 0 <= x <= 1,
         "from 0 to 1",
-        "give the decay as a part of all steps",
+        "give the decay as a share of all steps",
     ),
     Rule(
         "lr_scheduler.min_lr_factor",
         lambda x, _: 0 <= x <= 1,
         "from 0 to 1",
-        "give the last learning rate as a part of optimizer.lr",
+        "give the last learning rate as a share of optimizer.lr",
     ),
 ]
 """Rules for the optimizer and its schedule."""
@@ -256,7 +256,7 @@ COMPUTING_RULES = [
             and config.quantize.linear.float8.emulate
             and not compiles_model(config)
         ),
-        "left out on a CPU, which has no such arithmetic",
+        "left out on a CPU, which does not support it",
         "remove it",
         applies=on_cpu,
     ),
@@ -336,18 +336,18 @@ OUTPUT_RULES = [
     ),
     unset(
         "profiling.enable_profiling",
-        " on a CPU, where torchtitan's profiler ends",
+        " on a CPU, where torchtitan's profiler fails",
         applies=on_cpu,
     ),
     unset(
         "profiling.enable_memory_snapshot",
-        " on a CPU, where torchtitan's profiler ends",
+        " on a CPU, where torchtitan's profiler fails",
         applies=on_cpu,
     ),
     Rule(
         "checkpoint.async_mode",
         lambda x, config: not config.checkpoint.enable or x != "async_with_pinned_mem",
-        "disabled or async on a CPU, which pins no memory",
+        "disabled or async on a CPU, which has no pinned memory",
         "use async",
         applies=on_cpu,
     ),
@@ -359,7 +359,7 @@ OUTPUT_RULES = [
     ),
     unset(
         "training.gc_debug",
-        " on a CPU, since it looks for cycles of tensors on a GPU",
+        " on a CPU, because it looks for cycles of tensors on a GPU",
         applies=on_cpu,
     ),
     at_least("comm.init_timeout_seconds", 1),
@@ -367,11 +367,11 @@ OUTPUT_RULES = [
     at_least("comm.trace_buf_size", 0),
     one_of("comm.mode", ["default", "fake_backend"]),
     # torchtitan switches that other torchtitan programs use. They would be ignored here.
-    unset("fault_tolerance.enable", ", for it has no effect"),
+    unset("fault_tolerance.enable", ", because it has no effect"),
     unset(
         "memory_estimation.enable",
-        ", for it has no effect",
-        "lighthouse plan says what a run needs",
+        ", because it has no effect",
+        "lighthouse plan predicts what a run needs",
     ),
 ]
 """Rules for output folders, profiling, checkpoints and communication."""

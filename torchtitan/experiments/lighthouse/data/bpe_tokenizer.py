@@ -1,14 +1,14 @@
-"""A byte-pair tokenizer trained on a corpus.
+"""Train a byte-pair tokenizer on a corpus.
 
     lighthouse tokenizer --dataset text \\
         --dataset-path FOLDER --output my_tokenizer --vocab-size 16384
 
-Any text can be encoded, since the 256 bytes are tokens. `<|endoftext|>` ends a document and
-`<|pad|>` fills a batch; both count as tokens of the vocabulary. The folder is one for
-`model.hf_assets_path`, which `transformers.AutoTokenizer` loads too. Set
-`model.override.vocab_size` to the size of the vocabulary, or a little above it.
+Any text can be encoded, because the 256 bytes are tokens. `<|endoftext|>` ends a document and
+`<|pad|>` fills a batch. Both are in the vocabulary. Set `model.hf_assets_path` to the output
+folder. `transformers.AutoTokenizer` also loads it. Set `model.override.vocab_size` to the size of
+the vocabulary, or a little more.
 
-Documents come from the training split, in the order of the first epoch, up to `--max-bytes`.
+The text is that of the training split, in the order of the first epoch, up to `--max-bytes`.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
 PAD_TOKEN = "<|pad|>"
 VOCAB_SIZE = 16384
 MAX_BYTES = 10**9
-"""Of text that is learned from: merges of common words hardly change with more."""
+"""Bytes of text to train on. More text hardly changes the merges of common words."""
 
 LEAST_VOCAB_SIZE = 256 + 2
 
@@ -37,12 +37,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
 
     Args:
         texts: documents.
-        vocab_size: most tokens of the vocabulary, at least 258.
-        folder: made if it is missing.
+        vocab_size: maximum size of the vocabulary, at least 258.
+        folder: output folder, created if missing.
 
     Returns:
-        The tokens of the vocabulary. They are fewer than `vocab_size` where the texts hold no more
-        pairs that occur twice.
+        The size of the vocabulary. It is less than `vocab_size` if no further pair occurs twice in
+        the texts.
 
     Raises:
         ValueError: `vocab_size` is too small, or the texts are empty.
@@ -92,10 +92,10 @@ def main(args: list[str] | None = None) -> None:
     known = [name for name in DATASETS if name != "tokenized"]
     add("--dataset", required=True, choices=known, help="the corpus, as training.dataset")
     add("--dataset-path", help="its folder or file, as training.dataset_path")
-    add("--text-field", default="text", help="key or column of the text, default text")
+    add("--text-field", default="text", help="key or column of the text; default: text")
     add("--output", required=True, help="folder for the tokenizer")
-    add("--vocab-size", type=int, default=VOCAB_SIZE, help=f"tokens, default {VOCAB_SIZE}")
-    add("--max-bytes", type=int, default=MAX_BYTES, help="of text to learn from, default 1e9")
+    add("--vocab-size", type=int, default=VOCAB_SIZE, help=f"tokens; default: {VOCAB_SIZE}")
+    add("--max-bytes", type=int, default=MAX_BYTES, help="bytes of text to train on; default: 1e9")
     options = parser.parse_args(args)
     with exit_on_value_error():
         check_output_folder("--output", options.output)

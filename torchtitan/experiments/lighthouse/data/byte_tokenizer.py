@@ -1,10 +1,10 @@
-"""A byte-level tokenizer: the id of a token is the value of its byte, and 256 ends a document.
+"""A byte-level tokenizer. The id of a token is the value of its byte. 256 ends a document.
 
     encode("é", add_eos=True) == [0xC3, 0xA9, 256]
 
-The folder `assets/byte_tokenizer` is what `write_byte_tokenizer` writes. It loads in torchtitan's
-own tokenizer (`model.hf_assets_path`), so a small model needs no download and a vocabulary of 257.
-A text that itself spells `<|endoftext|>` gets id 256 there, as with every Hugging Face tokenizer.
+`write_byte_tokenizer` wrote the folder `assets/byte_tokenizer`. torchtitan's own tokenizer loads it
+(`model.hf_assets_path`). A small model then needs no download and a vocabulary of only 257 tokens.
+The characters `<|endoftext|>` in a text become id 256, as with every Hugging Face tokenizer.
 """
 
 import json
@@ -22,10 +22,10 @@ EOS_ID = 256
 
 
 def byte_characters() -> list[str]:
-    """Returns the 256 characters that stand for the bytes 0 to 255 in a `ByteLevel` tokenizer.
+    """The 256 characters that represent the bytes 0 to 255 in a `ByteLevel` tokenizer.
 
-    A printable Latin-1 character stands for its own byte; every other byte, in order, takes the
-    next code point from 256 on.
+    A printable Latin-1 character represents its own byte. The other bytes, in order, get the code
+    points from 256.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     unprintable = [byte for byte in range(256) if byte not in printable]
@@ -36,10 +36,10 @@ def byte_characters() -> list[str]:
 
 
 def write_byte_tokenizer(folder: str | Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` into `folder`, made where it is missing.
+    """Write `tokenizer.json` and `tokenizer_config.json` to `folder`, created if missing.
 
     Raises:
-        OSError: where `folder` cannot be written.
+        OSError: `folder` cannot be written.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -57,7 +57,7 @@ def save_tokenizer(folder: str | Path, tokenizer: "Tokenizer", **tokens: str) ->
     """Write the files of a tokenizer whose documents end with `EOS_TOKEN`.
 
     Args:
-        tokens: further special tokens, by the names of transformers, such as `pad_token`.
+        tokens: more special tokens, with transformers' names, such as `pad_token`.
 
     Raises:
         OSError: `folder` cannot be written.

@@ -1,10 +1,12 @@
-"""The corpora: where their files lie, how they are read, and which documents are held out.
+"""The corpora: locations of their files, readers, and held-out documents.
 
 A document is one file (`python_stdlib`, `text`), one JSON line (`jsonl`, `c4_local`), or one row
-(`parquet`, `c4`); one without text is left out; `tokenized` holds no documents, but tokens already
-(`tokenized.py`). C4 brings a validation split of its own. Everywhere
-else a document is held out iff the CRC-32 of its UTF-8 bytes is divisible by 32, so copies of a
-document fall on one side, and the split depends neither on their order nor on the number of ranks.
+(`parquet`, `c4`). Documents without text are left out. `tokenized` holds tokens instead of
+documents (`tokenized.py`).
+
+C4 has its own validation split. In other corpora, a document is held out if the CRC-32 of its UTF-8
+bytes is divisible by 32. Copies of a document are therefore in the same split. The split does not
+depend on the order of documents or the number of ranks.
 """
 
 import difflib
@@ -20,13 +22,14 @@ from typing import NoReturn
 from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN, SourceFile, stat_files
 from torchtitan.experiments.lighthouse.data.retry import retrying
 
-# About 3 % of the documents: enough for a stable loss, little taken from a small corpus.
+# About 3 % of the documents are held out. That is enough for a stable loss, and not much for a
+# small corpus.
 HELD_OUT_MODULUS = 32
 
 SECTIONS = {"train": "training", "validation": "validation"}
 """The TOML section that configures each split."""
 
-# Left out of the standard library: other packages, its tests, and tables.
+# Left out of the standard library: third-party packages, tests and tables.
 _STDLIB_LEFT_OUT = {
     *("site-packages", "dist-packages"),
     *("test", "tests", "idle_test"),
@@ -36,33 +39,33 @@ _STDLIB_LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """How the documents of a corpus are found and read."""
+    """How to find and read the documents of a corpus."""
 
     reader: str
-    """`documents` (a file each), `lines` (JSON lines), `parquet`, `hub` (allenai/c4) or `tokenized`
-    (tokens)."""
+    """`documents` (one per file), `lines` (JSON lines), `parquet`, `hub` (allenai/c4) or
+    `tokenized` (tokens)."""
 
     patterns: tuple[str, ...] = ()
-    """File names of the corpus, as shell patterns."""
+    """Shell patterns of the file names."""
 
     validation_patterns: tuple[str, ...] = ()
-    """File names of the corpus's own validation split; empty where it is held out by content."""
+    """Shell patterns of the corpus's own validation split. Empty if it has none."""
 
     needs_path: bool = True
-    """Whether `dataset_path` must be set; where it need not be, it must not."""
+    """Whether `dataset_path` must be set. Otherwise it must not be set."""
 
     @property
     def streamed(self) -> bool:
-        """Whether it is read in file order while training, rather than loaded and shuffled."""
+        """Whether documents are read in file order during training, not loaded and shuffled."""
         return self.reader != "documents"
 
     @property
     def held_out_by_content(self) -> bool:
-        """Whether validation documents lie among the training documents."""
+        """Whether the training files also hold the validation documents."""
         return self.reader != "hub" and not self.validation_patterns
 
     def split_patterns(self, split: str) -> tuple[str, ...]:
-        """Returns the file names that hold `split`, "train" or "validation"."""
+        """Shell patterns of the files that hold `split`, "train" or "validation"."""
         own_validation = split == "validation" and self.validation_patterns
         return self.validation_patterns if own_validation else self.patterns
 
@@ -80,23 +83,23 @@ DATASETS: dict[str, Corpus] = {
 
 
 def is_held_out(text: str) -> bool:
-    """Returns whether a document belongs to the validation split of a corpus without its own."""
+    """Whether a document is in the validation split of a corpus that is held out by content."""
     return zlib.crc32(text.encode("utf-8", "replace")) % HELD_OUT_MODULUS == 0
 
 
 def find_files(name: str, path: str | None, split: str = "train") -> list[Path]:
-    """Lists the files of a corpus, sorted by path; hidden and linked folders are left out.
+    """List the files of a corpus, sorted by path. Hidden and linked folders are left out.
 
     Args:
         name: a key of `DATASETS`.
-        path: `dataset_path`: a folder, searched through, or one file.
+        path: `dataset_path`, one file or a folder that is searched with its subfolders.
         split: "train" or "validation".
 
     Returns:
-        The files; none for `c4`, whose files lie on the hub.
+        The files. None for `c4`, whose files are on the hub.
 
     Raises:
-        OSError: for a folder that cannot be listed.
+        OSError: a folder cannot be listed.
     """
     corpus = DATASETS[name]
     if corpus.reader == "hub":
@@ -105,7 +108,7 @@ def find_files(name: str, path: str | None, split: str = "train") -> list[Path]:
     left_out = {"__pycache__"} | (_STDLIB_LEFT_OUT if name == "python_stdlib" else set())
     is_file = root.is_file()
     found = [root] if is_file else []
-    # Without `onerror`, what cannot be listed would be left out in silence.
+    # Without `onerror`, folders that cannot be listed would be left out silently.
     for folder, subfolders, file_names in [] if is_file else os.walk(root, onerror=_raise):
         subfolders[:] = [f for f in subfolders if f not in left_out and not f.startswith(".")]
         found += [Path(folder, name) for name in file_names if name not in left_out]
@@ -122,22 +125,20 @@ def check_dataset(
     must_exist: bool = True,
     text_field: str = TEXT_COLUMN,
 ) -> None:
-    """Checks a dataset's name and path; lists the files and reads no further than a document.
+    """Check a dataset's name, path and files. At most one document is read.
 
     Args:
         name: `<section>.dataset`.
         path: `<section>.dataset_path`.
         section: "training" or "validation", the TOML section that names them.
-        must_exist: whether a path that does not exist is wrong; if not, nothing of it is checked.
+        must_exist: whether the path must exist. If False, a missing path is not checked.
         text_field: `<section>.text_field`.
 
     Raises:
-        ValueError: in one line, for a name not in `DATASETS`, a path that is missing, superfluous
-            or does not exist, a folder that cannot be listed or lacks the dataset's files (for
-            validation on `c4_local`: validation shards), files that are all empty, a gzipped file
-            or a table of 0 bytes, and a first document that is no JSON object with a `text`, or no
-            table with such a column. Of `tokenized` the path alone is checked here, and the rest by
-            `check_tokenized`.
+        ValueError: in one line. The name is not in `DATASETS`. The path is missing, superfluous or
+            does not exist. A folder cannot be listed or has no files of the split. All files are
+            empty, or a gzipped file or table has 0 bytes. The first document has no text field. For
+            `tokenized` only the path is checked here, and `check_tokenized` checks the rest.
     """
     if name not in DATASETS:
         nearest = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
@@ -187,8 +188,8 @@ def check_dataset(
     for file in sources:
         if file.size == 0 and file.path.suffix in (".gz", ".parquet"):
             raise ValueError(
-                f"{field} must hold readable files, got {str(file.path)!r} of 0 bytes, where one "
-                "without text has more: replace or remove the file"
+                f"{field} must hold readable files, got {str(file.path)!r} of 0 bytes, which is "
+                "not a valid file even without text: replace or remove the file"
             )
     if not any(map(_holds_a_document, sources)):
         raise ValueError(
@@ -198,7 +199,7 @@ def check_dataset(
 
 
 def corpus_root(name: str, path: str | None) -> Path:
-    """Returns the folder or the file that a corpus on this machine lies in."""
+    """The folder or the file of a corpus on this machine."""
     if name == "python_stdlib":
         return Path(sysconfig.get_path("stdlib"))
     return Path(path).expanduser()
@@ -207,7 +208,7 @@ def corpus_root(name: str, path: str | None) -> Path:
 def _other_documents(section: str, name: str) -> ValueError:
     return ValueError(
         f"{section}.dataset must be the one of the checkpoint's data position, got {name!r} with "
-        "other documents: restore the files, or start anew with "
+        "other documents: restore the files, or restart the data with "
         'checkpoint.exclude_from_loading = ["dataloader"]'
     )
 
@@ -217,7 +218,7 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _holds_a_document(file: SourceFile) -> bool:
-    """Returns whether a file is not empty, and checks the form of its first document."""
+    """Whether a file is not empty. Also checks the form of its first document."""
     if file.size == 0 or file.reader == "documents":
         return file.size > 0
 
@@ -228,7 +229,7 @@ def _holds_a_document(file: SourceFile) -> bool:
 
 
 def check_text_field(name: str, text_field: str, field: str) -> None:
-    """Raises a `ValueError` for another field than `text` where the dataset has none to choose."""
+    """Raise ValueError if a text field is set for a dataset without fields."""
     if text_field != TEXT_COLUMN and DATASETS[name].reader not in ("lines", "parquet"):
         raise ValueError(
             f"{field} must be {TEXT_COLUMN!r} for dataset {name!r}, which has no fields to choose "

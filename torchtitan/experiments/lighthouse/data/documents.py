@@ -1,9 +1,9 @@
-"""The documents of a corpus, as one data-parallel rank reads them.
+"""Read the documents of a corpus on one data-parallel rank.
 
-`read(seed, epoch, consumed, cursor)` of `ShuffledDocuments`, `FileDocuments` and `HubDocuments`
-yields pairs (text, cursor). Called with the count and the cursor of a pair, it goes on with the
-pair after it. What cannot be read is tried again or told as `retry.py` says; a file that is not
-as it was when the corpus was opened ends the run.
+`ShuffledDocuments`, `FileDocuments` and `HubDocuments` have a method `read(seed, epoch, consumed,
+cursor)`. It yields pairs (text, cursor). Called with the count and the cursor of a pair, it resumes
+with the next pair. Read errors are retried as in `retry.py`. A file that has changed since the
+corpus was opened ends the run.
 """
 
 import os
@@ -38,11 +38,10 @@ def open_documents(
     dp_world_size: int,
     text_field: str = TEXT_COLUMN,
 ) -> "ShuffledDocuments | FileDocuments | HubDocuments":
-    """Opens one rank's share of a corpus whose name and path passed `check_dataset`.
+    """Open one rank's share of a corpus whose name and path passed `check_dataset`.
 
     Raises:
-        ValueError: where a rank would have no document, or a text file cannot be read or is not
-            UTF-8.
+        ValueError: a rank would have no document, or a text file cannot be read or is not UTF-8.
     """
     corpus, share = DATASETS[name], (dp_rank, dp_world_size)
     if corpus.reader == "hub":
@@ -55,7 +54,7 @@ def open_documents(
 
 
 class ShuffledDocuments:
-    """A map-style corpus: each epoch a permutation drawn from (seed, epoch), dealt to the ranks.
+    """A map-style corpus. Each epoch has its own permutation, given by (seed, epoch).
 
     Rank r of W reads the documents r, r + W, r + 2W, ... of the permutation.
     """
@@ -67,7 +66,7 @@ class ShuffledDocuments:
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self._files = []
         self.fingerprint = zlib.crc32(name.encode())
-        """Changes whenever a document, or the order of the documents, does."""
+        """Differs if a document or the order of documents differs."""
         prints = []
         for text, number in retrying(partial(_texts, files), 0):
             if text and is_held_out(text) == (split == "validation"):
@@ -85,7 +84,7 @@ class ShuffledDocuments:
     def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
         """Raise ValueError unless a data position belongs to these documents.
 
-        A change cannot be accepted: the order is one of all documents.
+        A change cannot be accepted, because the order depends on all documents.
         """
         if position["corpus"] != self.fingerprint:
             check_prints(self._files, self.prints, position.get("files", b""), None)
@@ -94,7 +93,7 @@ class ShuffledDocuments:
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: None
     ) -> Iterator[tuple[str, None]]:
-        """Yields this rank's documents of an epoch but for the first `consumed`."""
+        """Yield this rank's documents of an epoch, without the first `consumed`."""
         order = permutation(len(self._files), seed, epoch)[self._dp_rank :: self._dp_world_size]
         files = [self._files[index] for index in order[consumed:]]
         for text, _ in retrying(partial(_texts, files), 0):
@@ -102,7 +101,7 @@ class ShuffledDocuments:
 
 
 def _texts(files: list[SourceFile], start: int) -> Iterator[tuple[str, int]]:
-    """Yields the texts of text files from a place in the list on, each with the next place."""
+    """Yield the texts of `files[start:]`, each with the index of the next file."""
     for place, file in enumerate(files[start:], start + 1):
         for number, row in file.rows():
             yield file.text(number, row), place
@@ -111,12 +110,12 @@ def _texts(files: list[SourceFile], start: int) -> Iterator[tuple[str, int]]:
 class FileDocuments:
     """Documents that are rows of files, read in the order of the files.
 
-    Where the ranks can have equally many files each, rank r of W reads the files r, r + W, ...;
-    otherwise row i of file f is read by rank (f + i) % W. Neither depends on what other files
-    hold, so that a broken file can be repaired before a run goes on, however many rows it has then.
+    If W ranks can have equally many files each, rank r reads the files r, r + W, and so on.
+    Otherwise rank (f + i) % W reads row i of file f. Neither depends on the content of other files.
+    So a broken file may have another number of rows after a repair, and the run can still resume.
 
-    A cursor is a file, the number of its rows that are read, and the CRC-32 of those among them
-    that are this rank's. Who goes on from it reads the rows again and refuses other ones.
+    A cursor holds the index of a file, the number of rows read, and the CRC-32 of those rows that
+    this rank reads. Resuming reads these rows again and raises an error if they differ.
     """
 
     def __init__(
@@ -135,15 +134,15 @@ class FileDocuments:
         names = [os.path.relpath(file.path, root) for file in files]
         text_fields = {file.text_field for file in files} - {TEXT_COLUMN}
         self.fingerprint = zlib.crc32(repr((name, names, *text_fields)).encode())
-        """Changes whenever the name of a file does, or that of the text's field."""
-        # No position is saved of held-out documents.
+        """Differs if the name of a file or of the text field differs."""
+        # Checkpoints hold no position in held-out documents.
         self.prints = file_prints(files) if split == "train" else b""
 
     def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
-        """Raise ValueError unless a data position belongs to these files, as they are now.
+        """Raise ValueError unless a data position belongs to the present content of these files.
 
-        Where changes are accepted, files may hold others than they did, but for the rows that were
-        read of the file that the position is in.
+        If changes are accepted, the content may differ. The rows already read of the current file
+        must be the same.
         """
         if position["corpus"] != self.fingerprint:
             raise _other_documents(SECTIONS[self._split], self._name)
@@ -152,11 +151,11 @@ class FileDocuments:
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: dict[str, int] | None
     ) -> Iterator[tuple[str, dict[str, int]]]:
-        """Yields this rank's documents of an epoch.
+        """Yield this rank's documents of an epoch.
 
         Raises:
-            ValueError: for a file that cannot be read, is broken or has changed, a row that is not
-                a document, and a cursor of other documents.
+            ValueError: a file cannot be read, is broken or has changed, a row is not a document, or
+                the cursor belongs to other documents.
         """
         return retrying(self._read, cursor)
 
@@ -185,41 +184,41 @@ class FileDocuments:
     def _refuse_position(self, file: SourceFile) -> NoReturn:
         raise ValueError(
             f"{SECTIONS[self._split]}.dataset must be the one of the checkpoint's data position, "
-            f"got {self._name!r} with {str(file.path)!r}, which holds other rows than those that "
-            "were read of it: restore the file, or start anew with "
+            f"got {self._name!r} with {str(file.path)!r}, which has other rows than those already "
+            "read: restore the file, or restart the data with "
             'checkpoint.exclude_from_loading = ["dataloader"]'
         )
 
 
 def _row_crc(row: Any, crc: int) -> int:
-    # A line that was the last without an end has one when lines are added.
+    # A last line without a line end gets one when lines are appended.
     content = row.rstrip(b"\r\n") if isinstance(row, bytes) else repr(row).encode()
     return zlib.crc32(content + b"\n", crc)
 
 
 class HubDocuments:
-    """C4 as it lies on the hub; `datasets` splits its files or its rows among the ranks."""
+    """C4 streamed from the hub. `datasets` splits its files or its rows among the ranks."""
 
     def __init__(self, name: str, split: str, dp_rank: int, dp_world_size: int) -> None:
         self._name, self._split = name, split
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self._rows = None
         self.fingerprint = zlib.crc32(repr((name, [])).encode())
-        """Of the name alone."""
+        """Depends on the name only."""
         self.prints = b""
 
     def check_position(self, position: dict[str, Any], accepts_changes: bool) -> None:
-        """Raise ValueError unless a data position is one in this stream."""
+        """Raise ValueError unless a data position belongs to this stream."""
         if position["corpus"] != self.fingerprint:
             raise _other_documents(SECTIONS[self._split], self._name)
 
     def read(
         self, seed: int, epoch: int, consumed: int, cursor: dict[str, Any] | None
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields this rank's documents of an epoch, each with the state of the stream behind it.
+        """Yield this rank's documents of an epoch, each with the state of the stream after it.
 
         Raises:
-            ValueError: where the connection is lost again and again, or the stream is broken.
+            ValueError: the connection was lost in five attempts, or the stream is broken.
         """
         return retrying(self._read, cursor)
 
@@ -229,15 +228,15 @@ class HubDocuments:
 
         try:
             if self._rows is None:
-                # Every rank would print its own bars between the lines of the log.
+                # Every rank would print its own bars into the log.
                 datasets.disable_progress_bars()
-                # It would ask the network to count each load.
+                # It would send a request to count each load.
                 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
                 self._rows = datasets.load_dataset(
                     "allenai/c4", "en", split=self._split, streaming=True
                 )
-            # A new stream for each epoch: one that is read a second time starts again where it was
-            # once resumed, and its state is heeded only while its own count of epochs is 0.
+            # Each epoch needs a new stream. A stream read twice would start at its loaded state
+            # again, and loads a state only in its own epoch 0.
             stream = split_dataset_by_node(self._rows, self._dp_rank, self._dp_world_size)
             if cursor is not None:
                 stream.load_state_dict(cursor)
@@ -250,7 +249,7 @@ class HubDocuments:
             if _is_of_the_connection(error):
                 raise TransientReadError(
                     f"{message} {self._name!r} with its connection lost: {reason}",
-                    "see to the network and start the same run again, which goes on from its last "
+                    "check the network and start the same run again, which resumes from its last "
                     "checkpoint, or download the files for 'c4_local'",
                 ) from error
             raise ValueError(
@@ -262,12 +261,12 @@ class HubDocuments:
 def _other_documents(section: str, name: str) -> ValueError:
     return ValueError(
         f"{section}.dataset must be the one of the checkpoint's data position, got {name!r} with "
-        "other documents: restore the files, or start anew with "
+        "other documents: restore the files, or restart the data with "
         'checkpoint.exclude_from_loading = ["dataloader"]'
     )
 
 
-# Packages whose errors are of a connection: one of them raises its own, or lets another's through.
+# Packages that raise connection errors. Each raises its own, or passes on those of another.
 _CLIENTS = {
     *("aiohttp", "fsspec", "http", "httpcore", "httpcore2", "httpx", "httpx2"),
     *("huggingface_hub", "requests", "urllib3"),
@@ -275,19 +274,19 @@ _CLIENTS = {
 
 
 def _is_of_the_connection(error: Exception) -> bool:
-    """Returns whether the network can have made an error of a stream.
+    """Whether an error of a stream may come from the network.
 
-    `datasets` tries again after errors of httpx and aiohttp alone, and the hub's client has since
-    come to raise those of other packages. A stream that is cut short within a gzipped file is an
-    `EOFError`; most others are `OSError`s.
+    `datasets` retries only errors of httpx and aiohttp. Newer hub clients raise errors of other
+    packages. A stream that breaks off inside a gzipped file is an `EOFError`. Most other errors are
+    `OSError`s.
     """
     packages = {base.__module__.partition(".")[0] for base in type(error).__mro__}
     return isinstance(error, OSError | EOFError) or bool(packages & _CLIENTS)
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns a random permutation [count] of int64, the same wherever and whenever it is drawn."""
-    # numpy keeps the raw bits of a bit generator across versions, but not what is made of them.
-    # It takes no negative seed, and torch does.
+    """A random permutation [count] of int64, the same on every machine and with every numpy."""
+    # The raw bits of a bit generator are the same in all versions of numpy. Distributions are not.
+    # numpy accepts no negative seeds, but torch does.
     bits = np.random.PCG64([seed % 2**64, epoch]).random_raw(count)
     return np.argsort(bits, kind="stable")

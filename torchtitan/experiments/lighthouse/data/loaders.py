@@ -1,4 +1,4 @@
-"""The data loaders of a run: batches for training and for held-out loss, and the checks before."""
+"""Build and check the data loaders of a run, for training and for validation."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,21 +16,20 @@ from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataloader
 
 
 class TextDataloader(ParallelAwareDataloader):
-    """Batches of one rank's windows; the error of a data-loading worker keeps its one line."""
+    """Batches of one rank's windows. Errors of data-loading workers stay one line."""
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         return in_one_line(super().__iter__)
 
 
 def check_data(job_config: JobConfig, must_exist: bool = True) -> None:
-    """Checks everything about the data that can be told without loading it.
+    """Check the data fields without loading the data. Validation is checked only if enabled.
 
     Args:
-        must_exist: whether paths that do not exist are wrong.
+        must_exist: whether the paths must exist.
 
     Raises:
-        ValueError: what `check_dataset` raises, and for a number of data-loading workers that
-            cannot be; for validation only where it is enabled.
+        ValueError: `check_dataset` fails, or the number of data-loading workers is illegal.
     """
     sections = ["training"] + ["validation"] * job_config.validation.enable
     for section in sections:
@@ -44,14 +43,13 @@ def check_data(job_config: JobConfig, must_exist: bool = True) -> None:
 def build_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
 ) -> ParallelAwareDataloader:
-    """Builds the endless loader of `job_config.training`.
+    """Build the endless loader of `job_config.training`.
 
     Its batches are `({"input": [B, S]}, labels [B, S])` of int64, with B the local batch size. The
-    documents, or the windows of tokenized data, are ordered by `job_config.debug.seed`, or by 0
-    where that is None.
+    seed `job_config.debug.seed` (None: 0) orders the documents, or the windows of tokenized data.
 
     Raises:
-        ValueError: what the dataset raises, and for a number of workers that cannot be.
+        ValueError: the dataset is illegal, or the number of workers is.
     """
     return _build("train", True, dp_world_size, dp_rank, tokenizer, job_config)
 
@@ -59,14 +57,14 @@ def build_dataloader(
 def build_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig
 ) -> ParallelAwareDataloader:
-    """Builds the loader of the held-out documents, from `job_config.validation`.
+    """Build the loader of the held-out documents, from `job_config.validation`.
 
-    Each `iter()` gives the same batches, `({"input": [B, S]}, labels [B, S])` of int64. It is
-    endless, wrapping around a short text, unless `validation.steps` is -1, the whole split once.
-    The windows of tokenized data are those of seed 0, whatever the run's.
+    Each `iter()` gives the same batches, `({"input": [B, S]}, labels [B, S])` of int64. If
+    `validation.steps` is -1, the loader passes over the split once. Otherwise it is endless and
+    repeats a short text. Windows of tokenized data are always ordered by seed 0.
 
     Raises:
-        ValueError: what the dataset raises, and for a number of workers that cannot be.
+        ValueError: the dataset is illegal, or the number of workers is.
     """
     infinite = job_config.validation.steps != -1
     return _build("validation", infinite, dp_world_size, dp_rank, tokenizer, job_config)
@@ -83,7 +81,7 @@ def _build(
     options = getattr(job_config, SECTIONS[split])
     _check_num_workers(options.dataloader.num_workers, SECTIONS[split], options.dataset)
     seed = job_config.debug.seed or 0
-    # torchtitan's own configuration has no such field.
+    # torchtitan's own configuration has no `accept_changes`.
     accepts_changes = ACCEPT_FILES in getattr(job_config.checkpoint, "accept_changes", ())
     loading = {
         "dp_rank": dp_rank,
@@ -92,7 +90,7 @@ def _build(
         **asdict(options.dataloader),
     }
     if options.dataset == "tokenized":
-        # Held-out windows are the same for runs of different seeds, whose losses are compared.
+        # Losses of runs with different seeds are compared, so their held-out windows must be equal.
         seed = 0 if split == "validation" else seed
         tokenized = TokenizedDataset(
             options.dataset_path,

@@ -1,4 +1,4 @@
-"""The manifest of tokenized data: what each split was made of, and its shards.
+"""The manifest of tokenized data describes the sources and the shards of each split.
 
     <dataset_path>/<split>/manifest.json           a finished split (`Manifest`)
     <dataset_path>/<split>/manifest.partial.json   a split in preparation, with its finished shards
@@ -20,14 +20,14 @@ from torchtitan.experiments.lighthouse.runtime.read_files import read_json, read
 from tqdm import tqdm
 
 FORMAT = 1
-"""Version of the files; another one is refused."""
+"""Version of the file format. Other versions raise an error."""
 
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
-"""The manifest of a split that is being prepared, with the shards that are finished."""
+"""The manifest of a split in preparation, with its finished shards."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-"""What torchtitan's tokenizer is made from."""
+"""The files of torchtitan's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,19 @@ class Shard:
     documents: int
     tokens: int
     max_id: int
-    """The largest token id in it."""
+    """The largest token id in the shard."""
 
     sha256: str
     next: list[int]
-    """The source file, by its place in the list, and the row in it that the next shard begins at;
-    both from 0."""
+    """Start of the next shard: the index of the source file and the row in it, both from 0."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a split is made from and what of. It holds no time and no place: the same sources give
-    the same bytes."""
+    """The sources and the shards of a split.
+
+    It holds no times and no absolute paths, so the same sources give the same bytes.
+    """
 
     format: int
     dataset: str
@@ -61,13 +62,13 @@ class Manifest:
 
     vocab_size: int
     dtype: str
-    """Of the token ids, as numpy spells it: `<u2` or `<u4`."""
+    """numpy dtype of the token ids, `<u2` or `<u4`."""
 
     shard_size: int
-    """Tokens after which a shard ends with the document it is in."""
+    """A shard ends after the document that reaches this number of tokens."""
 
     sources: dict[str, int]
-    """Bytes of each file, by its name in the folder of the corpus, in the order of reading."""
+    """Size of each file in bytes, by its path in the folder of the corpus, in reading order."""
 
     shards: list[Shard]
 
@@ -77,27 +78,27 @@ class Manifest:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a token id."""
+        """Bytes per token id."""
         return np.dtype(self.dtype).itemsize
 
     @property
     def digest(self) -> str:
-        """Changes whenever a token or a shard does."""
+        """A digest that differs if a token or a shard differs."""
         content = [self.tokenizer_sha256, self.dtype, [shard.sha256 for shard in self.shards]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST) -> Manifest:
-    """Reads the manifest of a split.
+    """Read the manifest of a split.
 
     Args:
         path: `dataset_path`.
         split: "train" or "validation".
-        field: what names the path in an error.
-        name: of the manifest.
+        field: name of the path in error messages.
+        name: file name of the manifest.
 
     Raises:
-        ValueError: in one line, where there is none, it cannot be read, or has another format.
+        ValueError: in one line. The manifest is missing, cannot be read, or has another format.
     """
     folder = Path(path).expanduser() / split
     if not (folder / name).is_file():
@@ -123,11 +124,11 @@ def read_manifest(path: str | Path, split: str, field: str, name: str = MANIFEST
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{field} must hold a readable manifest, got {str(folder / name)!r}: {error}: "
-            f"restore it, or remove {folder} and prepare the corpus anew"
+            f"restore it, or remove {folder} and prepare the corpus again"
         ) from None
     raise ValueError(
         f"{field} must hold data of format {FORMAT}, got {version!r} in {str(folder / name)!r}: "
-        "prepare the corpus anew, in another folder"
+        "prepare the corpus again, in another folder"
     )
 
 
@@ -142,7 +143,7 @@ def _check_manifest(manifest: Manifest) -> None:
 
 
 def has_size(folder: Path, shard: Shard, itemsize: int) -> bool:
-    """Returns whether a shard is there with the bytes of its tokens."""
+    """Whether the file of a shard exists and has the right size."""
     path = folder / shard.file
     return path.is_file() and path.stat().st_size == shard.tokens * itemsize
 
@@ -157,7 +158,11 @@ def tokenizer_digest(path: str | Path) -> str:
 
 
 def resume_manifest(out: str | Path, manifest: Manifest) -> tuple[Manifest, bool]:
-    """Returns the manifest with the shards that are there and stay, and whether those are all."""
+    """Add the finished shards in `out` to the manifest.
+
+    Returns:
+        The manifest with the shards that are kept, and whether the split is complete.
+    """
     folder = Path(out).expanduser() / manifest.split
     names = [name for name in (MANIFEST, PARTIAL_MANIFEST) if (folder / name).exists()]
     if not names:
@@ -197,10 +202,10 @@ def resume_manifest(out: str | Path, manifest: Manifest) -> tuple[Manifest, bool
 
 
 def verify(out: str | Path) -> list[Manifest]:
-    """Compares every shard of the prepared splits in `out` with its checksum.
+    """Compare every shard of the prepared splits in `out` with its checksum.
 
     Raises:
-        ValueError: in one line, for the first shard that differs, and where there is no split.
+        ValueError: in one line. A shard differs, or there is no split.
     """
     folders = [Path(out).expanduser() / split for split in SECTIONS]
     manifests = [
@@ -217,13 +222,13 @@ def verify(out: str | Path) -> list[Manifest]:
                     raise ValueError(
                         f"--output must hold the shards as they were written, got {str(file)!r} "
                         "with another checksum or none: remove the file and start the same "
-                        "preparation again, which makes it anew"
+                        "preparation again, which writes it again"
                     )
     return manifests
 
 
 def _file_sha256(path: Path, bar: tqdm) -> str | None:
-    """Returns the SHA-256 of a file, or None where it cannot be read."""
+    """SHA-256 of a file. None if it cannot be read."""
     sha = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -236,6 +241,6 @@ def _file_sha256(path: Path, bar: tqdm) -> str | None:
 
 
 def progress_bar(name: str, total: int, done: int = 0) -> tqdm:
-    """Returns a bar of bytes, shown on a terminal alone."""
+    """A progress bar in bytes, shown only on a terminal."""
     options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
     return tqdm(desc=name, total=total, initial=done, disable=None, **options)

@@ -1,18 +1,19 @@
-"""The data path: documents become windows of tokens, and a checkpoint keeps the exact position.
+"""Pack documents into windows of tokens, with an exact position for checkpoints.
 
-    for epoch in 0, 1, 2, ...:                      # once, where not `infinite`
+    for epoch in 0, 1, 2, ...:                      # only epoch 0 if not `infinite`
         for document in this rank's share:          # order and split: `documents.py`
             buffer += encode(document)              # with the tokenizer's BOS and EOS
             while len(buffer) > seq_len:
                 yield buffer[:seq_len], buffer[1 : seq_len + 1]
                 buffer = buffer[seq_len:]           # the last label is the next first input
 
-so that every token but a rank's very first is a label exactly once. What an epoch leaves in the
-buffer opens the next one. A long document is taken up in parts (`long_documents.py`). A position is
-(epoch, documents consumed, parts of the next one, buffer) and, where the corpus is streamed, the
-stream's own state; it has prints of all files (`source_changes.py`). A run that is resumed, any
-number of times and in any epoch, sees the windows that it would have seen. Data that was tokenized
-beforehand is read by `tokenized.py` instead.
+Every token, except the very first one of a rank, is a label exactly once per epoch. The rest of the
+buffer starts the next epoch. A long document is added in parts (`long_documents.py`).
+
+A position holds the epoch, the documents consumed, the parts of the next document, and the buffer.
+It also holds fingerprints of all files (`source_changes.py`), and the state of a streamed corpus. A
+resumed run sees the same windows as an uninterrupted one. `tokenized.py` reads data that was
+tokenized before training.
 """
 
 from collections.abc import Iterator
@@ -28,34 +29,34 @@ from torchtitan.experiments.lighthouse.data.documents import open_documents
 from torchtitan.experiments.lighthouse.data.long_documents import parts_of
 from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN
 
-# Little-endian in a checkpoint, whatever machine writes it.
+# Checkpoints are little-endian on every machine.
 _TOKEN_DTYPE = np.dtype("<i4")
 
 
 class PackedTextDataset(IterableDataset, Stateful):
     """One rank's documents, tokenized and packed into windows of `seq_len` tokens.
 
-    Yields `({"input": [seq_len]}, labels [seq_len])`, both int64. `iter()` starts at the beginning,
-    or, the first time after `load_state_dict`, at the position loaded. Only the newest iterator may
-    be used.
+    Yields `({"input": [seq_len]}, labels [seq_len])`, both int64. `iter()` starts at the beginning.
+    The first one after `load_state_dict` starts at the loaded position. Only the newest iterator
+    may be used.
 
     Args:
         dataset: a key of `DATASETS`.
-        dataset_path: the folder or file of the corpus, where it needs one.
+        dataset_path: the folder or file of the corpus, if it needs one.
         tokenizer: torchtitan's tokenizer.
         seq_len: tokens per window.
-        split: "train", or "validation" for the held-out documents alone.
-        seed: of the order of the documents, where the corpus is map-style.
-        dp_rank, dp_world_size: which share of the documents to read.
-        accepts_changes: whether a data position may be one of files that have changed since.
-        infinite: start the next epoch after the last document, rather than stop. The tokens that
-            do not fill a window are dropped when it stops.
+        split: "train", or "validation" for the held-out documents.
+        seed: seed of the order of documents in a map-style corpus.
+        dp_rank, dp_world_size: share of the documents to read.
+        accepts_changes: whether a loaded position may belong to files that have changed since.
+        infinite: whether the next epoch follows the last document. If not, the last tokens that do
+            not fill a window are dropped.
         text_field: the key of JSON lines, or the column of tables, that holds the text.
 
     Raises:
-        ValueError: what `check_dataset` raises; a rank without documents; while iterating, a file
-            or a stream that is broken or cannot be read, whereafter the position stands before it,
-            and an epoch without one token, or, where not `infinite`, without one window.
+        ValueError: `check_dataset` fails, or a rank has no documents. While iterating: a file or
+            stream is broken or cannot be read, and the position stays before it. An epoch has no
+            token, or not a single window if not `infinite`.
     """
 
     def __init__(
@@ -92,10 +93,10 @@ class PackedTextDataset(IterableDataset, Stateful):
         return self._windows()
 
     def position(self) -> dict[str, int]:
-        """Returns the epoch (from 0), the documents consumed in it, and the tokens not yet labels.
+        """The epoch (from 0), the documents consumed in it, and the number of buffered tokens.
 
-        This rank's own counts. With a data-loading worker, the position is the worker's: ask the
-        dataloader's `state_dict`, not this.
+        These are counts of this rank. With a data-loading worker, the worker has the position. Use
+        the `state_dict` of the data loader instead.
         """
         return {
             "epoch": self._epoch,
@@ -104,7 +105,7 @@ class PackedTextDataset(IterableDataset, Stateful):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position: numbers, the buffer's tokens as bytes, and the stream's state."""
+        """The position: numbers, the buffered tokens as bytes, and the state of the stream."""
         return {
             "corpus": self._documents.fingerprint,
             "seed": self.seed,
@@ -118,10 +119,10 @@ class PackedTextDataset(IterableDataset, Stateful):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Moves to a position that `state_dict` returned, and to its seed.
+        """Set the position and seed from a `state_dict`.
 
         Raises:
-            ValueError: where the position belongs to other documents.
+            ValueError: the position belongs to other documents.
         """
         self._documents.check_position(state_dict, self._accepts_changes)
         self.seed = state_dict["seed"]
@@ -140,12 +141,12 @@ class PackedTextDataset(IterableDataset, Stateful):
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._consumed = self._epoch_tokens = 0
-        # Parts, of the document after those consumed, that are in the buffer or behind it.
+        # Number of parts of the current document that were added to the buffer.
         self._parts = 0
         self._cursor: dict[str, Any] | None = None
 
     def _windows(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        # A position that was loaded may hold whole windows.
+        # The buffer of a loaded position may hold whole windows.
         yield from self._cut()
         while True:
             documents = self._documents.read(self.seed, self._epoch, self._consumed, self._cursor)
@@ -159,7 +160,7 @@ class PackedTextDataset(IterableDataset, Stateful):
     def _windows_of(
         self, text: str, cursor: Any
     ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Takes up a document, part by part, but for the parts that are taken up already."""
+        """Add the remaining parts of a document to the buffer, and yield its windows."""
         parts = list(parts_of(text))
         for number, part in enumerate(parts[self._parts :], self._parts + 1):
             is_last = number == len(parts)
@@ -173,7 +174,7 @@ class PackedTextDataset(IterableDataset, Stateful):
             yield from self._cut()
 
     def _cut(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Yields the whole windows of the buffer; each is out of it before it is yielded."""
+        """Yield the whole windows of the buffer. Each is removed before it is yielded."""
         if sum(map(len, self._buffer)) <= self.seq_len:
             return
         tokens = np.concatenate(self._buffer)
@@ -184,7 +185,7 @@ class PackedTextDataset(IterableDataset, Stateful):
             yield {"input": window[:-1]}, window[1:]
 
     def _check_epoch(self) -> None:
-        """Refuses an epoch that gave nothing, since the next would not either."""
+        """Raise ValueError if the epoch was empty. All further epochs would be empty, too."""
         what = f"the {self.split} split of {self.dataset!r}"
         if self._consumed == 0:
             raise ValueError(

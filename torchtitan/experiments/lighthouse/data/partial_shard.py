@@ -1,4 +1,4 @@
-"""A shard of tokens while it is written: under a partial name, until its bytes are on the disk."""
+"""Write a shard of tokens. It has a temporary name until all bytes are on the disk."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from torchtitan.experiments.lighthouse.runtime.atomic_json import open_new
 
 
 class PartialShard:
-    """A shard that is being written; `finish` returns its entry in the manifest."""
+    """A shard that is being written. `finish` returns its entry for the manifest."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, path.with_suffix(".partial")
@@ -20,7 +20,7 @@ class PartialShard:
         self.tokens = self._documents = self._max_id = 0
 
     def add(self, tokens: np.ndarray) -> None:
-        """Adds a document."""
+        """Add the tokens of a document."""
         self._file.write(tokens)
         self._sha.update(tokens)
         self.tokens += len(tokens)
@@ -28,7 +28,7 @@ class PartialShard:
         self._max_id = max(self._max_id, int(tokens.max()))
 
     def finish(self, following: list[int]) -> Shard:
-        """Gives the shard its name, once its bytes are on the disk."""
+        """Sync the shard to disk and rename it. `following` is the start of the next shard."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -43,6 +43,6 @@ class PartialShard:
         )
 
     def close(self) -> None:
-        # What could not be written is told of already.
+        # An error of writing has been raised before.
         with contextlib.suppress(OSError):
             self._file.close()

@@ -1,10 +1,10 @@
-"""Tokenize a corpus once, for training on it with `training.dataset = "tokenized"`.
+"""Tokenize a corpus once, for training with `training.dataset = "tokenized"`.
 
     lighthouse prepare --dataset c4_local --dataset-path FOLDER --output OUT --workers 16
     lighthouse prepare --output OUT --verify
 
-Stopped or killed at any moment, the same command goes on from the last whole shard. `--verify`
-compares every shard with its checksum. `tokenized.py` describes what is written.
+After a stop or a kill, the same command resumes from the last whole shard. `--verify` compares
+every shard with its checksum. `tokenized.py` describes the files.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from torchtitan.experiments.lighthouse.runtime.command_line import Parser, exit_
 def main(args: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--dataset", help=f"what to prepare: {', '.join(SOURCES)}")
-    add("--dataset-path", help="its folder or file")
+    add("--dataset", help=f"dataset to prepare: {', '.join(SOURCES)}")
+    add("--dataset-path", help="folder or file of the dataset")
     add("--output", "--out", required=True, help="folder for the shards")
-    add("--text-field", default="text", help="key or column of the text, default text")
+    add("--text-field", default="text", help="key or column of the text; default: text")
     add("--tokenizer", default=BYTE_TOKENIZER_PATH, help="folder of tokenizer.json")
     add("--split", choices=["train", "validation", "both"], default="both")
-    add("--shard-size", type=int, default=SHARD_SIZE, help="tokens of a shard")
-    add("--workers", type=int, default=1, help="processes that tokenize")
-    add("--verify", action="store_true", help="check what is in --output, and prepare nothing")
+    add("--shard-size", type=int, default=SHARD_SIZE, help="tokens per shard")
+    add("--workers", type=int, default=1, help="number of processes that tokenize")
+    add("--verify", action="store_true", help="only check the shards in --output")
     options = parser.parse_args(args)
     try:
         with exit_on_value_error():
@@ -44,18 +44,18 @@ def main(args: list[str] | None = None) -> None:
                     f"{len(manifest.shards)} shards" + ", as they were written" * options.verify
                 )
     except KeyboardInterrupt:
-        print("stopped: start the same command again to go on", file=sys.stderr)
+        print("stopped: start the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def run(options: argparse.Namespace) -> Iterator[Manifest]:
-    """Yields the manifest of each split."""
+    """Prepare or verify the splits, and yield the manifest of each."""
     if options.verify:
         yield from verify(options.output)
         return
     splits = ["train", "validation"] if options.split == "both" else [options.split]
     for split in splits:
-        # Hours before the second split begins.
+        # Check all splits first. The second one starts hours later.
         source_files(options.dataset, options.dataset_path, split)
     for split in splits:
         yield prepare(

@@ -1,7 +1,7 @@
-"""The rows of local files: of text files, of JSON lines, plain or gzipped, and of Parquet tables.
+"""Read the rows of text files, JSON lines (plain or gzipped), and Parquet tables.
 
-`READERS` read a file in chunks, for `tokenize.py` and for `SourceFile`, which is a file as a run
-found it: it reads the rows while the file stays so, and names file and row where they are broken.
+`READERS` read a file in chunks, for `tokenize.py` and for `SourceFile`. A `SourceFile` raises an
+error if the file changes during the run. Errors name the file and the row.
 """
 
 import contextlib
@@ -19,32 +19,33 @@ from torchtitan.experiments.lighthouse.runtime.read_files import check_regular, 
 
 TEXT_COLUMN = "text"
 
-# Some hundred documents: what is sent to a worker of `tokenize.py` costs little beside tokenizing.
+# A few hundred documents. Sending them to a worker of `tokenize.py` is cheap compared to
+# tokenizing them.
 CHUNK_BYTES = 2**20
 CHUNK_ROWS = 256
 
 READ_ERRORS = (OSError, EOFError, zlib.error)
-"""What reading raises where a file, or what lies under it, is broken."""
+"""Errors of reading a broken file or file system."""
 
 Row = bytes | str | None
-"""A line or a file as it is stored, or what a table holds."""
+"""A line or file as stored, or the value of a table."""
 
 MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))
-"""Processes that read or tokenize: each takes some hundred MB of memory."""
+"""Maximum number of processes that read or tokenize. Each needs a few hundred MB of memory."""
 
-_GO_ON = "start the same run again, which goes on from its last checkpoint"
+_RESUME = "start the same run again, which resumes from its last checkpoint"
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as it was when a run opened its corpus."""
+    """A file, with its size and modification time when the run opened its corpus."""
 
     path: Path
     reader: str
-    """A key of `READERS`, or `shard`, of whose tokens `tokenized.py` knows."""
+    """A key of `READERS`, or `shard` for the files that `tokenized.py` reads."""
 
     field: str
-    """What names the corpus in an error."""
+    """Name of the corpus in error messages."""
 
     size: int
     mtime_ns: int
@@ -53,11 +54,11 @@ class SourceFile:
     """The key of a JSON line, or the column of a table, that holds the text."""
 
     def rows(self) -> Iterator[tuple[int, Row]]:
-        """Yields the rows, numbered from 1. A chunk is checked for a change after it is read.
+        """Yield the rows, numbered from 1. After each chunk, check that the file is unchanged.
 
         Raises:
-            TransientReadError: where the file cannot be opened or read.
-            ValueError: where it is broken, or has changed since the corpus was opened.
+            TransientReadError: the file cannot be opened or read.
+            ValueError: the file is broken, or has changed since the corpus was opened.
         """
         count = 0
         try:
@@ -73,28 +74,28 @@ class SourceFile:
             ) from error
 
     def text(self, number: int, row: Row) -> str | None:
-        """Returns the text of a row; see `document_text`."""
+        """The text of a row. See `document_text`."""
         place = row_location(self.reader, self.path, number)
         return document_text(row, self.reader, self.field, place, self.text_field)
 
     def check_unchanged(self) -> None:
-        """Raises a `ValueError` unless size and time of modification are as they were."""
+        """Raise ValueError if the size or the modification time has changed."""
         status = os.stat(self.path)
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
             raise ValueError(
                 f"{self.field} must hold files that stay as they are during a run, got "
                 f"{str(self.path)!r} of {status.st_size} bytes, modified since the run opened it "
-                f"with {self.size} bytes: restore the file, and {_GO_ON}"
+                f"with {self.size} bytes: restore the file, and {_RESUME}"
             )
 
 
 def stat_files(
     paths: Iterable[Path], reader: str, field: str, text_field: str = TEXT_COLUMN
 ) -> list[SourceFile]:
-    """Returns the files as they are now.
+    """Record the present size and modification time of files.
 
     Raises:
-        ValueError: where one is not there, or not in five attempts.
+        ValueError: a file does not exist, or could not be accessed in five attempts.
     """
     paths = list(paths)
 
@@ -113,23 +114,23 @@ def stat_files(
 
 
 def read_error(error: Exception, field: str, place: str) -> TransientReadError | ValueError:
-    """Returns what to raise for an error of reading: whether it can help to try again."""
+    """The exception to raise for an error of reading. It is transient if a retry may help."""
     reason = " ".join(str(error).split())
-    # What gzip and Arrow say of the content are `OSError`s, too, but without a number.
+    # gzip and Arrow raise `OSError`s about the content of a file, but without an error number.
     if getattr(error, "errno", None) not in (None, errno.ELOOP, errno.EISDIR, errno.ENOTDIR):
         return TransientReadError(
             f"{field} must hold files that can be read, got an error{place}: {reason}",
-            f"restore the file or its file system, and {_GO_ON}",
+            f"restore the file or its file system, and {_RESUME}",
         )
     return ValueError(
         f"{field} must hold readable files, got an error{place}: {reason}: replace or remove the "
-        f"file; where a run has begun, replace it, and {_GO_ON}, with checkpoint.accept_changes = "
-        '["training.dataset_path"]'
+        f"file; for a run with checkpoints, replace it, and {_RESUME}, with "
+        'checkpoint.accept_changes = ["training.dataset_path"]'
     )
 
 
 def row_location(reader: str, path: Path, number: int) -> str:
-    """Says which row is meant; rows count from 1."""
+    """The location of a row for error messages. Rows count from 1."""
     row = {"lines": f" line {number}", "parquet": f" row {number}"}.get(reader, "")
     return f" in {str(path)!r}{row}"
 
@@ -137,11 +138,11 @@ def row_location(reader: str, path: Path, number: int) -> str:
 def document_text(
     row: Row, reader: str, field: str, place: str, text_field: str = TEXT_COLUMN
 ) -> str | None:
-    """Returns the text of a row; None or "" where it has none.
+    """The text of a row. None or "" if it has none.
 
     Raises:
-        ValueError: in one line, for bytes that are not UTF-8, a line that is not a JSON object
-            with a `text`, and what is not text; it names `field` and says the `place`.
+        ValueError: in one line with `field` and `place`. The bytes are not UTF-8, the line is not a
+            JSON object with a text, or the value is not text.
     """
     if isinstance(row, str | bytes):
         check_length(len(row), field, place)
@@ -164,22 +165,21 @@ def document_text(
         )
     if reader == "lines":
         return json_text(text, field, place, text_field)
-    # As a file that is read as text has them.
+    # Python's text mode converts line ends in the same way.
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def json_text(line: str, field: str, place: str = "", text_field: str = TEXT_COLUMN) -> str | None:
-    """Returns the text of a JSON line; None where the line is blank or its text is null.
+    """The text of a JSON line. None if the line is blank or its text is null.
 
     Raises:
-        ValueError: for a line that is not a JSON object with a `text`; it names `field`, and
-            says the `place` of the line.
+        ValueError: the line is not a JSON object with a text. The message has `field` and `place`.
     """
     if not line.strip():
         return None
     try:
         text = parse_json(line)[text_field]
-        # JSON may spell half a surrogate pair, which no tokenizer takes.
+        # JSON can encode half a surrogate pair, which tokenizers reject.
         return None if text is None else text.encode("utf-8", "replace").decode()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -190,11 +190,11 @@ def json_text(line: str, field: str, place: str = "", text_field: str = TEXT_COL
 
 
 def text_field_of(field: str) -> str:
-    """The field that names the text, beside `field`, which names the corpus."""
+    """Name of the text field that belongs to `field`, the field of the corpus."""
     return field.replace("dataset_path", "text_field").replace("dataset-path", "text-field")
 
 
-# ---- each yields chunks of rows, and the bytes of the file, as it is stored, that are read so far
+# Each reader yields chunks of rows, with the number of stored bytes read so far.
 
 
 def _read_document(path: Path, field: str, text_field: str) -> Iterator[tuple[list[bytes], int]]:
@@ -213,7 +213,7 @@ def _read_lines(path: Path, field: str, text_field: str) -> Iterator[tuple[list[
             lines = stack.enter_context(gzip.open(stored))
         rows, size, number = [], 0, 0
         try:
-            # A line of any length would be read whole before it could be refused.
+            # Without a limit, a line of any length would be read into memory before the check.
             while line := lines.readline(MAX_DOCUMENT_BYTES + 1):
                 number += 1
                 check_length(len(line), field, row_location("lines", path, number))
@@ -223,18 +223,18 @@ def _read_lines(path: Path, field: str, text_field: str) -> Iterator[tuple[list[
                     yield rows, stored.tell()
                     rows, size = [], 0
         except (*READ_ERRORS, ValueError):
-            # The rows before the one that breaks off are counted.
+            # Yield the rows before the broken one, so that they are counted.
             yield rows, stored.tell()
             raise
         yield rows, stored.tell()
 
 
 def _read_table(path: Path, field: str, text_field: str) -> Iterator[tuple[list[Row], int]]:
-    """The bytes read are an estimate."""
+    """The number of bytes read is an estimate."""
     import pyarrow
     import pyarrow.parquet
 
-    # Opened here, so that its errors of reading are those of Python, with their numbers.
+    # Opened by Python, so that read errors have error numbers.
     with open(path, "rb") as stored:
         size, done = os.fstat(stored.fileno()).st_size, 0
         try:
@@ -254,7 +254,7 @@ def _read_table(path: Path, field: str, text_field: str) -> Iterator[tuple[list[
 
 
 def _values(column) -> list[Row]:
-    """Returns the values of an Arrow array; as bytes, where there are some that are not UTF-8."""
+    """The values of an Arrow array. Values that are not UTF-8 are bytes."""
     import pyarrow
 
     try:

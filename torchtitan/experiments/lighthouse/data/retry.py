@@ -1,14 +1,14 @@
-"""Faults of the data while a run reads it: tried again where that can help, and told in one line.
+"""Retry transient read errors of data. Every final error is one line.
 
     while True:
-        for value, cursor in read(cursor):      # from the last cursor on
+        for value, cursor in read(cursor):      # resumes from the last cursor
             yield value
-        unless it broke off: return
-        wait 1, 2, 4, 8 s; the fifth time in a row: stop
+        if there was no error: return
+        wait 1, 2, 4, 8 s; stop at the fifth error in a row
 
-A reader raises `TransientReadError` where trying again can help: an error of the operating system,
-a lost connection. What a file holds does not get better, and is a `ValueError` at once. Since a
-cursor stands behind the value it came with, nothing is read twice and nothing is left out.
+A reader raises `TransientReadError` if a retry may help, as for an error of the operating system or
+a lost connection. Wrong content of a file is a `ValueError` without a retry. A cursor marks the
+position after its value, so nothing is read twice or left out.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,15 +18,14 @@ from typing import TypeVar
 from torchtitan.tools.logging import logger
 
 DELAYS = (1, 2, 4, 8)
-"""Seconds before each further attempt. Together well below the time that ranks wait for each other
-before they give up."""
+"""Seconds before each further attempt. Their sum is well below the timeout of collectives."""
 
 Value = TypeVar("Value")
 Cursor = TypeVar("Cursor")
 
 
 class TransientReadError(Exception):
-    """Reading broke off and can be tried again. `str()` has the field, the rule and the place."""
+    """A read error that may be retried. `str()` has the field, the rule and the place."""
 
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -36,10 +35,10 @@ class TransientReadError(Exception):
 def retrying(
     read: Callable[[Cursor], Iterator[tuple[Value, Cursor]]], cursor: Cursor
 ) -> Iterator[tuple[Value, Cursor]]:
-    """Yields what `read(cursor)` does: values, each with the cursor behind it.
+    """Yield the values of `read(cursor)`, each with the cursor after it, with retries.
 
     Raises:
-        ValueError: in one line, after five `TransientReadError`s without a value in between.
+        ValueError: in one line, after five `TransientReadError`s in a row.
     """
     failures, behind = 0, cursor
     while True:
@@ -60,8 +59,10 @@ def retrying(
 
 
 def in_one_line(open_batches: Callable[[], Iterator]) -> Iterator:
-    """Yields the batches of a dataloader; the error of a worker keeps its line, and no traceback
-    around it. A worker may fail when it is started, at a position that it cannot go on from."""
+    """Yield the batches of a data loader. Strip the traceback from the error of a worker.
+
+    `open_batches` starts the workers. A worker fails there if it cannot resume from its position.
+    """
     try:
         yield from open_batches()
     except ValueError as error:

@@ -1,9 +1,8 @@
-"""Whether the files of a corpus are still those that a data position was saved with.
+"""Check that the files of a corpus have not changed since a data position was saved.
 
-    print of a file     4 bytes: CRC-32 of its size and of samples of its content, or of its text
-
-The samples are the whole of a file of up to 192 KiB, and the first, middle and last 64 KiB of a
-longer one: a compressed file or a table that differs anywhere differs there.
+A print is the 4-byte fingerprint of a file. It is the CRC-32 of the file's size and of samples of
+its content, or of its text. A file of up to 192 KiB is one sample. A longer file has three: the
+first, middle and last 64 KiB. Any change of a compressed file or table changes these samples.
 """
 
 import zlib
@@ -15,7 +14,7 @@ from torchtitan.experiments.lighthouse.data.retry import retrying
 from torchtitan.tools.logging import logger
 
 ACCEPT_FILES = "training.dataset_path"
-"""Accepts changed files, in `checkpoint.accept_changes`."""
+"""Value of `checkpoint.accept_changes` that accepts changed files."""
 
 SAMPLE_BYTES = 2**16
 
@@ -23,10 +22,10 @@ _PRINT = np.dtype("<u4")
 
 
 def file_prints(files: list[SourceFile]) -> bytes:
-    """The prints of the files, one after the other.
+    """The concatenated prints of the files.
 
     Raises:
-        ValueError: where one cannot be read, or not in five attempts.
+        ValueError: a file cannot be read, or could not be read in five attempts.
     """
 
     def read(start: int) -> Iterator[tuple[int, int]]:
@@ -57,14 +56,16 @@ def _print(file: SourceFile) -> int:
 def check_prints(
     files: list[SourceFile], now: bytes, was: bytes, accepts_changes: bool | None
 ) -> None:
-    """Compare the prints of files with those that a data position was saved with.
+    """Compare the present prints of files with those saved with a data position.
 
     Args:
-        was: empty where none were saved.
-        accepts_changes: whether a warning is enough; None where a change cannot be accepted.
+        now: present prints.
+        was: saved prints. Empty if none were saved.
+        accepts_changes: whether a change only logs a warning. None if the configuration cannot
+            accept a change.
 
     Raises:
-        ValueError: the first file that differs.
+        ValueError: a file differs. The message names the first one.
     """
     if not was or was == now:
         return
@@ -79,13 +80,13 @@ def check_prints(
     field = files[0].field
     if accepts_changes:
         logger.warning(
-            f"{field} does not hold the files of the checkpoint's data position: {what}; what is "
-            "ahead of it is read as it is now"
+            f"{field} does not hold the files of the checkpoint's data position: {what}; the rest "
+            "of the data is read from the present files"
         )
         return
     accept = f', accept the change with checkpoint.accept_changes = ["{ACCEPT_FILES}"]'
     raise ValueError(
         f"{field} must hold the files of the checkpoint's data position, got {what}; restore them"
-        f"{'' if accepts_changes is None else accept}, or begin the data anew with "
+        f"{'' if accepts_changes is None else accept}, or restart the data with "
         'checkpoint.exclude_from_loading = ["dataloader"]'
     )

@@ -1,4 +1,4 @@
-"""Prepares a corpus: tokenizes it once and writes the shards that `tokenized.py` reads.
+"""Tokenize a corpus and write the shards that `tokenized.py` reads.
 
     for rows in the files of the corpus, in order:       # this process; `_Rows`
         tokens = encode(text of each document)           # worker processes; with BOS and EOS
@@ -6,10 +6,10 @@
         when the shard has shard_size tokens:
             rename it from its partial name, and enter it in the partial manifest
 
-The manifest gets its final name last. Everything that is written follows from the sources, the
-tokenizer and `shard_size`, not from the number of workers; an entry says where in the sources its
-successor begins, so a preparation that was killed goes on from the last shard that is whole, and
-ends with the same bytes as one that was not.
+The manifest gets its final name last. The output depends on the sources, the tokenizer and
+`shard_size`, but not on the number of workers. The entry of a shard records where the next shard
+starts in the sources. A killed preparation therefore resumes from the last whole shard, and its
+final output has the same bytes as without the kill.
 """
 
 import contextlib
@@ -67,33 +67,33 @@ from torchtitan.experiments.lighthouse.runtime.run_lock import FILE_NAME as LOCK
 from torchtitan.experiments.lighthouse.runtime.run_lock import FolderLock
 
 SOURCES = [name for name, corpus in DATASETS.items() if corpus.reader not in ("hub", "tokenized")]
-"""Datasets that can be prepared: those whose files are here."""
+"""Datasets that can be prepared. Their files are on this machine."""
 
 SHARD_SIZE = 100_000_000
-"""Tokens: 200 MB of a small vocabulary, 400 MB of a large one."""
+"""Tokens per shard. 200 MB for a small vocabulary, 400 MB for a large one."""
 
 _FIELD = "--dataset-path"
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Consecutive rows of a source: lines, texts of a table, or the one row that a text file is."""
+    """Consecutive rows of a source: lines, texts of a table, or a whole text file as one row."""
 
     path: Path
     file: int
-    """Place of the source in the list."""
+    """Index of the source."""
 
     first: int
     """Number of the first row in its file, from 0."""
 
     rows: list[Row]
     read: int
-    """Bytes of the file, as it is stored, that are read so far; an estimate for tables."""
+    """Stored bytes of the file that were read so far. An estimate for tables."""
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """How rows become tokens."""
+    """The settings that turn rows into tokens."""
 
     reader: str
     split: str
@@ -114,23 +114,23 @@ def prepare(
     workers: int = 1,
     text_field: str = TEXT_COLUMN,
 ) -> Manifest:
-    """Prepares a split of a corpus into `out`, goes on with one that was begun, or finds it done.
+    """Prepare a split of a corpus in `out`, or resume its preparation. A finished split is kept.
 
-    It shows its progress on a terminal, and prints a line for each shard elsewhere.
+    Shows a progress bar on a terminal. Otherwise prints a line for each shard.
 
     Args:
         dataset: one of `SOURCES`.
-        dataset_path: its folder or file, where it needs one.
+        dataset_path: folder or file of the dataset, if it needs one.
         tokenizer_path: folder of the tokenizer.
         split: "train" or "validation".
-        shard_size: tokens after which a shard ends with the document it is in.
-        workers: processes that tokenize; 1: this one.
+        shard_size: a shard ends after the document that reaches this number of tokens.
+        workers: number of processes that tokenize. 1: this process.
         text_field: the key of JSON lines, or the column of tables, that holds the text.
 
     Raises:
-        ValueError: in one line, for arguments that cannot be, files that cannot be read or hold no
-            text (with file and line), a split without text, an `out` of other data, and one that
-            cannot be written.
+        ValueError: in one line. An argument is illegal. A file cannot be read or holds no text
+            (with file and line). The split has no text. `out` holds other data or cannot be
+            written.
     """
     files = source_files(dataset, dataset_path, split)
     check_text_field(dataset, text_field, "--text-field")
@@ -140,7 +140,7 @@ def prepare(
     folder = Path(out).expanduser() / split
     manifest = Manifest(
         format=FORMAT,
-        # Another field makes another corpus of the same files.
+        # The same files with another text field are another corpus.
         dataset=dataset if text_field == TEXT_COLUMN else f"{dataset}:{text_field}",
         split=split,
         tokenizer_sha256=tokenizer_digest(tokenizer_path),
@@ -150,7 +150,7 @@ def prepare(
         sources={_name(file, root): _size(file) for file in files},
         shards=[],
     )
-    # What speaks against it is said before anything is written.
+    # Raises an error for a folder of other data before anything is written.
     resume_manifest(out, manifest)
     corpus = DATASETS[dataset]
     encoding = _Encoding(
@@ -195,7 +195,7 @@ def _prepare_locked(
             f"{len(files)} files in {os.path.commonpath(files)!r}: add documents, or leave this "
             "split out with --split"
         )
-    # A shard that is shorter than the others is the last: it is entered with the end.
+    # A shard below `shard_size` is the last one. Only the final manifest lists it.
     with _writing(out):
         write_json(folder / MANIFEST, dataclasses.asdict(manifest))
         (folder / PARTIAL_MANIFEST).unlink()
@@ -203,7 +203,7 @@ def _prepare_locked(
 
 
 def _remove_empty(folder: Path) -> None:
-    """Leave nothing of a new split of which no shard was finished."""
+    """Remove the folder of a new split without finished shards."""
     if any(folder.glob("*.bin")):
         return
     with contextlib.suppress(OSError):
@@ -216,15 +216,15 @@ def _remove_empty(folder: Path) -> None:
 
 
 def source_files(dataset: str, dataset_path: str | None, split: str) -> list[Path]:
-    """Lists the files of a split, in the order in which they are read.
+    """List the files of a split in reading order.
 
     Raises:
-        ValueError: for a dataset that cannot be prepared, a path that is missing, superfluous or
-            does not exist, and one without files of the split.
+        ValueError: the dataset cannot be prepared. The path is missing, superfluous or does not
+            exist, or has no files of the split.
     """
     if dataset not in SOURCES:
         raise ValueError(
-            f"--dataset must be one of {', '.join(SOURCES)}, whose files are here, got "
+            f"--dataset must be one of {', '.join(SOURCES)}, whose files are on this machine, got "
             f"{dataset!r}: choose one of these"
         )
     needs_path = DATASETS[dataset].needs_path
@@ -249,9 +249,6 @@ def source_files(dataset: str, dataset_path: str | None, split: str) -> list[Pat
     return files
 
 
-# ---- what is there
-
-
 def _check_arguments(
     dataset: str, dataset_path: str | None, out: str | Path, shard_size: int, workers: int
 ) -> None:
@@ -264,7 +261,7 @@ def _check_arguments(
             "as it has cores"
         )
     check_output_folder("--output", Path(out).expanduser())
-    # Unlike Path.resolve, it takes a loop of symbolic links.
+    # Unlike Path.resolve, realpath accepts a loop of symbolic links.
     root = os.path.realpath(corpus_root(dataset, dataset_path))
     if Path(os.path.realpath(Path(out).expanduser())).is_relative_to(root):
         raise ValueError(
@@ -293,7 +290,7 @@ def _unreadable(where: str, error: Exception) -> ValueError:
 
 
 def _vocabulary(tokenizer_path: str) -> tuple[int, int]:
-    """Returns the largest id and the number of tokens."""
+    """The largest token id and the number of tokens."""
     tokenizer = open_tokenizer("--tokenizer", tokenizer_path).tokenizer
     return max(tokenizer.get_vocab().values()), tokenizer.get_vocab_size()
 
@@ -303,14 +300,11 @@ def _tokenizer(path: str) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(path)
 
 
-# ---- from files to tokens
-
-
 def _read_rows(files: list[Path], encoding: _Encoding, start: list[int]) -> Iterator[_Rows]:
-    """Yields the rows of the files from `start` on: a file and a row in it.
+    """Yield the rows of the files from `start`, the index of a file and a row in it.
 
     Raises:
-        ValueError: for a file that cannot be read to its end.
+        ValueError: a file cannot be read to its end.
     """
     reader = READERS[encoding.reader]
     for file in range(start[0], len(files)):
@@ -328,7 +322,7 @@ def _read_rows(files: list[Path], encoding: _Encoding, start: list[int]) -> Iter
 
 
 def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
-    """Returns the tokens of the documents among the rows, and how many of them each row has."""
+    """The tokens of the documents in `rows`, and the number of tokens of each row."""
     tokenizer = _tokenizer(encoding.tokenizer_path)
     tokens, counts = [], []
     for number, row in enumerate(rows.rows, rows.first + 1):
@@ -348,7 +342,7 @@ def _encode(rows: _Rows, encoding: _Encoding) -> tuple[np.ndarray, list[int]]:
 def _encoded(
     chunks: Iterable[_Rows], encoding: _Encoding, workers: int
 ) -> Iterator[tuple[_Rows, np.ndarray, list[int]]]:
-    """Yields the rows in order, with their tokens."""
+    """Yield the rows in order, with their tokens."""
     if workers == 1:
         for rows in chunks:
             yield rows, *_encode(rows, encoding)
@@ -358,7 +352,7 @@ def _encoded(
         try:
             for rows in chunks:
                 pending.append((rows, pool.submit(_encode, rows, encoding)))
-                # Enough ahead that no worker waits, and no more than fits in memory.
+                # Read far enough ahead that no worker waits, but bound the memory.
                 if len(pending) > 2 * workers:
                     rows, result = pending.popleft()
                     yield rows, *result.result()
@@ -366,7 +360,7 @@ def _encoded(
                 yield rows, *result.result()
         except BrokenProcessPool as error:
             raise ValueError(
-                f"--workers must be as many as there is memory for, got {workers}, of which one "
+                f"--workers must be as many as fit in memory, got {workers}, of which one "
                 "was killed: start the same command again with fewer"
             ) from error
         finally:
@@ -374,28 +368,25 @@ def _encoded(
 
 
 def _live_as_long_as_the_parent() -> None:
-    """Keeps a worker from outliving this process, however that ends, and from ending before it."""
+    """End a worker when its parent process ends, for whatever reason, but not on Ctrl-C."""
 
     def end() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end, daemon=True).start()
-    # An interrupt is for the parent, which then ends its workers.
+    # The parent handles the interrupt and then ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# ---- from tokens to files
 
 
 def _write_shards(
     out: str | Path, manifest: Manifest, files: list[Path], encoding: _Encoding, workers: int
 ) -> Iterator[Shard]:
-    """Writes the shards that follow those of the manifest, and yields each once it is whole."""
+    """Write the shards after those of the manifest, and yield each finished one."""
     folder = Path(out).expanduser() / manifest.split
     start = manifest.shards[-1].next if manifest.shards else [0, 0]
     numbers = itertools.count(len(manifest.shards))
-    # Bytes in the files before each, and in all.
+    # Total bytes of the files before each file, and of all files.
     before = [0, *itertools.accumulate(manifest.sources.values())]
     read, shard = before[start[0]], None
 
@@ -440,6 +431,6 @@ def _writing(out: str | Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(
             f"--output must be a folder that can be written and has room, got {str(out)!r}: "
-            f"{error}: make room and start the same command again, which goes on from the last "
+            f"{error}: make room and start the same command again, which resumes from the last "
             "whole shard"
         ) from error

@@ -1,20 +1,20 @@
-"""Tokenized data: a corpus tokenized once, read in windows of any number of ranks, in any order.
+"""Read tokenized data in random order on any number of ranks.
 
-    <dataset_path>/<split>/manifest.json   what was tokenized, by what, and the shards (`Manifest`)
-    <dataset_path>/<split>/00000.bin, ...  token ids, little-endian, of whole documents
+    <dataset_path>/<split>/manifest.json   sources, tokenizer and shards (`Manifest`)
+    <dataset_path>/<split>/00000.bin, ...  little-endian token ids of whole documents
 
-`tokenize.py` writes it. The shards, one after the other, are the T tokens of the corpus; epochs
-follow each other in one endless stream of tokens, and window k is the tokens k*S to k*S + S of it,
-S inputs and the S labels one further. Every token but the very first is thus a label exactly once
-an epoch, as in `data.py`, and what is left of an epoch opens a window with the next one.
+`tokenize.py` writes these files. The shards in order are the T tokens of the corpus. The epochs
+form one endless stream of tokens. Window k is the tokens k*S to k*S + S of the stream, S inputs and
+S labels shifted by one. Every token except the very first is a label exactly once per epoch, as in
+`packing.py`. The rest of an epoch shares a window with the start of the next one.
 
-    epoch e    the windows that begin in it: those with e*T <= k*S < (e+1)*T
-    order      within an epoch a random permutation of its windows
-    rank r     of W takes the places r, r + W, r + 2W, ... of that order
+    epoch e    the windows that begin in it: e*T <= k*S < (e+1)*T
+    order      a random permutation of the windows of each epoch
+    rank r     of W takes the places r, r + W, r + 2W, ... of the order
 
-so that the W ranks together read the order as it is, whatever W: a global batch is the same, and
-the number of windows that all ranks have read together is the whole position. Finding the window
-of a place takes the same time everywhere in the stream.
+The W ranks together read the order from start to end. A global batch is therefore the same for any
+W, and the number of windows read by all ranks is the whole position. Finding the window at a place
+takes constant time.
 """
 
 import bisect
@@ -40,22 +40,22 @@ from torchtitan.experiments.lighthouse.data.readers import read_error, stat_file
 from torchtitan.experiments.lighthouse.data.retry import in_one_line, retrying
 from torchtitan.experiments.lighthouse.data.source_changes import check_prints, file_prints
 
-# More than the four that make a random permutation of a large domain: small ones need them.
+# Four rounds suffice for a random permutation of a large domain. Small domains need more.
 _FEISTEL_ROUNDS = 8
 
 
 def check_tokenized(path: str, section: str, tokenizer_path: str, vocab_size: int) -> None:
-    """Checks a prepared split without reading a token: its manifest, and the sizes of its shards.
+    """Check the manifest and the sizes of the shards of a prepared split. No token is read.
 
     Args:
         path: `<section>.dataset_path`.
         section: "training" or "validation".
         tokenizer_path: `model.hf_assets_path`.
-        vocab_size: token ids that the model knows.
+        vocab_size: vocabulary size of the model.
 
     Raises:
-        ValueError: in one line, what `read_manifest` raises, for another tokenizer than the run's,
-            for ids beyond the vocabulary, and for a shard that is missing or of another size.
+        ValueError: in one line. `read_manifest` fails, the tokenizer is not that of the run, an id
+            exceeds the vocabulary, or a shard is missing or has another size.
     """
     field = f"{section}.dataset_path"
     split = next(split for split, its_section in SECTIONS.items() if its_section == section)
@@ -64,7 +64,7 @@ def check_tokenized(path: str, section: str, tokenizer_path: str, vocab_size: in
         raise ValueError(
             f"{field} must be prepared with the tokenizer of model.hf_assets_path, "
             f"{tokenizer_path!r}, got {path!r}, prepared with another one of "
-            f"{manifest.vocab_size} tokens: name that tokenizer, or prepare the corpus anew"
+            f"{manifest.vocab_size} tokens: name that tokenizer, or prepare the corpus again"
         )
     max_id = max(shard.max_id for shard in manifest.shards)
     if max_id >= vocab_size:
@@ -80,23 +80,23 @@ def check_tokenized(path: str, section: str, tokenizer_path: str, vocab_size: in
             raise ValueError(
                 f"{field} must hold every shard whole, got {found} for the "
                 f"{shard.tokens * manifest.itemsize} bytes of {str(file)!r}: restore the file, or "
-                "start the same lighthouse prepare again, which makes it anew"
+                "start the same lighthouse prepare again, which writes it again"
             )
 
 
 def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
-    """Returns what a random permutation of range(count), given by seed and epoch, has at `index`.
+    """Element `index` of a random permutation of range(count), given by seed and epoch.
 
-    A Feistel network permutes the numbers of twice `half` bits, at most four times `count`; a
-    result beyond the range goes through it again until it is within (cycle walking). Unlike a list
-    of shuffled indices, which a resume would have to draw anew, it takes no time and no memory
-    that grows with the corpus: a trillion tokens are some 10**8 windows.
+    A Feistel network permutes the numbers of 2 * `half` bits, at most 4 * `count` numbers. A result
+    outside the range goes through the network again (cycle walking). Time and memory do not grow
+    with the corpus. A shuffled list would need both again at each resume, for 10**8 windows of a
+    trillion tokens.
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     while True:
         left, right = index >> half, index & (1 << half) - 1
         for turn in range(_FEISTEL_ROUNDS):
-            # The same on every machine and with every version.
+            # This digest is the same on every machine and in every version.
             digest = hashlib.blake2b(f"{seed} {epoch} {turn} {right}".encode(), digest_size=8)
             mixed = int.from_bytes(digest.digest(), "little") & (1 << half) - 1
             left, right = right, left ^ mixed
@@ -108,22 +108,20 @@ def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
 class TokenizedDataset(Dataset, Stateful):
     """The windows of a prepared split, by their place in the global order.
 
-    `dataset[place]` is `({"input": [seq_len]}, labels [seq_len])`, both int64, for any place from
-    0: the order is endless.
+    `dataset[place]` is `({"input": [seq_len]}, labels [seq_len])`, both int64. Places start at 0.
 
     Args:
         path: `dataset_path`.
         seq_len: tokens per window.
         split: "train" or "validation".
-        seed: of the order.
-        infinite: if not, the order ends after one epoch, of the windows that lie within the corpus;
-            the tokens that do not fill one are left out.
-        accepts_changes: whether a data position may be one of shards that have changed since.
+        seed: seed of the order.
+        infinite: whether the order is endless. If not, it has one epoch, without the last tokens
+            that do not fill a window.
+        accepts_changes: whether a loaded position may belong to shards that have changed since.
 
     Raises:
-        ValueError: what `read_manifest` raises; a shard that is missing; where not `infinite`, an
-            epoch without one window. While windows are read, a shard that cannot be read or has
-            changed.
+        ValueError: `read_manifest` fails, a shard is missing, or an epoch has not a single window
+            if not `infinite`. While reading: a shard cannot be read or has changed.
     """
 
     def __init__(
@@ -144,14 +142,14 @@ class TokenizedDataset(Dataset, Stateful):
         shards = [self._folder / shard.file for shard in self._manifest.shards]
         self._files = stat_files(shards, "shard", field)
         self._ends = list(itertools.accumulate(shard.tokens for shard in self._manifest.shards))
-        # No position is saved of held-out windows.
+        # Checkpoints hold no position in held-out windows.
         self._prints = file_prints(self._files) if split == "train" else b""
         self.seq_len, self.seed = seq_len, seed
         self.consumed = 0
-        """Windows that all ranks together have taken; their loader counts."""
+        """Number of windows that all ranks have taken. The data loader counts them."""
 
         self.num_places = None if infinite else (self._ends[-1] - 1) // seq_len
-        """Places in the order; None: without an end."""
+        """Number of places in the order. None if it is endless."""
 
         if self.num_places == 0:
             raise ValueError(
@@ -165,13 +163,13 @@ class TokenizedDataset(Dataset, Stateful):
         return {"input": window[:-1]}, window[1:]
 
     def position(self) -> dict[str, int]:
-        """Returns the epoch (from 0) and the windows that all ranks together have taken."""
+        """The epoch (from 0) and the number of windows that all ranks have taken."""
         return {"epoch": self._epoch(self.consumed), "windows": self.consumed}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position, the same on every rank, and what it belongs to."""
+        """The position, equal on every rank, and the data that it belongs to."""
         return {
-            # One string: a checkpoint with a further key could not be loaded from an older one.
+            # One string for both digests. With another key, older checkpoints could not be loaded.
             "corpus": f"{self._manifest.digest}:{self._prints.hex()}",
             "seq_len": self.seq_len,
             "seed": self.seed,
@@ -179,23 +177,24 @@ class TokenizedDataset(Dataset, Stateful):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Moves to a position that `state_dict` returned on any rank of any number, and its seed.
+        """Set the position and seed from a `state_dict` of any rank, of any number of ranks.
 
         Raises:
-            ValueError: where the position belongs to other tokens or to other windows.
+            ValueError: the position belongs to other tokens or to other windows.
         """
-        anew = 'start anew with checkpoint.exclude_from_loading = ["dataloader"]'
+        remedy = 'restart the data with checkpoint.exclude_from_loading = ["dataloader"]'
         digest, _, prints = state_dict["corpus"].partition(":")
         if digest != self._manifest.digest:
             raise ValueError(
                 f"{self._section}.dataset_path must hold the tokens of the checkpoint's data "
-                f"position, got other ones in {str(self._folder)!r}: restore the folder, or {anew}"
+                f"position, got other ones in {str(self._folder)!r}: restore the folder, or "
+                f"{remedy}"
             )
         if state_dict["seq_len"] != self.seq_len:
             raise ValueError(
                 f"{self._section}.seq_len must be {state_dict['seq_len']}, the length of the "
                 "windows that the checkpoint's data position counts, got "
-                f"{self.seq_len}: set it to that, or {anew}"
+                f"{self.seq_len}: set it to that, or {remedy}"
             )
         check_prints(self._files, self._prints, bytes.fromhex(prints), self._accepts_changes)
         self.seed, self.consumed = state_dict["seed"], state_dict["windows"]
@@ -204,16 +203,16 @@ class TokenizedDataset(Dataset, Stateful):
         return place * self.seq_len // self._ends[-1]
 
     def _window(self, place: int) -> int:
-        """Returns the number of the window at a place of the order."""
+        """The number of the window at a place of the order."""
         if self.num_places is not None:
             return shuffled(place, self.num_places, self.seed, 0)
         epoch = self._epoch(place)
-        # The first windows that begin in this epoch and in the next.
+        # The first window that begins in this epoch, and the first one of the next epoch.
         first, last = (-(-e * self._ends[-1] // self.seq_len) for e in (epoch, epoch + 1))
         return first + shuffled(place - first, last - first, self.seed, epoch)
 
     def _read(self, begin: int, count: int) -> np.ndarray:
-        """Returns `count` tokens [count] of the endless stream, int64."""
+        """Tokens [count] of the endless stream, int64, from position `begin`."""
         tokens = np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
@@ -225,9 +224,11 @@ class TokenizedDataset(Dataset, Stateful):
         return tokens
 
     def _tokens(self, number: int, from_end: int, length: int) -> np.ndarray:
-        """Returns `length` tokens of a shard. It is opened for as long as they are read: a corpus
-        can have more shards than a process may hold open. It is not mapped to memory, where an
-        error of reading would end the process without a word."""
+        """Read `length` tokens of a shard.
+
+        The file is opened for each read, because a corpus may have more shards than a process can
+        open. It is not memory-mapped, because a read error would then kill the process.
+        """
         file, itemsize = self._files[number], self._manifest.itemsize
         offset = (self._manifest.shards[number].tokens - from_end) * itemsize
 
@@ -246,14 +247,14 @@ class TokenizedDataset(Dataset, Stateful):
             raise ValueError(
                 f"{file.field} must hold every shard whole, got {file.size} bytes for the "
                 f"{self._manifest.shards[number].tokens * itemsize} of {str(file.path)!r}: restore "
-                "the file, or start the same lighthouse prepare again, which makes it anew"
+                "the file, or start the same lighthouse prepare again, which writes it again"
             )
         tokens = np.frombuffer(content, self._manifest.dtype)
         if tokens.max() > self._manifest.shards[number].max_id:
             raise ValueError(
                 f"{file.field} must hold token ids up to {self._manifest.shards[number].max_id}, "
                 f"got {tokens.max()} in {str(file.path)!r}: compare the shards with "
-                "lighthouse prepare --verify, and prepare those that differ anew"
+                "lighthouse prepare --verify, and prepare those that differ again"
             )
         return tokens
 
@@ -261,10 +262,10 @@ class TokenizedDataset(Dataset, Stateful):
 class TokenizedDataloader(ParallelAwareDataloader):
     """One rank's batches of a prepared split, `({"input": [B, S]}, labels [B, S])`.
 
-    Where the order has an end, all ranks stop after equally many windows. Its state is the
-    dataset's alone. It names no rank, and any number of ranks can go on from it; what workers have
-    read ahead is not counted, so that any number of workers can, too. `iter()` starts at the
-    beginning, or, the first time after `load_state_dict`, at the position loaded.
+    If the order has an end, all ranks stop after equally many windows. The state is that of the
+    dataset. It does not depend on the rank or on windows that workers have prefetched, so a run can
+    resume with any number of ranks and workers. `iter()` starts at the beginning. The first one
+    after `load_state_dict` starts at the loaded position.
     """
 
     def __init__(
@@ -296,7 +297,7 @@ class TokenizedDataloader(ParallelAwareDataloader):
         return self.dataset.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # As in torchtitan: nothing to load is no mistake.
+        # As in torchtitan, an empty state is not an error.
         if state_dict:
             self.dataset.load_state_dict(state_dict)
             self._resumed = True
@@ -304,7 +305,7 @@ class TokenizedDataloader(ParallelAwareDataloader):
 
 @dataclass(frozen=True)
 class _RankPlaces:
-    """A sampler: the places of a rank, from what all ranks have taken on."""
+    """A sampler of a rank's places, after the windows that all ranks have taken."""
 
     dataset: TokenizedDataset
     dp_rank: int

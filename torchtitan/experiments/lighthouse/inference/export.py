@@ -1,11 +1,11 @@
-"""Write a checkpoint as a folder that transformers loads as a Llama, and check that it does.
+"""Export a checkpoint to a folder that transformers loads as a Llama, and check the export.
 
     lighthouse export outputs/debug/checkpoint/step-40 --output exported
     lighthouse export outputs/debug/checkpoint/step-40 --output exported --dtype bfloat16
 
-The checkpoint may be of either stage; what is written is the dense model. The check loads the
-folder with transformers and compares its logits on real text with ours; a difference that rounding
-does not explain ends the script with exit code 1.
+The checkpoint may be of either stage. The exported model is dense. The check loads the folder with
+transformers and compares its logits on real text with ours. The exit code is 1 if the difference is
+larger than rounding explains.
 """
 
 import argparse
@@ -26,15 +26,15 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="the folder .../checkpoint/step-N")
-    # Where it was once named without the option.
+    # Earlier versions took the output folder as a positional argument.
     add("out", metavar="OUTPUT", nargs="?", help=argparse.SUPPRESS)
     add("--output", help="a new folder")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the weights")
     add("--no-verify", action="store_true", help="do not compare with transformers")
     add_arguments(parser)
     options = parser.parse_args()
     if (options.output is None) == (options.out is None):
-        parser.error("--output FOLDER must be given, once")
+        parser.error("--output FOLDER must be given exactly once")
     out = Path(options.output or options.out)
     with exit_on_value_error():
         check_output_folder("--output", out)
@@ -56,10 +56,10 @@ def main() -> None:
 
 
 def verify(trained, out: Path) -> None:
-    """Print how both models differ; exit code 1 if they do."""
+    """Print how both models differ. Exit with code 1 if they do."""
     from transformers.utils import logging
 
-    # A model trained on fewer tokens than RoPE scales by is said to be wrong; it is not.
+    # transformers warns falsely about a model trained on fewer tokens than its RoPE scaling covers.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     result = check_export(trained, out)

@@ -1,16 +1,16 @@
-"""Text from a trained model, by the dense attention that training ends with.
+"""Generate text with a trained model, with dense attention.
 
     lighthouse generate outputs/debug/checkpoint/step-60 --prompt "def read_lines(path):"
 
-MODEL is a checkpoint, .../checkpoint/step-N of either stage, or a folder in the format of Hugging
-Face. The text ends after --num-tokens tokens, or before the token that ends a document.
+MODEL is a checkpoint, .../checkpoint/step-N of either stage, or a folder in Hugging Face's format.
+The text ends after --num-tokens tokens, or before the end-of-document token.
 
-    hidden = hidden_states(model, prompt)          # once, by fused causal attention
+    hidden = hidden_states(model, prompt)          # once, with fused causal attention
     repeat:
         token = sample(head(hidden of the last position))
-        hidden = hidden_states(model, token)       # one query against the keys and values so far
+        hidden = hidden_states(model, token)       # one query against the cached keys and values
 
-Attention never holds S * S logits, and the head is applied to one position alone.
+Attention never stores S * S logits. The head is applied to the last position only.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def main() -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="checkpoint or exported folder")
     add("--prompt", required=True, help="the text to continue")
-    add("--num-tokens", type=int, default=200, help="at most; default: 200")
-    add("--temperature", type=float, default=0.7, help="0: the likeliest token; default: 0.7")
+    add("--num-tokens", type=int, default=200, help="maximum number of new tokens; default: 200")
+    add("--temperature", type=float, default=0.7, help="0 is greedy decoding; default: 0.7")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def continued(options: argparse.Namespace) -> str:
-    """The prompt and its continuation. Raises ValueError for options that cannot be met."""
+    """The prompt and its continuation. Raises ValueError for illegal options."""
     check_device(options.device)
     if options.num_tokens < 1:
         raise ValueError(
@@ -99,11 +99,12 @@ def generate(
     """Continue `prompt` by `num_tokens` tokens.
 
     Args:
-        temperature: of the softmax that a token is drawn from; 0 takes the likeliest one.
-        seed: of the draws.
+        temperature: temperature of the softmax that a token is sampled from. 0 takes the likeliest
+            token.
+        seed: seed of the sampling.
 
     Raises:
-        ValueError: no prompt, or more tokens than the model has positions for.
+        ValueError: the prompt is empty, or there are more tokens than `max_seq_len`.
     """
     max_seq_len = model.model_args.max_seq_len
     if not prompt or len(prompt) + num_tokens > max_seq_len:
@@ -129,10 +130,10 @@ def generate(
 
 
 def next_token_logits(model: Transformer, tokens: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Logits of the token after the last one.
+    """Logits of the next token.
 
     Args:
-        tokens: [B, S] int64, at the positions from `start` on.
+        tokens: [B, S] int64. The first one is at position `start`.
 
     Returns:
         [B, V], in the dtype of the model.
@@ -141,10 +142,11 @@ def next_token_logits(model: Transformer, tokens: torch.Tensor, start: int = 0) 
 
 
 def hidden_states(model: Transformer, tokens: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """What the head of the model takes.
+    """Hidden states after the last norm, the input of the head.
 
     Args:
-        tokens: [B, S] int64, at the positions from `start` on; those before must be in a cache.
+        tokens: [B, S] int64. The first one is at position `start`. Earlier tokens must be in the
+            cache.
 
     Returns:
         [B, S, dim], in the dtype of the model.
@@ -158,10 +160,10 @@ def hidden_states(model: Transformer, tokens: torch.Tensor, start: int = 0) -> t
 
 @contextlib.contextmanager
 def key_value_cache(model: Transformer, max_len: int) -> Iterator[None]:
-    """Within it, every layer remembers the keys and values of one batch of sequences.
+    """Inside this context, every layer caches the keys and values of one batch of sequences.
 
     Args:
-        max_len: tokens there is room for. Memory: 2 * B * Hkv * max_len * D numbers a layer.
+        max_len: capacity in tokens. A layer caches 2 * B * Hkv * max_len * D numbers.
     """
     attentions = [block.attention for block in model.layers.values()]
     for attention in attentions:
@@ -174,7 +176,7 @@ def key_value_cache(model: Transformer, max_len: int) -> Iterator[None]:
 
 
 class _CachedAttention(nn.Module):
-    """Causal attention that is told a prompt first, and then one token at a time."""
+    """Causal attention with a cache. The first call takes the prompt, later calls one token."""
 
     def __init__(self, inner: nn.Module, max_len: int):
         super().__init__()
@@ -184,7 +186,7 @@ class _CachedAttention(nn.Module):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, enable_gqa: bool = False
     ) -> torch.Tensor:
-        """As `inner`: q [B, H, S, D], k and v [B, Hkv, S, D] to [B, H, S, D]."""
+        """The same as `inner`: q [B, H, S, D], k and v [B, Hkv, S, D] to [B, H, S, D]."""
         if self.length == 0:
             shape = (*k.shape[:2], self.max_len, k.shape[3])
             self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
@@ -193,7 +195,7 @@ class _CachedAttention(nn.Module):
         self.values[:, :, start : self.length] = v
         if start == 0:
             return self.inner(q, k, v, enable_gqa=enable_gqa)
-        # Without a mask: the one query comes after all keys.
+        # No mask is needed, because the single query comes after all keys.
         assert q.shape[2] == 1
         return F.scaled_dot_product_attention(
             q,

@@ -1,11 +1,11 @@
-"""A trained model as a folder that `transformers.LlamaForCausalLM.from_pretrained` loads.
+"""Export a trained model to a folder for `transformers.LlamaForCausalLM.from_pretrained`.
 
-    config.json, generation_config.json     what the model is (`hf_llama.py`)
-    model.safetensors                       or several files of up to 5 GB and their index
-    tokenizer.json, tokenizer_config.json   and what else belongs to the tokenizer
+    config.json, generation_config.json     description of the model (`hf_llama.py`)
+    model.safetensors                       weights, or several files of up to 5 GB and an index
+    tokenizer.json, tokenizer_config.json   the tokenizer, with its other files
 
-`check_export` loads such a folder with transformers and compares its logits with ours, both in
-fp32 on the weights as they were written, and the tokens of both tokenizers.
+`check_export` loads such a folder with transformers. It compares the logits of both models in fp32,
+with the exported weights, and the tokens of both tokenizers.
 """
 
 import argparse
@@ -32,7 +32,7 @@ NUM_TOKENS = 1024
 """Tokens that the logits are compared on."""
 
 MAX_FILE_SIZE = "5GB"
-"""Of a file of weights, in units of 1e9 bytes: what hubs and file systems take without trouble."""
+"""Maximum size of a file of weights (1 GB = 1e9 bytes). Hubs and file systems accept this size."""
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -41,7 +41,7 @@ _TOKENIZER_FILES = (
 
 
 _PAD_TOKENS = (PAD_TOKEN, "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
-"""Names of tokens that pad, in tokenizers of Llamas and of others."""
+"""Names of pad tokens in common tokenizers."""
 
 
 def export(
@@ -51,26 +51,26 @@ def export(
 
     Args:
         folder: a new or empty folder.
-        dtype: of the weights, float32 or bfloat16.
-        max_file_size: of a file of weights.
+        dtype: dtype of the weights, float32 or bfloat16.
+        max_file_size: maximum size of a file of weights.
 
     Raises:
-        ValueError: `folder` holds something, or a package is missing.
+        ValueError: `folder` is not empty, or a package is missing.
     """
     hf_llama.check_installed()
-    # Only here: it comes with `datasets`, and takes a while to import.
+    # Imported here, because it comes with `datasets` and imports slowly.
     from huggingface_hub import save_torch_state_dict
 
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
-            f"--output must be a new or an empty folder, got {str(folder)!r}, which holds "
-            "something; name another one or remove it"
+            f"--output must be a new or an empty folder, got {str(folder)!r}, which is not empty; "
+            "name another one or remove it"
         )
     if trained.stage == 1:
         logger.warning(
-            f"{trained.folder} was saved in stage 1: made dense, such a model has a clearly higher "
-            "loss; export a checkpoint of stage 2"
+            f"{trained.folder} was saved in stage 1. Its loss with dense attention is clearly "
+            "higher; export a checkpoint of stage 2"
         )
     model = trained.load(dtype=TORCH_DTYPE_MAP[dtype])
     adapter = hf_llama.Llama3Adapter(model.model_args, None)
@@ -81,7 +81,7 @@ def export(
     config = {
         "architectures": ["LlamaForCausalLM"],
         **hf_llama.to_config(model.model_args),
-        # Left out they would be 1 and 2.
+        # The defaults of transformers are 1 and 2.
         **special_ids,
         "torch_dtype": dtype,
     }
@@ -92,29 +92,30 @@ def export(
 
 
 def _write_tokenizer(trained: ModelSource, folder: Path) -> None:
-    """Copy the tokenizer, and complete what transformers needs: its class and a pad token."""
+    """Copy the tokenizer. Add its class and a pad token for transformers, if they are missing."""
     for name in _TOKENIZER_FILES:
         if (Path(trained.tokenizer_path) / name).is_file():
             shutil.copyfile(Path(trained.tokenizer_path) / name, folder / name)
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
-    # transformers would take one that goes by the kind of model, and wants other files.
+    # Without a class, transformers chooses one by the type of model, which needs other files.
     completed = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
     if completed.get("pad_token") is None:
         completed["pad_token"] = _pad_token(folder / "tokenizer.json", trained.args.vocab_size)
         if completed["pad_token"] is None:
-            # No room for a token of its own. A padded position is masked, whatever stands there.
+            # The vocabulary has no room for a pad token. Padded positions are masked, so any token
+            # will do.
             completed["pad_token"] = config.get("eos_token")
     if completed != config:
         _write(path, completed)
 
 
 def _pad_token(path: Path, vocab_size: int) -> str | None:
-    """A token that pads: one of the tokenizer's own, or one added to its file where there is room.
+    """The pad token of the tokenizer. If it has none and there is room, one is added to its file.
 
     Args:
-        path: of `tokenizer.json`.
-        vocab_size: of the model; ids must be less.
+        path: path of `tokenizer.json`.
+        vocab_size: vocabulary size of the model. Token ids must be smaller.
     """
     tokenizer = Tokenizer.from_file(str(path))
     vocab = tokenizer.get_vocab()
@@ -130,17 +131,17 @@ def _pad_token(path: Path, vocab_size: int) -> str | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a folder, as transformers loads it, differs from our model."""
+    """Differences between our model and the folder as loaded by transformers."""
 
     num_tokens: int
     logit_difference: float
-    """The largest of all tokens of the vocabulary at all positions, in fp32."""
+    """Largest difference of logits over all positions and all tokens of the vocabulary, in fp32."""
 
     logit_magnitude: float
-    """The largest logit of ours, without its sign."""
+    """Largest absolute logit of our model."""
 
     same_tokens: bool
-    """Whether both tokenizers make the same of the text."""
+    """Whether both tokenizers encode the text to the same tokens."""
 
     @property
     def is_equal(self) -> bool:
@@ -148,10 +149,10 @@ class Comparison:
 
 
 def check_export(trained: ModelSource, folder: str | Path) -> Comparison:
-    """Compare the model in `folder`, as transformers loads it, with `trained`.
+    """Load the model in `folder` with transformers and compare it with `trained`.
 
-    Both compute in fp32 with the weights rounded as they were written. The text is the source code
-    of a module of Python's standard library.
+    Both models compute in fp32 with the weights rounded to the exported dtype. The text is the
+    source code of a module of Python's standard library.
 
     Raises:
         ImportError: transformers is not installed.
@@ -159,7 +160,7 @@ def check_export(trained: ModelSource, folder: str | Path) -> Comparison:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     text = inspect.getsource(argparse)
-    # Without what a tokenizer adds in front, which is up to the caller in both.
+    # Without a beginning-of-text token. Both tokenizers leave that to the caller.
     tokens = trained.tokenizer().tokenizer.encode(text, add_special_tokens=False).ids
     their_tokens = AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
     length = min(NUM_TOKENS, trained.args.max_seq_len, len(tokens))

@@ -1,12 +1,12 @@
-"""A trained model: a checkpoint of a run, of either stage, or a folder in Hugging Face's format.
+"""Load a trained model from a checkpoint of either stage, or from a Hugging Face folder.
 
     trained = open_trained("outputs/debug/checkpoint/step-40")
     model = trained.load(device="cuda", dtype=torch.bfloat16)      # dense, ready for inference
 
-A checkpoint holds the sizes of its model, in `trained_with.json`. The configuration that the run
-keeps in its dump folder names the sequence length and the tokenizer. Without the first file the
-flavor follows from that configuration or from the shapes of the parameters. Without the second,
-the sequence length and the tokenizer must be named.
+`trained_with.json` in a checkpoint holds the sizes of the model. The configuration saved in the
+dump folder of the run names the sequence length and the tokenizer. Without `trained_with.json`, the
+flavor is taken from that configuration or from the shapes of the parameters. Without the
+configuration, the caller must name the sequence length and the tokenizer.
 """
 
 import argparse
@@ -50,7 +50,7 @@ LIGHTHOUSE_FIELDS = [
     *(f.name for f in dataclasses.fields(LighthouseConfig)),
     *("pool_rotary", "full_attn_layers"),
 ]
-"""What `given_fields` takes."""
+"""Fields that `given_fields` accepts."""
 
 
 _READ_FIELDS = {
@@ -58,26 +58,26 @@ _READ_FIELDS = {
     "training": {"seq_len": int},
     "lighthouse": {f.name: f.type for f in dataclasses.fields(Lighthouse)},
 }
-"""Fields of the configuration of a run that are read here, with their types."""
+"""Fields of a saved configuration that this module reads, with their types."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies, and what it is."""
+    """The folder and the description of a model."""
 
     folder: Path
     args: TransformerModelArgs
-    """With `max_seq_len`, the length it was trained with."""
+    """Sizes of the model. `max_seq_len` is the sequence length of training."""
 
     tokenizer_path: str
     lighthouse: Lighthouse
-    """The fields of stage 1, or their defaults where they are not known."""
+    """Fields of stage 1. Unknown fields have their defaults."""
 
     flavor: str | None = None
-    """`model.flavor` of the run; None for a folder in Hugging Face's format."""
+    """`model.flavor` of the run. None for a folder in Hugging Face's format."""
 
     stage: int | None = None
-    """The stage that the model was last trained in, 1 or 2; None where it is not known."""
+    """The last stage that the model was trained in, 1 or 2. None if unknown."""
 
     def tokenizer(self) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer(self.tokenizer_path)
@@ -88,7 +88,7 @@ class ModelSource:
         dtype: torch.dtype = torch.float32,
         max_seq_len: int | None = None,
     ) -> Transformer:
-        """The model; see `load_model`. `max_seq_len` is by default that of training."""
+        """Load the model (`load_model`). The default `max_seq_len` is that of training."""
         is_hf = self.flavor is None
         max_seq_len = max_seq_len or self.args.max_seq_len
         return load_model(self.args, self.folder, max_seq_len, device, dtype, is_hf)
@@ -102,19 +102,19 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     is_hf: bool = False,
 ) -> Transformer:
-    """The model in `folder` with dense attention by fused kernels, for inference alone.
+    """Load the model in `folder` for inference, with fused dense attention.
 
     Args:
-        args: what the model is.
-        max_seq_len: the longest sequence it will see, in tokens.
-        dtype: of parameters and activations; RoPE stays in fp32.
-        is_hf: whether the folder is in Hugging Face's format, and no checkpoint.
+        args: sizes of the model.
+        max_seq_len: the longest sequence that the model will see, in tokens.
+        dtype: dtype of parameters and activations. RoPE stays in fp32.
+        is_hf: whether the folder is in Hugging Face's format. Otherwise it is a checkpoint.
     """
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(args, max_seq_len=max_seq_len))
     model.to_empty(device="cpu")
     with warnings.catch_warnings():
-        # It is a single process indeed.
+        # The warning is expected with a single process.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         if is_hf:
             hf_llama.load_weights(model, folder)
@@ -123,7 +123,7 @@ def load_model(
             dcp.load(state_dict, checkpoint_id=folder, no_dist=True)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
-    # Complex numbers, which `model.to(dtype)` would make real.
+    # `model.to(dtype)` would make these complex numbers real.
     model.freqs_cis = model._precompute_freqs_cis().to(device)
     use_fused_attention(model, dtype, max_seq_len, prefer="cudnn")
     return model.eval().requires_grad_(False)
@@ -135,7 +135,7 @@ def open_trained(
     max_seq_len: int | None = None,
     tokenizer_path: str | None = None,
 ) -> ModelSource:
-    """Find out what lies in `folder`; loads nothing.
+    """Describe the model in `folder` without loading it.
 
     Args:
         folder: `.../checkpoint/step-N` of a run, or a folder in Hugging Face's format.
@@ -144,7 +144,8 @@ def open_trained(
         tokenizer_path: a folder with a `tokenizer.json`, `model.hf_assets_path` of the run.
 
     Raises:
-        ValueError: no model, one of another flavor, or one of which something must be named.
+        ValueError: there is no model in `folder`, it has another flavor, or an argument is
+            missing that the folder does not determine.
     """
     folder = Path(folder)
     if (folder / METADATA).is_file():
@@ -163,8 +164,8 @@ def open_trained(
         settings = {}
         if flavor is not None:
             raise ValueError(
-                f"--flavor must not be given for {str(folder)!r}, whose {hf_llama.CONFIG} says "
-                f"what it is, got {flavor!r}; remove it"
+                f"--flavor must not be given for {str(folder)!r}, whose {hf_llama.CONFIG} "
+                f"describes the model, got {flavor!r}; remove it"
             )
         hf_llama.check_installed()
         args = hf_llama.from_config(folder)
@@ -211,9 +212,9 @@ def _stage_of(checkpoint: Path, settings: dict[str, Any]) -> int | None:
 
 
 def output_folder(model: str | Path, name: str) -> Path:
-    """Where figures of a model go by default: `name` in the folder of its run.
+    """Default output folder for the figures of a model.
 
-    For `RUN/checkpoint/step-40` it is `RUN/name/step-40`, otherwise `name` in the folder itself.
+    For `RUN/checkpoint/step-40` it is `RUN/name/step-40`. Otherwise it is `name` in the folder.
     """
     folder = Path(model).absolute()
     if (folder / METADATA).is_file():
@@ -222,15 +223,15 @@ def output_folder(model: str | Path, name: str) -> Path:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `open_trained` for a command line."""
+    """Add the arguments of `open_trained` to a command line."""
     add = parser.add_argument
-    add("--flavor", help="model.flavor of the run, where it does not follow from the checkpoint")
-    add("--max-seq-len", type=int, help=f"training.seq_len, where the run kept no {SAVED_CONFIG}")
-    add("--tokenizer", help=f"model.hf_assets_path, where the run kept no {SAVED_CONFIG}")
+    add("--flavor", help="model.flavor of the run, if the checkpoint does not determine it")
+    add("--max-seq-len", type=int, help=f"training.seq_len, if the run saved no {SAVED_CONFIG}")
+    add("--tokenizer", help=f"model.hf_assets_path, if the run saved no {SAVED_CONFIG}")
 
 
 def _saved_config(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of the run that wrote `checkpoint`; empty if it kept none."""
+    """The configuration of the run that wrote `checkpoint`. Empty if the run saved none."""
     path = checkpoint.absolute().parents[1] / SAVED_CONFIG
     if not path.is_file():
         return {}
@@ -251,11 +252,11 @@ def _saved_config(checkpoint: Path) -> dict[str, Any]:
 def _model_of(
     checkpoint: Path, flavor: str | None, saved: dict[str, Any]
 ) -> tuple[str, TransformerModelArgs]:
-    """The flavor and the model of a checkpoint.
+    """The flavor and the sizes of a checkpoint's model.
 
     Args:
-        flavor: of the command line.
-        saved: section `model` of the configuration that the run kept; empty if it kept none.
+        flavor: value of --flavor.
+        saved: section `model` of the saved configuration. Empty if the run saved none.
     """
     if flavor is None:
         name, sizes = saved.get("flavor"), (read_record(checkpoint) or {}).get("model.flavor")
@@ -269,7 +270,7 @@ def _model_of(
 
 
 def _flavor_of(checkpoint: Path, flavor: str | None) -> str:
-    """`flavor`, or the only one there is, with the parameters of the checkpoint."""
+    """`flavor`, or the only flavor whose parameters have the shapes of the checkpoint."""
     if flavor is not None and flavor not in FLAVORS:
         raise ValueError(
             f"--flavor must be one of {', '.join(FLAVORS)}, got {flavor!r}; choose the one of the "
@@ -292,13 +293,13 @@ def _flavor_of(checkpoint: Path, flavor: str | None) -> str:
 
 
 def given_fields(model: ModelSource, assignments: list[str], seq_len: int) -> Lighthouse:
-    """The fields of the run with those of --lighthouse, each "FIELD=VALUE".
+    """The Lighthouse fields of the run, changed by --lighthouse FIELD=VALUE.
 
     Args:
-        seq_len: tokens of the sequences that the model will see.
+        seq_len: length in tokens of the sequences that the model will see.
 
     Raises:
-        ValueError: one that is wrong, or fields that do not fit `seq_len`.
+        ValueError: an assignment is wrong, or the fields do not fit `seq_len`.
     """
     changes = {}
     for assignment in assignments:

@@ -3,17 +3,17 @@
     lighthouse eval-loss outputs/debug/checkpoint/step-40
     lighthouse eval-loss outputs/debug/checkpoint/step-40 exported --lighthouse topk=128
 
-A model is a checkpoint, .../checkpoint/step-N of either stage, or a folder in the format of
-Hugging Face. Attention is dense; with --lighthouse the same weights are measured under Lighthouse
-Attention, too, with the fields of the run where it kept its configuration, and those given.
+MODEL is a checkpoint, .../checkpoint/step-N of either stage, or a folder in Hugging Face's format.
+Attention is dense. With --lighthouse, the same weights are also measured with Lighthouse Attention.
+Its fields are those of the run's saved configuration, changed by --lighthouse.
 
-The text is the held-out part of a corpus, from its beginning, packed to windows as in training:
-a window may begin within a document and hold several. The loss of a token is counted at the number
-of tokens in the window before it. Buckets of positions double in width. Losses are in nats per
-token, each with the standard error of its mean over the windows; they compare models with the same
+The text is the beginning of the held-out part of a corpus. It is packed into windows as in
+training. A window may start inside a document and hold several documents. A token's position is the
+number of tokens before it in the window. Buckets of positions double in width. Losses are in nats
+per token, with the standard error of the mean over windows. Only compare models with the same
 tokenizer.
 
-Writes eval_loss.png and eval_loss.json into --output; the last line printed is the same JSON.
+Writes eval_loss.png and eval_loss.json to --output. The last printed line is the same JSON.
 """
 
 import argparse
@@ -52,7 +52,7 @@ FIRST_BUCKET = 64
 """Width of the first bucket, in tokens."""
 
 CHUNK_SIZE = 1024
-"""Tokens whose logits exist at a time."""
+"""Number of tokens whose logits are in memory at the same time."""
 
 
 def main() -> None:
@@ -60,18 +60,18 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help="checkpoint or exported folder")
-    add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="measure under Lighthouse as well")
+    add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="measure with Lighthouse as well")
     add("--dataset", default="python_stdlib", choices=list(DATASETS))
-    add("--dataset-path", help="folder or file of the dataset, where it needs one")
-    add("--text-field", default="text", help="key or column of the text, default text")
-    add("--seq-len", type=int, help="tokens of a window; by default as trained")
-    add("--windows", type=int, default=16, help="at most so many; fewer if the text ends")
+    add("--dataset-path", help="folder or file of the dataset, if it needs one")
+    add("--text-field", default="text", help="key or column of the text; default: text")
+    add("--seq-len", type=int, help="tokens per window; default: as trained")
+    add("--windows", type=int, default=16, help="maximum number of windows; default: 16")
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
-    add("--output", type=Path, help="folder for the figures; by default in that of the run")
+    add("--output", type=Path, help="folder for the figures; default: inside the run's folder")
     add_arguments(parser)
     options = parser.parse_args()
-    # A call inside torchdata that users cannot do anything about.
+    # torchdata makes this call, and users cannot avoid it.
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     options.output = options.output or output_folder(options.models[0], "eval_loss")
     with exit_on_value_error():
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def evaluate(options: argparse.Namespace) -> dict:
-    """Everything that is measured. Raises ValueError for what the options ask for in vain."""
+    """Measure all models. Raises ValueError for illegal options."""
     check_output_folder("--output", options.output)
     check_device(options.device)
     for name, value in (("--windows", options.windows), ("--seq-len", options.seq_len)):
@@ -121,7 +121,7 @@ def evaluate(options: argparse.Namespace) -> dict:
 def measure(
     model: ModelSource, attention: str, transformer: Transformer, windows: list, **more
 ) -> dict:
-    """The entry of one model under one attention."""
+    """Measure one model with one attention."""
     losses = token_losses(transformer, windows)
     by_position = [
         {"from": start, "to": end, **mean(losses[:, start:end])}
@@ -154,7 +154,7 @@ def held_out_windows(
         text_field=options.text_field,
         seq_len=seq_len,
         local_batch_size=1,
-        # The whole text once.
+        # One pass over the whole text.
         steps=-1,
     )
     config = JobConfig(validation=validation)
@@ -167,7 +167,7 @@ def held_out_windows(
 def token_losses(
     model: Transformer, windows: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> torch.Tensor:
-    """Loss of every token of every window, [windows, S] in fp64 on the CPU."""
+    """Loss of each token of each window, [windows, S] in fp64 on the CPU."""
     rows = []
     for inputs, labels in windows:
         device = model.freqs_cis.device
@@ -179,7 +179,7 @@ def token_losses(
 
 
 def buckets(seq_len: int) -> list[tuple[int, int]]:
-    """First position and the one after the last of each bucket."""
+    """Start and end positions of the buckets. The end is exclusive."""
     edges = [0, FIRST_BUCKET]
     while edges[-1] < seq_len:
         edges.append(2 * edges[-1])
@@ -187,7 +187,7 @@ def buckets(seq_len: int) -> list[tuple[int, int]]:
 
 
 def mean(losses: torch.Tensor) -> dict[str, float | None]:
-    """Mean of [windows, tokens] and its standard error over the windows; None for one window."""
+    """Mean of [windows, tokens] and its standard error over windows (None for one window)."""
     by_window = losses.mean(1)
     n = len(by_window)
     error = (by_window.std() / n**0.5).item() if n > 1 else None
@@ -218,10 +218,10 @@ def cell(value: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Loss by position, a line for each model and attention."""
+    """Plot loss by position, with one line for each model and attention."""
     figure, axes = subplots(figsize=(10, 7))
     for entry in result["results"]:
-        # The middle of a bucket on a logarithmic axis; the first one from its first token on.
+        # The middle of a bucket on a logarithmic axis. The first bucket starts at 1 there.
         middles = [(max(1, b["from"]) * b["to"]) ** 0.5 for b in entry["by_position"]]
         losses = [b["loss"] for b in entry["by_position"]]
         errors = [b["standard_error"] or 0 for b in entry["by_position"]]

@@ -3,7 +3,7 @@
     lighthouse eval-passkey outputs/debug/checkpoint/step-40
     lighthouse eval-passkey --make-data 20000 passkey.jsonl --lengths 256 512
 
-A document of n tokens, its end included, so that it fills a window of training.seq_len n:
+A document has n tokens, including its end, so that it fills a window of training.seq_len n:
 
     [BOS] filler, needle, filler, question, digit, [EOS]
 
@@ -11,24 +11,28 @@ A document of n tokens, its end included, so that it fills a window of training.
     needle      "\\nThe pass key is #7. Keep it in mind.\\n"
     question    "\\nWhat is the pass key? The pass key is #"
 
-The needle stands behind the given part of the filler, its depth. The model reads all up to the
-question, by dense attention; its answer is the likeliest of the ten digits. Ten keys a cell of
-length and depth, each digit once and each in a filler of its own: chance is 0.1. Every document
-follows from --seed, its length, depth and digit. The head sees the last position alone.
+The depth is the share of the filler before the needle. The model reads everything up to the
+question, with dense attention. Its answer is the likeliest of the ten digits. Each cell of length
+and depth has ten documents, one per digit, each with its own filler. Chance is 0.1. --seed, length,
+depth and digit determine a document. The head is applied to the last position only.
 
---lighthouse measures under Lighthouse Attention instead, as stage 1 trains, with the fields of the
-run and those given. That takes a whole window: more filler behind the question fills it.
+--lighthouse measures with Lighthouse Attention instead, as in stage 1. Its fields are those of the
+run, changed by --lighthouse. It needs a whole window, so more filler follows the question.
 
---make-data writes documents of the same form to train on, as JSON lines for training.dataset =
-"jsonl": lengths, depths and digits drawn at random, none of the evaluated ones among them. Windows
-of training.seq_len cut documents of other lengths: give --lengths that one alone, and the digit and
-its questions stand in the same window. One digit in a thousand tokens teaches a small model little.
-Two options make it more: --filler-words 1 2 4 0, how many words a filler repeats, one of them
-drawn, 0 for a new word each time; repetitions teach to copy. And --questions 32: a document asks up
-to so often, from the needle on. The model must be trained with the tokenizer named by --tokenizer,
-by default that of bytes.
+--make-data writes training documents of the same form, as JSON lines for training.dataset =
+"jsonl". Lengths, depths and digits are random. No evaluated document is among them. Windows of
+training.seq_len cut documents of other lengths. Set --lengths to training.seq_len to keep the digit
+and its questions in the same window.
 
-Writes passkey.png and passkey.json into --output; the last line printed is the same JSON.
+One digit in a thousand tokens teaches a small model little. Two options help:
+
+    --filler-words 1 2 4 0    Each document draws how many different words its filler repeats. 0 is
+                              a new word each time. Repetitions teach the model to copy.
+    --questions 32            A document asks up to 32 times after the needle.
+
+Train the model with the tokenizer of --tokenizer (default: the byte tokenizer).
+
+Writes passkey.png and passkey.json to --output. The last printed line is the same JSON.
 """
 
 import argparse
@@ -62,13 +66,13 @@ from torchtitan.experiments.lighthouse.runtime.plots import save, subplots
 from torchtitan.models.llama3 import Transformer
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 98304]
-"""Evaluated by default, in tokens, as far as the model was trained."""
+"""Default lengths in tokens, up to the length of training."""
 
 LONGEST_ON_CPU = 8192
-"""Of the default lengths on a CPU, where the longer ones take hours."""
+"""Longest default length on a CPU. Longer ones take hours."""
 
 DEPTHS = [0, 15, 30, 50, 70, 85, 100]
-"""In percent of the filler (paper)."""
+"""Depths in percent of the filler (paper)."""
 
 CHANCE = 0.1
 NEEDLE = "\nThe pass key is #{}. Keep it in mind.\n"
@@ -82,18 +86,20 @@ def main() -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="checkpoint or exported folder")
     add("--make-data", nargs=2, metavar=("N", "FILE"), help="write N documents and stop")
-    add("--lengths", type=int, nargs="+", help="tokens of a document")
-    add("--filler-words", type=int, nargs="+", default=[0], help="different words in it (data)")
-    add("--questions", type=int, default=1, help="asked at most in it (data)")
+    add("--lengths", type=int, nargs="+", help="lengths of documents in tokens")
+    words = "with --make-data: different words in a filler; 0: each is new"
+    add("--filler-words", type=int, nargs="+", default=[0], help=words)
+    questions = "with --make-data: maximum number of questions in a document"
+    add("--questions", type=int, default=1, help=questions)
     add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="Lighthouse instead of dense")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if on_gpu else "cpu")
     add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
-    add("--output", type=Path, help="folder for the figures; by default in that of the run")
+    add("--output", type=Path, help="folder for the figures; default: inside the run's folder")
     add_arguments(parser)
     options = parser.parse_args()
     if (options.model is None) == (options.make_data is None):
-        parser.error("name MODEL or --make-data N FILE, one of them")
+        parser.error("name either MODEL or --make-data N FILE")
     with exit_on_value_error():
         if options.make_data is not None:
             make_data(options)
@@ -111,7 +117,7 @@ def main() -> None:
 @dataclass(frozen=True)
 class Document:
     prompt: list[int]
-    """Tokens up to the digit that is asked for."""
+    """Tokens up to the answer."""
 
     digit: int
 
@@ -120,14 +126,14 @@ class DocumentMaker:
     """Makes documents with the tokens of `tokenizer`.
 
     Raises:
-        ValueError: the tokenizer does not give each digit a token of its own.
+        ValueError: the tokenizer has no separate token for each digit.
     """
 
     def __init__(self, tokenizer: HuggingFaceTokenizer):
         self.tokenizer = tokenizer
         self._needles = [self._encode(NEEDLE.format(digit)) for digit in range(10)]
         questions = [self._encode(QUESTION + str(digit)) for digit in range(10)]
-        # The sign may belong to the token of the digit: what all have in common is the question.
+        # The # may be part of the digit's token. The question is the common prefix of all ten.
         num_common = next(
             (i for i, tokens in enumerate(zip(*questions, strict=False)) if len({*tokens}) > 1), 0
         )
@@ -136,8 +142,8 @@ class DocumentMaker:
         """The token of each digit, 0 to 9."""
         if len({*self.digit_ids}) < 10 or {*map(len, questions)} != {num_common + 1}:
             raise ValueError(
-                "--tokenizer must have a token for each digit, for one is asked for, got "
-                f"{tokenizer.tokenizer_path!r} without; use a model with another tokenizer"
+                "--tokenizer must have a separate token for each digit, got "
+                f"{tokenizer.tokenizer_path!r}, which has not; use a model with another tokenizer"
             )
         self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
@@ -150,14 +156,14 @@ class DocumentMaker:
         filler_words: int = 0,
         questions: int = 1,
     ) -> Document:
-        """The document that `key` draws the filler of.
+        """Make a document. `key` is the seed of its filler.
 
         Args:
-            length: tokens of the whole, with the digit and the end.
-            depth: part of the filler that stands before the needle, 0 to 1.
-            filler_words: how many different words the filler is drawn from; 0: each is new.
-            questions: how often it asks; all but the last stand anywhere behind the needle, with
-                their answer. Fewer where they do not fit.
+            length: tokens of the document, including the digit and the end.
+            depth: share of the filler before the needle, 0 to 1.
+            filler_words: number of different words in the filler. 0: each word is new.
+            questions: number of questions, or fewer if they do not fit. All but the last are at
+                random places after the needle, each with its answer.
         """
         needle, dice = self._needles[digit], random.Random(key)
         # The digit and the end are not in the prompt.
@@ -178,12 +184,12 @@ class DocumentMaker:
         return Document([*prompt, *filler[before:], *self._question], digit)
 
     def text(self, document: Document) -> str:
-        """The document with its answer, as it is trained on: the loader adds start and end."""
+        """The text of the document with its answer, for training. The loader adds start and end."""
         tokens = [*document.prompt[len(self._start) :], self.digit_ids[document.digit]]
         return self.tokenizer.decode(tokens)
 
     def filler(self, num_tokens: int, num_words: int, dice: random.Random) -> list[int]:
-        """So many tokens, of `num_words` different words; 0: each is new."""
+        """`num_tokens` tokens made of `num_words` different words. 0: each word is new."""
         words, tokens = random_words(num_words, dice), []
         while len(tokens) < num_tokens:
             chosen = dice.choices(words, k=64) if num_words else random_words(64, dice)
@@ -200,11 +206,11 @@ def random_words(count: int, dice: random.Random) -> list[str]:
 
 
 def make_data(options: argparse.Namespace) -> None:
-    """Write documents to train on. Raises ValueError for what cannot be."""
+    """Write documents for training. Raises ValueError for illegal options."""
     num_documents, file = options.make_data
     if not num_documents.isdecimal() or int(num_documents) < 1 or not options.lengths:
         raise ValueError(
-            "--make-data must be followed by a number and a file, and go with --lengths, got "
+            "--make-data must be followed by a number and a file, and needs --lengths, got "
             f"{num_documents!r} and lengths {options.lengths}; give both"
         )
     if min(options.filler_words) < 0:
@@ -226,7 +232,7 @@ def make_data(options: argparse.Namespace) -> None:
             "file in it"
         )
     maker = DocumentMaker(HuggingFaceTokenizer(tokenizer_path))
-    # Whether all fit, before a file is begun.
+    # Check that all lengths fit before writing the file.
     maker.make(min(options.lengths), 0, 0, "")
     dice = random.Random(f"train {options.seed}")
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +248,7 @@ def make_data(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> dict:
-    """Everything that is measured. Raises ValueError for what the options ask for in vain."""
+    """Measure all lengths. Raises ValueError for illegal options."""
     check_output_folder("--output", options.output)
     check_device(options.device)
     trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
@@ -292,7 +298,7 @@ def evaluate(options: argparse.Namespace) -> dict:
 
 
 def default_lengths(trained: ModelSource, device: str) -> list[int]:
-    """The lengths of `LENGTHS` that are not too long; the model's own if all are."""
+    """The lengths of `LENGTHS` up to the model's length, or the model's length if there is none."""
     longest = trained.args.max_seq_len
     if torch.device(device).type == "cpu":
         longest = min(longest, LONGEST_ON_CPU)
@@ -302,7 +308,7 @@ def default_lengths(trained: ModelSource, device: str) -> list[int]:
 def answer(
     model, maker: DocumentMaker, length: int, depth: int, digit: int, seed: int, window: int = 0
 ) -> int:
-    """The digit that the model names for a document whose key is `digit`, in a window of tokens."""
+    """The model's answer for a document with the key `digit`, in a window of `window` tokens."""
     key = f"{seed} {length} {depth} {digit}"
     prompt = maker.make(length, depth / 100, digit, key).prompt
     rest = maker.filler(max(0, window - len(prompt)), 0, random.Random(f"rest {key}"))
@@ -311,13 +317,13 @@ def answer(
 
 @torch.inference_mode()
 def next_logits(model: Transformer, prompt: list[int], rest: list[int]) -> torch.Tensor:
-    """Logits [V] of the token behind `prompt`, which `rest` comes after."""
+    """Logits [V] of the token after `prompt`. `rest` follows the prompt in the window."""
     tokens = torch.tensor([[*prompt, *rest]], device=model.freqs_cis.device)
     return model.output(hidden_states(model, tokens)[0, len(prompt) - 1])
 
 
 def accuracies(cells: list[list[int]]) -> list[float]:
-    """For each depth the part of right answers, where the i-th is the one to digit i."""
+    """Share of right answers for each depth. The i-th answer of a cell is for digit i."""
     return [sum(a == digit for digit, a in enumerate(cell)) / len(cell) for cell in cells]
 
 
@@ -337,7 +343,7 @@ def table(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Lengths to the right, depths downwards."""
+    """Plot the accuracy, with lengths on the x-axis and depths on the y-axis."""
     lengths, depths = result["lengths"], result["depths"]
     figure, axes = subplots(figsize=(5 + len(lengths), 5.5))
     columns = list(zip(*result["accuracy"], strict=True))

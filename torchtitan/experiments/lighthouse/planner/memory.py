@@ -1,31 +1,31 @@
-"""Memory of one rank in a training step: what it holds, and when it holds the most.
+"""Peak memory of one rank in a training step.
 
     always       parameters, moments, the table of rotations, the batch
-    kept         what each layer leaves for its backward pass, by activation checkpointing
-    one layer    what its backward pass needs beside: what is computed again, gradients on the way
-    loss         logits, or those of a chunk, with their gradients
-    FSDP         parameters that are gathered, gradients that are not yet reduced
-    gradients    of the parameters, as far as the backward pass has come
+    kept         tensors that each layer saves for its backward pass, by activation checkpointing
+    one layer    other tensors of its backward pass: recomputed tensors and gradients
+    loss         logits, or the logits of a chunk, with their gradients
+    FSDP         gathered parameters, and gradients that are not yet reduced
+    gradients    gradients of the parameters that the backward pass has reached
 
-`timeline` puts them together for each phase of the step at which the sum can be largest; the peak
-is the largest of those sums. All counts are bytes of tensors that exist in that phase, found in
-torchtitan's Llama 3 block:
+`timeline` adds them up for each phase of the step in which the sum can be largest. The peak is the
+largest sum. The counts are bytes of the tensors that exist in a phase, for torchtitan's Llama 3
+block:
 
     x -> attention norm -> wq, wk, wv -> rotation of q and k -> attention -> wo -> h = x + ...
     h -> feed-forward norm -> gate = w1, up = w3 -> product = silu(gate) * up -> w2 -> h + ...
 
-What is assumed, beside that:
+Assumptions:
 
-- Matrix products, norms and attention need no memory but their inputs and outputs, except for an
-  fp32 sum of dq in the backward pass of attention on a GPU.
-- On a GPU a norm is one kernel; on the CPU, if not compiled, it keeps its result before the weight.
-- The rotation computes in complex fp32: two such tensors for each of q and k.
-- Compiled layers do not keep silu(gate), and put gradients of gate and up in their places if those
-  were kept; a compiled loss has no logits in fp32. Otherwise as without compiling.
-- On the CPU the steps of Lighthouse need index tensors for a while. They are not counted: while
-  they live, a layer holds less than in the backward pass of its SwiGLU.
+- Matrix products, norms and attention need no workspace beside inputs and outputs. The exception
+  is the backward pass of attention on a GPU, which sums dq in fp32.
+- On a GPU a norm is one kernel. On the CPU, an eager norm also saves its result before the weight.
+- The rotation computes in complex fp32, with two such tensors for each of q and k.
+- Compiled layers do not save silu(gate). They write the gradients of gate and up over saved gate
+  and up. A compiled loss has no logits in fp32. All else is as in eager mode.
+- On the CPU the steps of Lighthouse need temporary index tensors. They are not counted, because a
+  layer holds less at that time than in the backward pass of its SwiGLU.
 
-Not counted: what the allocator cannot use, the CUDA context, buffers of NCCL and cuBLAS,
+Not counted: fragmentation in the allocator, the CUDA context, buffers of NCCL and cuBLAS,
 validation, code and the Python process.
 """
 
@@ -41,13 +41,13 @@ class Memory:
     """Bytes of one rank in the steps of one stage."""
 
     always: dict[str, int]
-    """By name; there from the first to the last step."""
+    """Tensors that exist from the first to the last step, by name."""
 
     kept_per_layer: dict[str, int]
-    """What a layer leaves for its backward pass, by kind: `Lighthouse` or `dense`."""
+    """Tensors that a layer saves for its backward pass, by kind: `Lighthouse` or `dense`."""
 
     phases: dict[str, dict[str, int]]
-    """What comes on top of `always`, by name, in each phase of the step."""
+    """Tensors in addition to `always`, by phase of the step and name."""
 
     @property
     def peak_phase(self) -> str:
@@ -56,7 +56,7 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """What is held at the peak, by name."""
+        """Tensors held at the peak, by name."""
         return self.always | self.phases[self.peak_phase]
 
     @property
@@ -65,7 +65,7 @@ class Memory:
 
 
 def stage_memory(sizes: Sizes, stage: int) -> Memory:
-    """Memory in the steps of `stage`, the first step left out, which has no moments yet."""
+    """Memory in the steps of `stage`. The first step of a run needs less: it has no moments yet."""
     kept = {}
     for layer in range(sizes.model_args.n_layers):
         is_lighthouse = sizes.is_lighthouse(stage, layer)
@@ -76,24 +76,24 @@ def stage_memory(sizes: Sizes, stage: int) -> Memory:
 
 
 def always(sizes: Sizes) -> dict[str, int]:
-    """What a rank holds in every step, in bytes."""
+    """Tensors that a rank holds in every step, in bytes."""
     shard = -(-sizes.parameters["total"] // sizes.fsdp_degree) * sizes.param_bytes
     rotations = sizes.seq_len * sizes.head_dim // 2 * _COMPLEX64
-    # Tokens and labels of whole sequences: each rank cuts out its own.
+    # Each rank has the tokens and labels of whole sequences and cuts out its own part.
     batch = 2 * sizes.batch * sizes.seq_len * _INT64
     return {"parameters": shard, "moments": 2 * shard, "rotations": rotations, "batch": batch}
 
 
 def timeline(sizes: Sizes, stage: int) -> dict[str, dict[str, int]]:
-    """What a rank holds beside `always` in each phase of a step, in bytes: phase, part, bytes.
+    """Bytes that a rank holds in addition to `always`, by phase of a step and by part.
 
-    Of the backward passes of all layers the one that holds the most.
+    Of the backward passes of all layers, only the largest is a phase.
     """
     n_layers = sizes.model_args.n_layers
     shard = {
         name: -(-n // sizes.fsdp_degree) * sizes.param_bytes for name, n in sizes.parameters.items()
     }
-    # Of the micro-batches before.
+    # Gradients of earlier micro-batches.
     carried = shard["total"] if sizes.micro_batches > 1 else 0
     kinds = [sizes.is_lighthouse(stage, layer) for layer in range(n_layers)]
     kept = [
@@ -127,14 +127,14 @@ def timeline(sizes: Sizes, stage: int) -> dict[str, dict[str, int]]:
         "gradients": shard["total"],
         "FSDP": fsdp_bytes(sizes, "embedding"),
     }
-    # `foreach` takes the roots of all second moments at once.
+    # `foreach` computes the roots of all second moments at once.
     is_foreach = sizes.config.optimizer.implementation == "foreach"
     phases["optimizer"] = {
         "gradients": shard["total"],
         "optimizer": shard["total"] if is_foreach else 0,
     }
     if sizes.fsdp_degree == 1 and sizes.dp_replicate > 1:
-        # Buckets that gradients are copied to and summed in.
+        # DDP copies gradients to buckets and sums them there.
         for parts in phases.values():
             parts["DDP"] = shard["total"]
     return phases
@@ -163,10 +163,10 @@ def layer_tensors(sizes: Sizes, is_lighthouse: bool) -> dict[str, int]:
 
 
 def attention_tensors(sizes: Sizes, is_lighthouse: bool) -> dict[str, int]:
-    """What attention keeps for its backward pass but `out`, the input of wo, in bytes, by name.
+    """Tensors that attention saves for its backward pass, except `out`, in bytes, by name.
 
-    Under `ulysses` q, k, v and the output are of some heads and all ranks' tokens, which is as
-    much as of all heads and the tokens here.
+    Under `ulysses` a rank has some of the heads and the tokens of all ranks. That is as much as all
+    heads with this rank's tokens.
     """
     shape = sizes.attention_shape(sizes.attended_len(is_lighthouse) // sizes.cp_degree)
     rows, row = shape.batch * shape.seq_len, shape.head_dim * shape.itemsize
@@ -182,22 +182,22 @@ def attention_tensors(sizes: Sizes, is_lighthouse: bool) -> dict[str, int]:
         ids = sizes.batch * sizes.n_kv_heads * _INT32
         tensors["selection"] = (shape.seq_len + entries) * ids
     elif sizes.cp_scheme is None:
-        # It is `out` itself.
+        # The output of attention is `out` itself.
         tensors["attended"] = 0
     if sizes.cp_scheme is not None:
-        # Those of the positions here, picked out of the table.
+        # Rotations of this rank's positions, copied from the table.
         positions = sizes.seq_len // sizes.cp_degree
         tensors["rotations"] = positions * sizes.head_dim // 2 * _COMPLEX64
     return tensors
 
 
 def kept_tensors(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[str, int]:
-    """What a layer leaves for its backward pass, in bytes, by name.
+    """Tensors that a layer saves for its backward pass, in bytes, by name.
 
     Args:
-        checkpointing: `none`: everything. `full`: its input, its selection and, where they are
-            dear, the scores. `op`: those, the outputs of every second matrix product (wq, wv, w1,
-            w2), what went from rank to rank, and on a GPU those of attention.
+        checkpointing: `none` saves everything. `full` saves the layer's input, the selection and
+            expensive scores. `op` also saves every second matrix product (wq, wv, w1, w2) and the
+            tensors exchanged between ranks. On a GPU, `op` saves the outputs of attention, too.
     """
     tensors = layer_tensors(sizes, is_lighthouse)
     if checkpointing == "none":
@@ -223,12 +223,12 @@ def kept_tensors(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[
 
 
 def layer_phases(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[str, int]:
-    """What a layer holds in the phases of its backward pass, its input included, in bytes."""
+    """Bytes that a layer holds in the phases of its backward pass, including its input."""
     tensors = layer_tensors(sizes, is_lighthouse)
     tokens = sizes.rank_tokens
     heads, kv_heads = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
     residual = tensors["x"]
-    # The gradient of x, or of h, and what the wq, wk, wv need.
+    # The gradient of x or of h, and the inputs of wq, wk, wv.
     around = residual + sum(
         tensors.get(name, 0) for name in ("x", "attention norm", "rotations", "weights")
     )
@@ -241,9 +241,10 @@ def layer_phases(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[
     dattended = attended * heads * shape.itemsize
     dq_sum = attended * heads * _FP32 if sizes.device_type == "cuda" else 0
     dqkv = tokens * (heads + 2 * kv_heads) * sizes.compute_bytes
-    # The gradient of a rotation is one: its input and its output, where they are not already fp32.
+    # The backward pass of the rotation is a rotation. Its input and output are fp32 copies, unless
+    # they are fp32 already.
     rotation = tokens * heads * (_FP32 if sizes.compute_bytes == _FP32 else 2 * _FP32)
-    # Of product, silu(gate) and up, or gate and up; the first frees the product.
+    # Gradients of product, silu(gate) and up, or of gate and up. The first frees the product.
     dswiglu = 2 * tensors["gate"] if not sizes.is_compiled("model") else 3 * tensors["gate"]
     if sizes.is_compiled("model") and checkpointing == "none":
         dswiglu = tensors["gate"]
@@ -255,7 +256,8 @@ def layer_phases(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[
     if is_lighthouse:
         phases["gather"] = around + tensors["selection"] + qkv * shape.itemsize + dqkv
     if sizes.cp_scheme == "ulysses":
-        # The gradients as attention gives them, as they are sent, and as they are received.
+        # Three copies of the gradients: the results of attention, the send buffer, the receive
+        # buffer.
         phases["exchange"] = around + 3 * qkv * shape.itemsize
     elif sizes.cp_scheme == "ring":
         phases["attention"] += _ring_bytes(sizes, is_lighthouse)
@@ -263,7 +265,7 @@ def layer_phases(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[
 
 
 def head_tensors(sizes: Sizes) -> dict[str, int]:
-    """What the last norm and the head keep for their backward pass, in bytes, by name."""
+    """Tensors that the last norm and the head save for their backward pass, in bytes, by name."""
     residual = sizes.rank_tokens * sizes.model_args.dim * sizes.residual_bytes
     tensors = {"x": residual, "norm": _norm(sizes, 1, is_compiled=False)}
     if sizes.is_autocast:
@@ -272,11 +274,11 @@ def head_tensors(sizes: Sizes) -> dict[str, int]:
 
 
 def loss_phases(sizes: Sizes) -> dict[str, int]:
-    """What the logits and the loss need, forward and backward, in bytes.
+    """Bytes of the logits and the loss, forward and backward.
 
-    Without chunks torchtitan's loss copies the logits to fp32; its log-softmax is as large, and
-    so, backward, are two gradients. Compiled, there are the logits and their gradient. In chunks:
-    see `loss.py`.
+    Without chunks, torchtitan's loss copies the logits to fp32. Its log-softmax and two gradients
+    are each as large. A compiled loss needs only the logits and their gradient. `loss.py` describes
+    the loss in chunks.
     """
     tokens, dim = sizes.rank_tokens, sizes.model_args.dim
     vocab, e = sizes.model_args.vocab_size, sizes.compute_bytes
@@ -309,17 +311,17 @@ def fsdp_bytes(sizes: Sizes, phase: str) -> int:
         return (head + layers * layer) * e
     if phase == "embedding":
         return embedding * (2 * e + reduced)
-    # This layer and the next, and what the next is received in; the gradients, and the copy of
-    # them that is summed.
+    # Parameters of this layer and the next, and the receive buffer of the next. Gradients, and the
+    # copy of them that is summed.
     size = layer * (4 * e + reduced)
     return size + (head * reduced if phase == "last layer" else 0)
 
 
 def _norm(sizes: Sizes, num_inputs: int, is_compiled: bool | None = None) -> int:
-    """Bytes that a norm keeps for the `num_inputs` matrix products that read its result."""
+    """Bytes that a norm saves for the `num_inputs` matrix products that read its result."""
     is_compiled = sizes.is_compiled("model") if is_compiled is None else is_compiled
     elements = sizes.rank_tokens * sizes.model_args.dim
-    # Autocast makes a copy for each.
+    # Autocast makes a copy for each matrix product.
     copies = num_inputs if sizes.is_autocast and not is_compiled else 1
     is_one_kernel = is_compiled or sizes.device_type == "cuda"
     before_weight = 0 if is_one_kernel else elements * sizes.residual_bytes
@@ -327,16 +329,16 @@ def _norm(sizes: Sizes, num_inputs: int, is_compiled: bool | None = None) -> int
 
 
 def _ring_bytes(sizes: Sizes, is_lighthouse: bool) -> int:
-    """Buffers of torch's ring attention, backward: fp32 sums, and what goes round."""
+    """Buffers of torch's ring attention, backward: fp32 sums and tensors passed around."""
     shape = sizes.attention_shape(sizes.attended_len(is_lighthouse) // sizes.cp_degree)
     rows = shape.batch * shape.seq_len * shape.head_dim
     q, kv = rows * shape.n_heads, 2 * rows * shape.n_kv_heads
     is_gathered = sizes.config.parallelism.context_parallel_rotate_method == "allgather"
-    # Keys and values of all ranks, or of this one's neighbours; sent and received.
+    # Keys and values of all ranks, or of a neighbour, and the buffer that is sent.
     rotated = kv * shape.itemsize * ((sizes.cp_degree if is_gathered else 1) + 1)
     return (q + kv) * _FP32 + rotated + 2 * kv * _FP32
 
 
 def _weight_bytes(sizes: Sizes) -> int:
-    """Bytes of an element of a weight, as the model multiplies it."""
+    """Bytes per element of a weight in the dtype of the matrix product."""
     return sizes.param_bytes if sizes.is_autocast else sizes.compute_bytes

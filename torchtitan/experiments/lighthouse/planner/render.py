@@ -1,14 +1,14 @@
-"""What a run will do and need, before a GPU is touched.
+"""Predict memory, time and GPU-hours of a run before it starts, on any machine.
 
     lighthouse plan train_configs/1m_context.toml --world-size 32 --gpu B200
     lighthouse plan train_configs/debug.toml --world-size 2 --gpu cpu --training.seq_len 4096
 
-Checks the configuration as training does, for the given number of processes and device, and
-prints lengths, FLOPs, bytes between ranks, memory, and the time that follows from stated rates
-(`torchtitan/experiments/lighthouse/planner/`). Fields of the TOML can be
-overridden as in training; --json prints the same numbers as one JSON object. A configuration that
-cannot run ends it with one line on stderr and exit code 2. Outputs, checkpoints, tokenizer and data
-may be there or not: a plan is not a start. Tensor parallelism is not covered.
+Checks the configuration as training does, for the given number of processes and device. Prints
+lengths, FLOPs, bytes sent between ranks and memory. Times are computed from stated rates
+(`torchtitan/experiments/lighthouse/planner/`). Any field of the TOML can be overridden as in
+training. --json prints the same numbers as one JSON object. A configuration that cannot run prints
+one line on stderr and exits with code 2. Outputs, checkpoints, tokenizer and data need not exist.
+Tensor parallelism is not covered.
 """
 
 import argparse
@@ -27,7 +27,7 @@ BYTES = {"GiB": 2**30, "MiB": 2**20}
 HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "ms": 1 / 3.6e6}
 TOKENS = {"billion tokens": 1e9, "million tokens": 1e6, "tokens": 1.0}
 WIDTH = 14
-"""Of a column of numbers."""
+"""Characters of a column of numbers."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -46,19 +46,19 @@ def main(args: list[str] | None = None) -> None:
 
 
 def parse(args: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this program, and the rest, which is the configuration's."""
+    """The options of this program, and the remaining arguments for the configuration."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("config", help="TOML file, before any overrides")
-    add("--world-size", type=int, required=True, help="processes, one for each GPU")
+    add("--world-size", type=int, required=True, help="number of processes, one for each GPU")
     kinds = f"{', '.join(GPUS)}, a TOML file (`planner/gpus.py`), or cpu, without times"
     add("--gpu", default="H100", help=f"{kinds}; default: H100")
-    add("--json", action="store_true", help="one JSON object in the place of tables")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
     return parser.parse_known_args(args)
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """The GPU of --gpu; None for the CPU."""
+    """The GPU that --gpu names. None for the CPU."""
     if name == "cpu":
         return None
     if name in GPUS:
@@ -69,7 +69,7 @@ def gpu_of(name: str) -> Gpu | None:
 
 
 def text(result: Plan) -> str:
-    """The plan in tables of a screen or two."""
+    """The plan as tables."""
     run, gpu = result.run, result.gpu
     device = "CPU processes" if gpu is None else gpu.name
     sections = [
@@ -113,7 +113,7 @@ def facts(result: Plan) -> str:
         full_steps = run["stage2_full_steps"]
         lines.append(
             f"stage 2     sequences in pieces of {run['stage2_seq_len']:,} tokens"
-            f"{f'; whole in its last {full_steps:,} steps' if full_steps else ''}"
+            f"{f'; at full length in its last {full_steps:,} steps' if full_steps else ''}"
         )
     if attention:
         candidates = attention["candidates_per_stratum"]
@@ -127,13 +127,13 @@ def facts(result: Plan) -> str:
             f"strata      {attention['strata']} a level, {attention['strata_per_rank']} a rank, "
             f"{attention['strata_per_chunk']} a chunk; candidates of one, level 0 to "
             f"{len(candidates) - 1}: {', '.join(map(str, candidates))}",
-            f"dense too   {'no layer' if not dense else 'layers ' + ', '.join(map(str, dense))}",
+            f"dense       {'no layer' if not dense else 'layers ' + ', '.join(map(str, dense))}",
         ]
     return "\n".join(lines)
 
 
 def columns(result: Plan) -> dict[str, StagePlan]:
-    """What the tables have a column for."""
+    """The stages by the title of their column."""
     titles = {"2 full": "full length"}
     return {titles.get(name, f"stage {name}"): stage for name, stage in result.stages.items()}
 
@@ -148,7 +148,7 @@ def flops_table(result: Plan) -> str:
         for name in found[0]
         if any(flops[name] for flops in found)
     }
-    rows["computed again"] = [s.recomputed_flops_per_token / scale for s in stages.values()]
+    rows["recomputed"] = [s.recomputed_flops_per_token / scale for s in stages.values()]
     rows["as the log counts for MFU"] = [s.logged_flops_per_token / scale for s in stages.values()]
     per_step = [stage.flops_per_step for stage in stages.values()]
     step_unit, step_scale = unit_of(max(per_step), {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9})
@@ -157,7 +157,7 @@ def flops_table(result: Plan) -> str:
 
 
 def traffic_table(result: Plan) -> str:
-    """Of layers by kind, then of steps."""
+    """A column for each kind of layer, then one for a step of each stage."""
     layers = {}
     for stage in result.stages.values():
         for kind, traffic in stage.traffic_per_layer.items():
@@ -189,14 +189,14 @@ def memory_table(result: Plan) -> str:
         kept = ", ".join(
             f"{size / scale:.3f} by a {kind} layer" for kind, size in memory.kept_per_layer.items()
         )
-        lines.append(f"  {name}: at the {memory.peak_phase}; kept {kept}")
+        lines.append(f"  {name}: peak at the {memory.peak_phase}; saved {kept}")
     if result.gpu is not None:
         lines += [f"  {name}: {fit(result, stage.memory)}" for name, stage in stages.items()]
     return "\n".join(lines)
 
 
 def fit(result: Plan, memory: Memory) -> str:
-    """Whether it fits, in words."""
+    """One line on whether the peak fits into the GPU's memory."""
     usable = USABLE_SHARE * result.gpu.memory
     words = "fits" if memory.peak <= usable else "DOES NOT FIT"
     return (
@@ -209,7 +209,7 @@ def time_table(result: Plan) -> str:
     stages = columns(result)
     names = dict.fromkeys(name for stage in stages.values() for name in stage.seconds)
     steps = [sum(stage.seconds.values()) for stage in stages.values()]
-    # A table in milliseconds shows nothing of a step of a few.
+    # Milliseconds with one decimal are too coarse for a short step.
     title, scale = ("ms", 1e-3) if max(steps) >= 1e-2 else ("µs", 1e-6)
     rows = {
         name: [stage.seconds.get(name, 0) / scale for stage in stages.values()] for name in names
@@ -223,11 +223,11 @@ def time_table(result: Plan) -> str:
 
 
 def totals(result: Plan) -> str:
-    """GPU-hours, and those of training dense from the start."""
+    """GPU-hours of the run, and GPU-hours of training dense from the start."""
     dense, world_size = result.dense.gpu_hours, result.run["world_size"]
     hours = result.gpu_hours
     return (
-        f"in all      {amount(hours, HOURS, 'GPU-')}, {amount(hours / world_size, HOURS)}\n"
+        f"total       {amount(hours, HOURS, 'GPU-')}, {amount(hours / world_size, HOURS)}\n"
         f"all dense   {amount(dense, HOURS, 'GPU-')}, {amount(dense / world_size, HOURS)}, "
         f"{dense / hours:.2f} times as long"
     )
@@ -250,25 +250,25 @@ def rates(result: Plan) -> str:
         f"rates       {gpu.name}: matrix products {gpu.matmul_flops / 1e12:,.0f}, attention "
         f"{gpu.attention_flops / 1e12:,.0f} and {gpu.attention_backward_flops / 1e12:,.0f} "
         f"TFLOP/s, memory {gpu.bandwidth / 1e12:.1f} TB/s,\n            GPUs "
-        f"{gpu.nvlink / 1e9:.0f} and network {gpu.network / 1e9:.0f} GB/s one way; what is assumed "
-        "is in torchtitan/experiments/\n            lighthouse/planner/{gpus,step_time,memory}.py"
+        f"{gpu.nvlink / 1e9:.0f} and network {gpu.network / 1e9:.0f} GB/s one way; assumptions "
+        "are in torchtitan/experiments/\n            lighthouse/planner/{gpus,step_time,memory}.py"
     )
 
 
 def unit_of(largest: float, units: dict[str, float]) -> tuple[str, float]:
-    """The unit, with its size, that writes `largest` as 1 or more; the last if none does."""
+    """The first unit, with its size, in which `largest` is at least 1. Otherwise the last unit."""
     return next(((u, size) for u, size in units.items() if largest >= size), [*units.items()][-1])
 
 
 def amount(value: float, units: dict[str, float], prefix: str = "") -> str:
-    """A number in the unit that fits it."""
+    """A number in a fitting unit."""
     unit, size = unit_of(value, units)
     number = f"{value / size:,.1f}".removesuffix(".0")
     return f"{number} {prefix}{unit}"
 
 
 def table(title: str, heads: list[str], rows: dict, number: str, width: int = WIDTH) -> str:
-    """Aligned columns; a number of zero is a dash."""
+    """Aligned columns. Zero is printed as a dash."""
     label = max(len(title), *(len(name) + 2 for name in rows)) + 2
     lines = [title.ljust(label) + "".join(head.rjust(width) for head in heads)]
     for name, values in rows.items():

@@ -1,7 +1,7 @@
-"""The sizes of a run: what its configuration and its number of processes come to.
+"""The sizes of a run, computed from its configuration and its number of processes.
 
-Everything `estimate.py` and `memory.py` count follows from these. Nothing is measured and no
-process group is made: the model is torchtitan's own, on the meta device.
+All counts of the planner follow from these sizes. Nothing is measured and there is no process
+group. The model is torchtitan's own, on the meta device.
 """
 
 import copy
@@ -22,11 +22,12 @@ from lighthouse.costs import Shape
 
 @dataclass(frozen=True)
 class Sizes:
-    """A run of `config` on `world_size` processes, legal by `preflight.check_config`.
+    """A run of `config` on `world_size` processes that `preflight.check_config` has passed.
 
     Raises:
-        ValueError: what a plan does not cover: tensor parallelism, CPU offloading, converted
-            models, and activation checkpointing by a memory budget.
+        ValueError: the configuration uses a feature that a plan does not cover. These are tensor
+            parallelism, CPU offloading, model converters, and activation checkpointing by a memory
+            budget.
     """
 
     config: JobConfig
@@ -43,19 +44,19 @@ class Sizes:
         ):
             if value != covered:
                 raise ValueError(
-                    f"{name} must be {covered!r} for a plan, which does not count what it does, "
+                    f"{name} must be {covered!r} for a plan, which does not count its effect, "
                     f"got {value!r}; set it to {covered!r}"
                 )
         options = config.activation_checkpoint
         if options.mode == "memory_budget":
             raise ValueError(
                 "activation_checkpoint.mode must be none, selective or full for a plan, got "
-                "'memory_budget', with which the compiler decides; choose one of them"
+                "'memory_budget', where the compiler decides what to save; choose one of them"
             )
         if options.selective_ac_option != "op" and not options.selective_ac_option.isdigit():
             raise ValueError(
-                "activation_checkpoint.selective_ac_option must be 'op' or every how many layers, "
-                f"got {options.selective_ac_option!r}; write 'op' or '2'"
+                "activation_checkpoint.selective_ac_option must be 'op' or a number n for every "
+                f"n-th layer, got {options.selective_ac_option!r}; write 'op' or '2'"
             )
 
     # The model.
@@ -66,7 +67,7 @@ class Sizes:
 
     @cached_property
     def model(self) -> Transformer:
-        """Without memory: on the meta device."""
+        """The model on the meta device, which allocates no memory."""
         with torch.device("meta"):
             return Transformer(self.model_args)
 
@@ -129,20 +130,23 @@ class Sizes:
         return stage == 1 and layer not in self.dense_layers
 
     def attended_len(self, is_lighthouse: bool) -> int:
-        """Length of what a layer attends over, all ranks together: S or N."""
+        """Number of positions that a layer attends over on all ranks together: S or N."""
         return self.attention.sub_seq_len(self.seq_len) if is_lighthouse else self.seq_len
 
     def attention_shape(self, seq_len: int) -> Shape:
-        """Shape of q, k, v over `seq_len` tokens or entries, of all ranks that share a sequence."""
+        """Shape of q, k, v over `seq_len` tokens or entries."""
         kv_heads = self.n_kv_heads
         if self.cp_scheme == "ring" and self.device_type == "cpu":
-            # The kernel there wants as many heads of k and v as of q.
+            # The CPU kernel needs as many heads of k and v as of q.
             kv_heads = self.n_heads
         return Shape(self.batch, self.n_heads, kv_heads, seq_len, self.head_dim, self.compute_bytes)
 
     def in_pieces(self) -> "Sizes":
-        """The sizes of stage 2 on pieces: shorter sequences, as many tokens on each rank, and none
-        that ranks share."""
+        """The sizes of stage 2 on pieces.
+
+        Sequences are shorter, each rank has as many tokens as before, and there is no context
+        parallelism.
+        """
         config = copy.deepcopy(self.config)
         training, seq_len = config.training, config.lighthouse.stage2_seq_len
         training.local_batch_size = self.rank_tokens // seq_len
@@ -170,7 +174,7 @@ class Sizes:
 
     @property
     def cp_scheme(self) -> str | None:
-        """`ulysses`, `ring`, or None where no sequence is shared."""
+        """`ulysses`, `ring`, or None without context parallelism."""
         return self.config.lighthouse.context_parallel if self.cp_degree > 1 else None
 
     @property
@@ -190,7 +194,7 @@ class Sizes:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step, one after another."""
+        """Micro-batches of a step (gradient accumulation)."""
         per_micro_batch = self.batch * self.world_size // self.cp_degree
         global_batch = self.config.training.global_batch_size
         return 1 if global_batch < 0 else global_batch // per_micro_batch
@@ -204,43 +208,42 @@ class Sizes:
         """Tokens of a micro-batch on one rank."""
         return self.batch * self.seq_len // self.cp_degree
 
-    # Numbers in memory, in bytes an element.
+    # Bytes per element.
 
     @property
     def param_bytes(self) -> int:
-        """Of a parameter, its gradient and each of its moments."""
+        """Bytes per element of parameters, their gradients and their moments."""
         return TORCH_DTYPE_MAP[self.config.training.dtype].itemsize
 
     @property
     def compute_bytes(self) -> int:
-        """Of what matrix products read and write."""
+        """Bytes per element of the inputs and outputs of matrix products."""
         return TORCH_DTYPE_MAP[self.config.training.mixed_precision_param].itemsize
 
     @property
     def reduce_bytes(self) -> int:
-        """Of a gradient while ranks sum it."""
+        """Bytes per element of gradients in a reduction."""
         return TORCH_DTYPE_MAP[self.config.training.mixed_precision_reduce].itemsize
 
     @property
     def is_autocast(self) -> bool:
-        """Whether autocast, not FSDP, brings the compute dtype: parameters and residuals keep
-        theirs."""
+        """Whether autocast, not FSDP, casts to the compute dtype. Parameters and residuals keep
+        their dtype under autocast."""
         return self.fsdp_degree == 1 and self.compute_bytes < self.param_bytes
 
     @property
     def residual_bytes(self) -> int:
-        """Of what goes from layer to layer."""
+        """Bytes per element of the residual stream."""
         return self.param_bytes if self.is_autocast else self.compute_bytes
 
-    # How it is computed.
+    # Compilation and activation checkpointing.
 
     def is_compiled(self, component: str) -> bool:
         """Whether `model` (its layers) or `loss` is compiled."""
         return self.config.compile.enable and component in self.config.compile.components
 
     def checkpointing(self, layer: int) -> str:
-        """What activation checkpointing does with `layer`: `none`, `op` (selective, by operation)
-        or `full`."""
+        """Activation checkpointing of `layer`: `none`, `op` (selective, by operation) or `full`."""
         options = self.config.activation_checkpoint
         if options.mode != "selective":
             return options.mode

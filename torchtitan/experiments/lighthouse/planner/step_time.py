@@ -1,11 +1,12 @@
-"""Seconds of a step: bytes over bandwidth or FLOPs over a rate, part by part, one after another.
+"""Expected seconds of a step, from stated rates.
 
-Nothing of them is measured. Assumed is that
+A part takes its bytes divided by a bandwidth, or its FLOPs divided by a rate. The parts add up. No
+time is measured. Assumptions:
 
-- FSDP gathers and reduces behind the computation of a layer, and what is longer than that waits;
-- a ring moves keys and values behind attention, and ulysses exchanges behind nothing;
-- compiled, elementwise operations are a kernel between two matrix products or attention; the
-  rotation, in complex numbers, is not compiled.
+- FSDP communication overlaps with the computation of a layer. Only the excess costs time.
+- `ring` overlaps with attention. `ulysses` does not overlap.
+- Compilation fuses the elementwise operations between two matrix products or attention into one
+  kernel. The complex rotation is not compiled.
 
 Not counted: data loading, logging, validation, checkpoints, compilation, and gaps between kernels.
 """
@@ -31,7 +32,7 @@ from lighthouse.costs import floor_seconds
 def step_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> dict[str, float]:
     """Expected seconds of a step, by part."""
     total = {}
-    # Those with Lighthouse first, which have all parts.
+    # Lighthouse layers have all parts. They come first to give the order.
     for is_lighthouse, checkpointing in sorted(layers_of(sizes, stage), reverse=True):
         parts = layer_seconds(sizes, is_lighthouse, checkpointing, gpu)
         for name, size in parts.items():
@@ -39,7 +40,7 @@ def step_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> dict[str, float]:
     exposed = total.pop("exposed communication")
     total["head and loss"] = loss_seconds(sizes, gpu) * sizes.micro_batches
     total["optimizer"] = optimizer_seconds(sizes, gpu)
-    # The first gather and the last reduction have nothing to hide behind.
+    # The first gather and the last reduction do not overlap with computation.
     ends = fsdp_traffic(sizes, sizes.parameters["embedding"], is_resharded_after_forward(sizes))
     ends = _fsdp_seconds(sizes, ends, gpu)
     for name in ("gather", "reduce", "all-reduce"):
@@ -53,8 +54,8 @@ def layer_seconds(
 ) -> dict[str, float]:
     """Expected seconds of a layer and micro-batch, forward and backward, by part.
 
-    The steps of attention are those of `lighthouse/costs.py`; of their bytes and FLOPs a rank has
-    the W-th part. What is computed again counts where it belongs.
+    The steps of attention are those of `lighthouse/costs.py`. Each rank has 1/W of their bytes and
+    FLOPs. Recomputation is added to the part that is recomputed.
     """
     weights, tokens = layer_weights(sizes), sizes.rank_tokens
     product = 2 * tokens / gpu.matmul_flops
@@ -82,7 +83,7 @@ def layer_seconds(
 
 
 def attention_seconds(sizes: Sizes, is_lighthouse: bool, gpu: Gpu) -> dict[str, float]:
-    """The least seconds of each step of attention on a rank, by name, in order."""
+    """Lower bound in seconds of each step of attention on a rank, by name, in order."""
     seconds = {}
     for name, cost in attention_costs(sizes, is_lighthouse).items():
         is_backward = name.endswith("backward")
@@ -90,7 +91,8 @@ def attention_seconds(sizes: Sizes, is_lighthouse: bool, gpu: Gpu) -> dict[str, 
         seconds |= floor_seconds({name: cost}, gpu.bandwidth, rate)
     seconds = {name: size / sizes.cp_degree for name, size in seconds.items()}
     if sizes.cp_scheme == "ring":
-        # Each block's output is cast to fp32 (6 bytes an element) and merged (32), not compiled.
+        # Each block's output is cast to fp32 (6 bytes per element) and merged (32 bytes per
+        # element). Neither is compiled.
         rows = sizes.batch * sizes.attended_len(is_lighthouse) // sizes.cp_degree
         merged = sizes.cp_degree * rows * sizes.n_heads * sizes.head_dim * 38
         seconds["ring merge"] = merged / gpu.bandwidth
@@ -100,15 +102,15 @@ def attention_seconds(sizes: Sizes, is_lighthouse: bool, gpu: Gpu) -> dict[str, 
 def elementwise_bytes(sizes: Sizes) -> tuple[int, int]:
     """Bytes that norms, residuals, rotation and SwiGLU move in a layer, forward and backward.
 
-    Compiled, in elements a token, read and written:
+    Elements per token, read and written, in compiled layers:
 
         forward     norm 2 dim, residual and norm 4 dim, SwiGLU 3 hidden, residual 4 dim
-        backward    SwiGLU 6 hidden (its product once more), norm and residual 6 dim twice
-        rotation    10 for each of q and k, both ways: cast to fp32, multiply, cast back, where an
-                    fp32 element counts two; 4 where all is fp32
+        backward    SwiGLU 6 hidden (with its product recomputed), norm and residual 6 dim twice
+        rotation    10 for each element of q and k, forward and backward: cast to fp32, multiply,
+                    cast back. An fp32 element counts as two. 4 if everything is fp32.
 
-    Not compiled, silu, its product and the norm of a CPU make intermediate results beside; they
-    are counted as half as much again.
+    Without compilation, silu, its product and the norm on a CPU write intermediate results. They
+    add half as much again.
     """
     dim, hidden_dim = sizes.model_args.dim, sizes.hidden_dim
     heads = (sizes.n_heads + sizes.n_kv_heads) * sizes.head_dim
@@ -123,8 +125,9 @@ def elementwise_bytes(sizes: Sizes) -> tuple[int, int]:
 def loss_seconds(sizes: Sizes, gpu: Gpu) -> float:
     """Expected seconds of the head and the loss of a micro-batch, forward and backward.
 
-    Three products, and bytes for each logit: compiled it is read, read again and replaced by its
-    gradient. Not compiled, cast, log-softmax and two gradients in fp32; in chunks seven passes.
+    There are three matrix products, and bytes moved per logit. A compiled loss reads each logit
+    twice and writes its gradient. An eager loss casts, computes the log-softmax and writes two
+    gradients in fp32. The loss in chunks makes seven passes.
     """
     tokens, e = sizes.rank_tokens, sizes.compute_bytes
     vocab, dim = sizes.model_args.vocab_size, sizes.model_args.dim
@@ -140,9 +143,9 @@ def loss_seconds(sizes: Sizes, gpu: Gpu) -> float:
 def optimizer_seconds(sizes: Sizes, gpu: Gpu) -> float:
     """Expected seconds of clipping and of Adam.
 
-    Clipping reads the gradients twice and writes them; Adam reads parameters, gradients and both
-    moments and writes all but the gradients, in one kernel if `fused`, else in eight passes that
-    move 20 elements a parameter.
+    Clipping reads the gradients twice and writes them once. Adam reads parameters, gradients and
+    both moments, and writes all but the gradients. `fused` does that in one kernel. Otherwise there
+    are eight passes that move 20 elements per parameter.
     """
     moved = 7 if sizes.config.optimizer.implementation == "fused" else 20
     shard = sizes.parameters["total"] / sizes.fsdp_degree * sizes.param_bytes
@@ -150,8 +153,8 @@ def optimizer_seconds(sizes: Sizes, gpu: Gpu) -> float:
 
 
 def _fsdp_seconds(sizes: Sizes, traffic: dict[str, int], gpu: Gpu) -> dict[str, float]:
-    """Seconds of the part of `traffic` that FSDP makes, by purpose."""
-    # A ring over nodes goes through the links of all GPUs of a node.
+    """Seconds of FSDP's part of `traffic`, by purpose."""
+    # A ring over several nodes uses the network links of all GPUs of a node.
     within = min(gpu.nvlink, GPUS_PER_NODE * gpu.network)
     rate = gpu.nvlink if sizes.fsdp_degree <= GPUS_PER_NODE else within
     rates = {"gather": rate, "gather backward": rate, "reduce": rate}
@@ -162,7 +165,7 @@ def _fsdp_seconds(sizes: Sizes, traffic: dict[str, int], gpu: Gpu) -> dict[str, 
 def _exchange_seconds(
     sizes: Sizes, traffic: dict[str, int], steps: dict[str, float], gpu: Gpu
 ) -> float:
-    """Seconds of a layer that wait for what ranks that share a sequence exchange."""
+    """Seconds per layer of context-parallel communication that does not overlap."""
     rate = gpu.nvlink if sizes.cp_degree <= GPUS_PER_NODE else gpu.network
     seconds = {
         name: size / rate for name, size in traffic.items() if name.startswith(("exch", "edges"))
@@ -183,7 +186,7 @@ def _exchange_seconds(
         else:
             exposed += max(0.0, rotated - (degree - 1) * block)
         if is_backward:
-            # Gradients of k and v follow each block; the last has none to hide behind.
+            # Gradients of k and v are sent after each block. The last send does not overlap.
             sums = size - rotated
             exposed += sums / degree + max(0.0, (degree - 1) * (sums / degree - block))
     return exposed

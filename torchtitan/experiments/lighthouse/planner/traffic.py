@@ -11,16 +11,16 @@ KINDS = {True: "Lighthouse", False: "dense"}
 def layer_traffic(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[str, int]:
     """Bytes that a rank sends for one layer and micro-batch, by purpose.
 
-        gather               parameters, in the compute dtype, forward
-        gather backward      once more, unless they stay
-        reduce               gradients, in the dtype of the reduction
-        all-reduce           of shards of gradients between replicas
-        exchange             for attention over sequences that ranks share: `lighthouse/costs.py`
-        exchange recomputed  once more, by activation checkpointing
-        exchange backward
-        edges                and the like, for scatter-back to reach across chunks
+        gather               parameters in the compute dtype, for the forward pass
+        gather backward      parameters again, if they were resharded after the forward pass
+        reduce               gradients in the dtype of the reduction
+        all-reduce           shards of gradients, between replicas
+        exchange             attention under context parallelism (`lighthouse/costs.py`)
+        exchange recomputed  the same again, by activation checkpointing
+        exchange backward    gradients of the exchanged tensors
+        edges                scatter-back across the edges of chunks
 
-    Tensor parallelism is not covered.
+    `edges` may also be recomputed and has a backward pass. Tensor parallelism is not covered.
     """
     traffic = fsdp_traffic(
         sizes, sizes.parameters["layer"], is_resharded=is_resharded_after_forward(sizes)
@@ -33,7 +33,7 @@ def layer_traffic(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict
         exchanged |= edge_bytes(shape, sizes.attention, sizes.cp_degree, sizes.cp_scheme)
     for name, size in exchanged.items():
         traffic[name] = size
-        # The outputs of an all-to-all are kept by `op`; those of the ring on a GPU only.
+        # `op` saves the outputs of an all-to-all. It saves those of the ring only on a GPU.
         is_kept = name == "edges" or sizes.cp_scheme == "ulysses" or sizes.device_type == "cuda"
         is_again = checkpointing == "full" or (checkpointing == "op" and not is_kept)
         if is_again and not name.endswith("backward"):
@@ -42,7 +42,7 @@ def layer_traffic(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict
 
 
 def step_traffic(sizes: Sizes, stage: int) -> dict[str, int]:
-    """Bytes that a rank sends in a step, by purpose, sums of a few numbers left out."""
+    """Bytes that a rank sends in a step, by purpose, without sums of a few numbers."""
     policy = sizes.config.parallelism.fsdp_reshard_after_forward
     parts = [layer_traffic(sizes, *layer) for layer in layers_of(sizes, stage)]
     parameters = sizes.parameters
@@ -60,7 +60,7 @@ def step_traffic(sizes: Sizes, stage: int) -> dict[str, int]:
 
 
 def is_resharded_after_forward(sizes: Sizes) -> bool:
-    """Whether a layer's parameters are given up after its forward pass."""
+    """Whether a layer's parameters are freed after its forward pass and gathered again."""
     return sizes.config.parallelism.fsdp_reshard_after_forward != "never"
 
 
@@ -80,5 +80,5 @@ def fsdp_traffic(sizes: Sizes, parameters: int, is_resharded: bool) -> dict[str,
 
 
 def all_reduce_bytes(sizes: Sizes, size: int) -> int:
-    """Bytes that a rank sends for the sum of `size` bytes over the replicas: in a ring."""
+    """Bytes that a rank sends in a ring all-reduce of `size` bytes over the replicas."""
     return 2 * size * (sizes.dp_replicate - 1) // sizes.dp_replicate

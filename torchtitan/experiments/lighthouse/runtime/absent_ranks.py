@@ -65,9 +65,9 @@ def description(absent: dict[int, str], step: int) -> str:
     """An error message of one line about the absent ranks."""
     ranks = ", ".join(f"rank {rank} ({place})" for rank, place in absent.items())
     return (
-        f"{ranks} did not come to step {step}, and the other ranks have waited in vain; look "
-        "whether that process still runs, in its output, and with py-spy dump --pid in what it "
-        "waits for; comm.train_timeout_seconds is how long the others wait"
+        f"{ranks} did not reach step {step}, and the other ranks have timed out; check whether "
+        "that process still runs, read its output, and see what it waits for with py-spy dump "
+        "--pid; comm.train_timeout_seconds is how long the others wait"
     )
 
 
