@@ -75,6 +75,17 @@ def test_losses_by_position_under_both_attentions(corpus, checkpoint, script, tm
             part = expected[:, start:end].mean().item()
             assert bucket["loss"] == pytest.approx(part, abs=1e-5)
         assert f"{entry['loss']:.4f}" in printed
+    # The difference is paired: its error is that of the differences, window by window.
+    difference = losses["Lighthouse"] - losses["dense"]
+    paired = result["results"][1]["minus_first"]
+    assert paired["loss"] == pytest.approx(difference.mean().item(), abs=1e-5)
+    means = difference.mean(1)
+    error = (means[0] - means[1]).abs().item() / 2
+    assert paired["standard_error"] == pytest.approx(error, abs=1e-5)
+    last = paired["by_position"][-1]["loss"]
+    assert last == pytest.approx(difference[:, 256:].mean().item(), abs=1e-5)
+    assert "minus_first" not in result["results"][0]
+    assert "minus the first" in printed and f"{paired['loss']:.4f}" in printed
     fields = result["results"][1]["fields"]
     assert (fields["topk"], fields["full_attn_layers"]) == (128, [0, -1])
     assert json.loads((tmp_path / "eval_loss.json").read_text()) == result
@@ -86,6 +97,7 @@ def test_an_exported_folder_has_the_same_loss(checkpoint, script, tmp_path):
     result, _ = script(checkpoint, tmp_path / "out", "--seq-len", 128)
     first, second = (entry["loss"] for entry in result["results"])
     assert first == second
+    assert result["results"][1]["minus_first"]["loss"] == 0
     # The text has fewer windows than requested.
     assert 2 < result["results"][0]["windows"] < 16
 

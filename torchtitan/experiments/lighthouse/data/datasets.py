@@ -205,14 +205,6 @@ def corpus_root(name: str, path: str | None) -> Path:
     return Path(path).expanduser()
 
 
-def _other_documents(section: str, name: str) -> ValueError:
-    return ValueError(
-        f"{section}.dataset must be the one of the checkpoint's data position, got {name!r} with "
-        "other documents: restore the files, or restart the data with "
-        'checkpoint.exclude_from_loading = ["dataloader"]'
-    )
-
-
 def _raise(error: OSError) -> NoReturn:
     raise error
 

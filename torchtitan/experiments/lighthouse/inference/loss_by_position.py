@@ -11,7 +11,8 @@ The text is the beginning of the held-out part of a corpus. It is packed into wi
 training. A window may start inside a document and hold several documents. A token's position is the
 number of tokens before it in the window. Buckets of positions double in width. Losses are in nats
 per token, with the standard error of the mean over windows. Only compare models with the same
-tokenizer.
+tokenizer. For several results the difference from the first is paired: it is taken window by
+window, and its standard error is that of the differences.
 
 Writes eval_loss.png and eval_loss.json to --output. The last printed line is the same JSON.
 """
@@ -99,15 +100,23 @@ def evaluate(options: argparse.Namespace) -> dict:
     fields = [None] * len(trained)
     if options.lighthouse is not None:
         fields = [given_fields(model, options.lighthouse, seq_len) for model in trained]
-    results = []
+    results, first = [], None
     for model, lighthouse in zip(trained, fields, strict=True):
         windows = held_out_windows(model, options, seq_len)
+        labels = torch.cat([labels for _, labels in windows])
         transformer = model.load(options.device, TORCH_DTYPE_MAP[options.dtype], seq_len)
-        results.append(measure(model, "dense", transformer, windows))
-        if lighthouse is not None:
-            use_stage_1(transformer, lighthouse, model.args.n_layers)
-            chosen = {name: getattr(lighthouse, name) for name in LIGHTHOUSE_FIELDS}
-            results.append(measure(model, "Lighthouse", transformer, windows, fields=chosen))
+        for attention in ("dense",) if lighthouse is None else ("dense", "Lighthouse"):
+            entry = {"model": str(model.folder), "attention": attention}
+            if attention == "Lighthouse":
+                use_stage_1(transformer, lighthouse, model.args.n_layers)
+                entry["fields"] = {name: getattr(lighthouse, name) for name in LIGHTHOUSE_FIELDS}
+            losses = token_losses(transformer, windows)
+            entry |= {"windows": len(windows), **summary(losses)}
+            if first is None:
+                first = labels, losses
+            elif torch.equal(labels, first[0]):
+                entry["minus_first"] = summary(losses - first[1])
+            results.append(entry)
     return {
         "dataset": options.dataset,
         "dataset_path": options.dataset_path,
@@ -118,23 +127,13 @@ def evaluate(options: argparse.Namespace) -> dict:
     }
 
 
-def measure(
-    model: ModelSource, attention: str, transformer: Transformer, windows: list, **more
-) -> dict:
-    """Measure one model with one attention."""
-    losses = token_losses(transformer, windows)
+def summary(losses: torch.Tensor) -> dict:
+    """Mean of [windows, tokens] and its standard error, overall and by position."""
     by_position = [
         {"from": start, "to": end, **mean(losses[:, start:end])}
         for start, end in buckets(losses.shape[1])
     ]
-    return {
-        "model": str(model.folder),
-        "attention": attention,
-        **more,
-        "windows": len(windows),
-        **mean(losses),
-        "by_position": by_position,
-    }
+    return {**mean(losses), "by_position": by_position}
 
 
 def held_out_windows(
@@ -209,6 +208,10 @@ def table(result: dict) -> str:
         name = f"{cells[0]['from']:,}-{cells[0]['to'] - 1:,}"
         lines.append(f"{name:>17}" + "".join(f"{cell(c):>18}" for c in cells))
     lines.append(f"{'all':>17}" + "".join(f"{cell(r):>18}" for r in result["results"]))
+    paired = [r.get("minus_first") for r in result["results"]]
+    if any(paired):
+        cells = "".join(f"{cell(difference) if difference else '':>18}" for difference in paired)
+        lines.append(f"{'minus the first':>17}" + cells)
     return "\n".join(lines)
 
 

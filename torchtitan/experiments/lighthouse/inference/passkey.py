@@ -36,33 +36,23 @@ Writes passkey.png and passkey.json to --output. The last printed line is the sa
 """
 
 import argparse
-import json
 import random
 import string
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
-from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
-from torchtitan.experiments.lighthouse.inference.load_model import (
-    ModelSource,
-    add_arguments,
-    given_fields,
-    open_trained,
-    output_folder,
+from torchtitan.experiments.lighthouse.inference.load_model import ModelSource, open_trained
+from torchtitan.experiments.lighthouse.inference.synthetic import (
+    description_of,
+    load_evaluated,
+    parser_of,
+    run,
 )
-from torchtitan.experiments.lighthouse.runtime.command_line import (
-    Parser,
-    check_device,
-    check_output_folder,
-    exit_on_value_error,
-    open_tokenizer,
-)
-from torchtitan.experiments.lighthouse.runtime.plots import save, subplots
+from torchtitan.experiments.lighthouse.runtime.plots import subplots
 from torchtitan.models.llama3 import Transformer
 
 LENGTHS = [4096, 8192, 16384, 32768, 65536, 98304]
@@ -81,37 +71,13 @@ WORD_LENGTH = 5
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    on_gpu = torch.cuda.is_available()
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="checkpoint or exported folder")
-    add("--make-data", nargs=2, metavar=("N", "FILE"), help="write N documents and stop")
-    add("--lengths", type=int, nargs="+", help="lengths of documents in tokens")
     words = "with --make-data: different words in a filler; 0: each is new"
     add("--filler-words", type=int, nargs="+", default=[0], help=words)
     questions = "with --make-data: maximum number of questions in a document"
     add("--questions", type=int, default=1, help=questions)
-    add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="Lighthouse instead of dense")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if on_gpu else "cpu")
-    add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
-    add("--output", type=Path, help="folder for the figures; default: inside the run's folder")
-    add_arguments(parser)
-    options = parser.parse_args()
-    if (options.model is None) == (options.make_data is None):
-        parser.error("name either MODEL or --make-data N FILE")
-    with exit_on_value_error():
-        if options.make_data is not None:
-            make_data(options)
-            return
-        options.output = options.output or output_folder(options.model, "eval_passkey")
-        result = evaluate(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "passkey.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot(result, options.output / "passkey.png")
-    print(table(result))
-    print(f"  {options.output / 'passkey.png'}")
-    print(json.dumps(result))
+    run(parser, "passkey", texts, evaluate, table, plot)
 
 
 @dataclass(frozen=True)
@@ -205,14 +171,10 @@ def random_words(count: int, dice: random.Random) -> list[str]:
     return ["".join(letters[i::count]) for i in range(count)]
 
 
-def make_data(options: argparse.Namespace) -> None:
-    """Write documents for training. Raises ValueError for illegal options."""
-    num_documents, file = options.make_data
-    if not num_documents.isdecimal() or int(num_documents) < 1 or not options.lengths:
-        raise ValueError(
-            "--make-data must be followed by a number and a file, and needs --lengths, got "
-            f"{num_documents!r} and lengths {options.lengths}; give both"
-        )
+def texts(
+    options: argparse.Namespace, num_documents: int, tokenizer: HuggingFaceTokenizer
+) -> Iterator[str]:
+    """Yield documents for training. Raises ValueError for illegal options."""
     if min(options.filler_words) < 0:
         raise ValueError(
             f"--filler-words must be at least 0, got {min(options.filler_words)}; use 0 for a new "
@@ -223,45 +185,26 @@ def make_data(options: argparse.Namespace) -> None:
             f"--questions must be at least 1, got {options.questions}; use 1 for the form that is "
             "evaluated"
         )
-    tokenizer_path = options.tokenizer or BYTE_TOKENIZER_PATH
-    open_tokenizer("--tokenizer", tokenizer_path)
-    check_output_folder("the folder of --make-data FILE", Path(file).parent)
-    if Path(file).is_dir():
-        raise ValueError(
-            f"--make-data must be followed by a number and a file, got the folder {file!r}; name a "
-            "file in it"
-        )
-    maker = DocumentMaker(HuggingFaceTokenizer(tokenizer_path))
-    # Check that all lengths fit before writing the file.
+    maker = DocumentMaker(tokenizer)
+    # Check that all lengths fit before the first document.
     maker.make(min(options.lengths), 0, 0, "")
     dice = random.Random(f"train {options.seed}")
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with Path(file).open("w") as lines:
-        for i in range(int(num_documents)):
-            length, depth, digit = dice.choice(options.lengths), dice.random(), dice.randrange(10)
-            filler_words = dice.choice(options.filler_words)
-            questions = dice.randint(1, options.questions)
-            key = f"train {options.seed} {i}"
-            document = maker.make(length, depth, digit, key, filler_words, questions)
-            lines.write(json.dumps({"text": maker.text(document)}) + "\n")
-    print(f"{num_documents} documents in {file}")
+    for i in range(num_documents):
+        length, depth, digit = dice.choice(options.lengths), dice.random(), dice.randrange(10)
+        filler_words = dice.choice(options.filler_words)
+        questions = dice.randint(1, options.questions)
+        key = f"train {options.seed} {i}"
+        yield maker.text(maker.make(length, depth, digit, key, filler_words, questions))
 
 
 def evaluate(options: argparse.Namespace) -> dict:
     """Measure all lengths. Raises ValueError for illegal options."""
-    check_output_folder("--output", options.output)
-    check_device(options.device)
     trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
     maker = DocumentMaker(trained.tokenizer())
     lengths = sorted({*(options.lengths or default_lengths(trained, options.device))})
     maker.make(lengths[0], 0, 0, "")
-    window = 0
-    if options.lighthouse is not None:
-        window = max(trained.args.max_seq_len, lengths[-1])
-        lighthouse = given_fields(trained, options.lighthouse, window)
-    model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype], max(window, lengths[-1]))
-    if options.lighthouse is not None:
-        use_stage_1(model, lighthouse, trained.args.n_layers)
+    window = 0 if options.lighthouse is None else max(trained.args.max_seq_len, lengths[-1])
+    model = load_evaluated(options, trained, [window or lengths[-1]])
     answers = {}
     for length in lengths:
         try:
@@ -282,11 +225,7 @@ def evaluate(options: argparse.Namespace) -> dict:
         )
     accuracy = [accuracies(cells) for cells in answers.values()]
     return {
-        "model": str(trained.folder),
-        "attention": "dense" if options.lighthouse is None else "Lighthouse",
-        "device": options.device,
-        "dtype": options.dtype,
-        "seed": options.seed,
+        **description_of(options, trained),
         "depths": DEPTHS,
         "lengths": list(answers),
         "out_of_memory": [length for length in lengths if length not in answers],
@@ -342,7 +281,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(result: dict) -> Figure:
     """Plot the accuracy, with lengths on the x-axis and depths on the y-axis."""
     lengths, depths = result["lengths"], result["depths"]
     figure, axes = subplots(figsize=(5 + len(lengths), 5.5))
@@ -359,4 +298,4 @@ def plot(result: dict, path: Path) -> None:
         f"Pass key, {result['attention']}: mean {result['mean']:.2f}, chance {result['chance']:.1f}"
     )
     figure.colorbar(image, label="right answers")
-    save(figure, path)
+    return figure

@@ -20,43 +20,35 @@ source.
 
 Evaluation asks at exact distances, --distances, in --documents documents of each length. The model
 must name the right symbol among the ten digits (pairs) or all letters and digits (copy). Attention
-is dense, or with --lighthouse that of stage 1, with the fields of the run and those given.
+is dense. --lighthouse measures with Lighthouse Attention instead, as in stage 1. Its fields are
+those of the run, changed by --lighthouse.
 
 --make-data writes documents to train on, as JSON lines for training.dataset = "jsonl". Distances
 are drawn from --min-distance to the longest that fits, as many between 64 and 128 as between 128
 and 256. With --min-distance no shorter window holds both an answer and its source, so training on
-short windows cannot teach the task. The tokenizer is that of bytes, or --tokenizer.
+short windows cannot teach the task. The tokenizer is that of --tokenizer (default: bytes).
 
-Writes recall.png and recall.json into --output; the last line printed is the same JSON.
+Writes recall.png and recall.json to --output. The last printed line is the same JSON.
 """
 
 import argparse
-import json
 import random
 import string
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
-from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
-from torchtitan.experiments.lighthouse.inference.load_model import (
-    add_arguments,
-    given_fields,
-    open_trained,
-    output_folder,
+from torchtitan.experiments.lighthouse.inference.load_model import open_trained
+from torchtitan.experiments.lighthouse.inference.synthetic import (
+    description_of,
+    load_evaluated,
+    parser_of,
+    run,
 )
-from torchtitan.experiments.lighthouse.runtime.command_line import (
-    Parser,
-    check_device,
-    check_output_folder,
-    exit_on_value_error,
-    open_tokenizer,
-)
-from torchtitan.experiments.lighthouse.runtime.plots import save, subplots
+from torchtitan.experiments.lighthouse.runtime.plots import subplots
 from torchtitan.models.llama3 import Transformer
 
 ITEMS = {"pairs": 48, "copy": 16}
@@ -75,39 +67,15 @@ TRIES = 64
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    on_gpu = torch.cuda.is_available()
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", help="checkpoint or exported folder")
-    add("--make-data", nargs=2, metavar=("N", "FILE"), help="write N documents and stop")
     add("--task", choices=list(ITEMS), default="pairs")
-    add("--lengths", type=int, nargs="+", help="tokens of a document; default: training.seq_len")
     add("--items", type=int, help="pairs (default: 48) or passages (default: 16)")
     add("--fillers", type=int, default=1, help="different symbols of the filler; default: 1")
-    add("--min-distance", type=int, default=0, help="of a question to its source (data)")
+    add("--min-distance", type=int, default=0, help="with --make-data: smallest distance")
     add("--distances", type=int, nargs="+", help="evaluated; default: powers of 2 that fit")
     add("--documents", type=int, default=16, help="for each length and distance; default: 16")
-    add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="Lighthouse instead of dense")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if on_gpu else "cpu")
-    add("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16"])
-    add("--output", type=Path, help="folder for the figures; default: in the folder of the run")
-    add_arguments(parser)
-    options = parser.parse_args()
-    if (options.model is None) == (options.make_data is None):
-        parser.error("name MODEL or --make-data N FILE, one of them")
-    with exit_on_value_error():
-        if options.make_data is not None:
-            make_data(options)
-            return
-        options.output = options.output or output_folder(options.model, "eval_recall")
-        result = evaluate(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "recall.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot(result, options.output / "recall.png")
-    print(table(result))
-    print(f"  {options.output / 'recall.png'}")
-    print(json.dumps(result))
+    run(parser, "recall", texts, evaluate, table, plot)
 
 
 @dataclass(frozen=True)
@@ -152,7 +120,8 @@ class DocumentMaker:
         self.tokenizer, self.task, self.items = tokenizer, task, items
         self._letters, self._digits = self._single(letters), self._single(digits)
         self._fillers = self._single(FILLERS[:fillers])
-        self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self.start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        """Tokens before every document."""
         self.choices = self._digits if task == "pairs" else [*self._letters, *self._digits]
         """The tokens that an answer is chosen from."""
         self.span, self.cue = (2, 1) if task == "pairs" else (PASSAGE, CUE)
@@ -169,7 +138,7 @@ class DocumentMaker:
 
     def farthest(self, length: int) -> int:
         """The longest distance that fits into a document of `length` tokens."""
-        return length - 1 - len(self._start) - self.span
+        return length - 1 - len(self.start) - self.span
 
     def check_distance(self, name: str, length: int, distance: int) -> None:
         """Raise ValueError unless documents of `length` tokens can have this distance."""
@@ -188,14 +157,14 @@ class DocumentMaker:
             key: seed of everything that is drawn.
         """
         dice = random.Random(f"{self.task} {key}")
-        tokens = [*self._start]
+        tokens = [*self.start]
         tokens += dice.choices(self._fillers, k=length - 1 - len(tokens))
-        free, answers = [False] * len(self._start), []
+        free, answers = [False] * len(self.start), []
         free += [True] * (len(tokens) - len(free))
         for source in self._sources(dice):
             distance = round(nearest * (farthest / nearest) ** dice.random())
             for _ in range(TRIES):
-                place = dice.randint(len(self._start), len(tokens) - distance - self.span)
+                place = dice.randint(len(self.start), len(tokens) - distance - self.span)
                 spans = [slice(at, at + self.span) for at in (place, place + distance)]
                 if all(free[spans[0]]) and all(free[spans[1]]):
                     for span in spans:
@@ -211,62 +180,38 @@ class DocumentMaker:
         return [[letter, dice.choice(self._digits)] for letter in letters]
 
 
-def make_data(options: argparse.Namespace) -> None:
-    """Write documents to train on. Raises ValueError for impossible options."""
-    num_documents, file = options.make_data
-    if not num_documents.isdecimal() or int(num_documents) < 1 or not options.lengths:
-        raise ValueError(
-            "--make-data must be followed by a number and a file, and go with --lengths, got "
-            f"{num_documents!r} and lengths {options.lengths}; give both"
-        )
-    tokenizer_path = options.tokenizer or BYTE_TOKENIZER_PATH
-    tokenizer = open_tokenizer("--tokenizer", tokenizer_path)
-    check_output_folder("the folder of --make-data FILE", Path(file).parent)
-    if Path(file).is_dir():
-        raise ValueError(
-            f"--make-data must be followed by a number and a file, got the folder {file!r}; name a "
-            "file in it"
-        )
+def texts(
+    options: argparse.Namespace, num_documents: int, tokenizer: HuggingFaceTokenizer
+) -> Iterator[str]:
+    """Yield documents for training. Raises ValueError for illegal options."""
     maker = DocumentMaker(tokenizer, options.task, options.items, options.fillers)
-    nearest = max(options.min_distance, maker.span)
+    nearest = options.min_distance or maker.span
     for length in options.lengths:
         maker.check_distance("--min-distance", length, nearest)
     dice = random.Random(f"train {options.seed}")
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with Path(file).open("w") as lines:
-        for i in range(int(num_documents)):
-            length = dice.choice(options.lengths)
-            key = f"train {options.seed} {i}"
-            document = maker.make(length, nearest, maker.farthest(length), key)
-            # The loader adds the start and the end.
-            tokens = document.tokens[len(maker._start) :]
-            text = tokenizer.decode(tokens)
-            if tokenizer.tokenizer.encode(text, add_special_tokens=False).ids != tokens:
-                raise ValueError(
-                    "--tokenizer must keep the symbols of a document apart, got "
-                    f"{tokenizer_path!r}, which joins some of them; use the tokenizer of bytes"
-                )
-            lines.write(json.dumps({"text": text}) + "\n")
-    print(f"{num_documents} documents in {file}")
+    for i in range(num_documents):
+        length, key = dice.choice(options.lengths), f"train {options.seed} {i}"
+        tokens = maker.make(length, nearest, maker.farthest(length), key).tokens
+        # The loader adds the start and the end.
+        tokens = tokens[len(maker.start) :]
+        text = tokenizer.decode(tokens)
+        if tokenizer.tokenizer.encode(text, add_special_tokens=False).ids != tokens:
+            raise ValueError(
+                "--tokenizer must keep the symbols of a document apart, got "
+                f"{tokenizer.tokenizer_path!r}, which joins some; use the byte tokenizer"
+            )
+        yield text
 
 
 def evaluate(options: argparse.Namespace) -> dict:
-    """Everything that is measured. Raises ValueError for impossible options."""
-    check_output_folder("--output", options.output)
-    check_device(options.device)
+    """Measure all lengths and distances. Raises ValueError for illegal options."""
     if options.documents < 1:
         raise ValueError(f"--documents must be at least 1, got {options.documents}; use 1 or more")
     trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
-    tokenizer = trained.tokenizer()
-    maker = DocumentMaker(tokenizer, options.task, options.items, options.fillers)
+    maker = DocumentMaker(trained.tokenizer(), options.task, options.items, options.fillers)
     lengths = sorted({*(options.lengths or [trained.args.max_seq_len])})
     distances = {length: distances_of(maker, length, options.distances) for length in lengths}
-    if options.lighthouse is not None:
-        for length in lengths:
-            lighthouse = given_fields(trained, options.lighthouse, length)
-    model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype], lengths[-1])
-    if options.lighthouse is not None:
-        use_stage_1(model, lighthouse, trained.args.n_layers)
+    model = load_evaluated(options, trained, lengths)
     accuracy = {}
     for length in lengths:
         accuracy[length] = {
@@ -275,15 +220,11 @@ def evaluate(options: argparse.Namespace) -> dict:
         }
         print(f"{length:,} tokens: {mean(accuracy[length]):.2f}", flush=True)
     return {
-        "model": str(trained.folder),
-        "attention": "dense" if options.lighthouse is None else "Lighthouse",
+        **description_of(options, trained),
         "task": options.task,
         "items": maker.items,
         "fillers": options.fillers,
         "documents": options.documents,
-        "device": options.device,
-        "dtype": options.dtype,
-        "seed": options.seed,
         "accuracy": accuracy,
         "mean": sum(map(mean, accuracy.values())) / len(accuracy),
         "chance": 1 / len(maker.choices),
@@ -339,7 +280,7 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "", f"mean {result['mean']:.3f}, chance {result['chance']:.3f}"])
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(result: dict) -> Figure:
     """Share of right answers over the distance, one line for each length."""
     figure, axes = subplots()
     for length, row in result["accuracy"].items():
@@ -351,4 +292,4 @@ def plot(result: dict, path: Path) -> None:
     axes.set(xlabel="distance to the source (tokens)", ylabel="right answers", ylim=(-0.03, 1.03))
     axes.set_title(f"Recall ({result['task']}), {result['attention']}: mean {result['mean']:.2f}")
     axes.legend()
-    save(figure, path)
+    return figure
