@@ -16,8 +16,8 @@ Each combination is a cell: the configuration with overrides, in a folder of its
            why, and is left out of everything else.
 --run      trains the cells one after another. A finished one is skipped, and a stopped one goes on
            from its newest checkpoint. If one fails, the others are trained all the same; its folder
-           holds error.txt, and the exit code is 1. A signal (SIGTERM, SIGUSR1) ends the cell with a
-           checkpoint, and the exit code is 75.
+           holds error.txt, and the exit code is 1. A signal, as of `lighthouse train`, ends the
+           cell with a checkpoint, and the exit code is 75.
 --collect  writes table.md, table.csv, table.json and fields.png of all cells in the folder. Cells
            that differ in their seeds alone are a row of a second table: mean and range.
 
@@ -27,11 +27,7 @@ Further arguments override the configuration in every cell: `--training.steps 40
 import copy
 import itertools
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +35,7 @@ from typing import Any
 
 import tomli
 import torch
+from torchtitan.experiments.lighthouse import launch
 from torchtitan.experiments.lighthouse.analysis.run_metrics import read_run, summarize_run
 from torchtitan.experiments.lighthouse.analysis.sweep_tables import COLUMNS, FIELDS, write_tables
 from torchtitan.experiments.lighthouse.config.load import load_config
@@ -49,7 +46,7 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     check_output_folder,
     exit_on_value_error,
 )
-from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, heeded_signals
+from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
 
 PAPER_GRID = {
     "scorer": ["norm", "dilated", "gla"],
@@ -60,8 +57,6 @@ PAPER_GRID = {
     "stage1_share": [10 / 16, 11 / 16, 12 / 16],
 }
 """Scorers, sizes and stages of the paper (arXiv 2605.06554)."""
-
-TRAINER = ["-m", "torchtitan.experiments.lighthouse.train"]
 
 
 @dataclass(frozen=True)
@@ -229,30 +224,6 @@ def list_cells(cells: list[Cell]) -> None:
 # ---- runs
 
 
-class SignalForwarder:
-    """Whether a signal has asked to stop; it is handed on to the run of the moment."""
-
-    def __init__(self):
-        self.is_asked = False
-        self.process = None
-
-    def __enter__(self) -> "SignalForwarder":
-        self._former = {number: signal.signal(number, self._arrive) for number in heeded_signals()}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, action in self._former.items():
-            signal.signal(number, action)
-
-    def _arrive(self, number, frame) -> None:
-        self.is_asked = True
-        self.hand_on()
-
-    def hand_on(self) -> None:
-        if self.is_asked and self.process is not None:
-            self.process.send_signal(signal.SIGTERM)
-
-
 def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc: int) -> int:
     """Train the legal cells that are not finished; returns the exit code.
 
@@ -265,9 +236,9 @@ def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc:
     for cell in legal:
         take_folder(cell, config_file, overrides)
     failed = []
-    with SignalForwarder() as stop:
+    with launch.signals_to_stop() as asked:
         for i, cell in enumerate(legal):
-            if stop.is_asked:
+            if asked:
                 break
             title = f"[{i + 1}/{len(legal)}] {cell.folder.name}"
             if cell.state() == "finished":
@@ -275,17 +246,13 @@ def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc:
                 continue
             print(f"{title}: training ...", flush=True)
             start = time.monotonic()
-            train(cell, config_file, overrides, nproc, stop)
-            state = cell.state()
-            if state == "stopped":
-                stop.is_asked = True
-            elif state == "failed":
+            end = train(cell, config_file, overrides, nproc, asked)
+            if cell.state() == "failed":
                 failed.append(cell.folder)
-                state = f"failed, see {cell.folder / 'error.txt'}"
-            print(f"{title}: {state}, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"{title}: {end}, {time.monotonic() - start:.0f} s", flush=True)
     if failed:
         print(f"{len(failed)} of {len(legal)} cells failed: {' '.join(map(str, failed))}")
-    if stop.is_asked:
+    if asked:
         print("Asked to stop; the same command goes on.")
         return EXIT_CODE
     return 1 if failed else 0
@@ -325,12 +292,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def train(
-    cell: Cell, config_file: Path, overrides: list[str], nproc: int, stop: SignalForwarder
-) -> None:
-    """Train a cell, or go on with it; its folder then says what came of it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    command = [
-        sys.executable, *(launcher if nproc > 1 else []), *TRAINER,
+    cell: Cell, config_file: Path, overrides: list[str], nproc: int, asked: list[bool]
+) -> str:
+    """Train a cell, or go on with it. Returns how it ended; its folder says so as well."""
+    args = [
         "--job.config_file", str(config_file), "--job.dump_folder", str(cell.folder),
         *overrides, *cell.overrides,
     ]  # fmt: skip
@@ -338,19 +303,21 @@ def train(
     log, error = cell.folder / "log.txt", cell.folder / "error.txt"
     error.unlink(missing_ok=True)
     with log.open("a") as file:
-        stop.process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**names, **os.environ}
-        )
-        # One that came before there was a process.
-        stop.hand_on()
-        exit_code = stop.process.wait()
-        stop.process = None
+        exit_code = launch.run(args, nproc, asked, file, **names)
     if exit_code == 0:
         (cell.folder / "finished").touch()
-    elif not stop.is_asked and exit_code != EXIT_CODE:
-        tail = log.read_text(errors="replace").splitlines()[-60:]
-        lines = [shlex.join(command), f"exit code {exit_code}; the end of {log}:", "", *tail]
-        error.write_text("\n".join(lines) + "\n")
+        return "finished"
+    if exit_code == EXIT_CODE:
+        # The signal may have reached the processes alone.
+        asked.append(True)
+        return "stopped, saved"
+    if asked:
+        return f"stopped with exit code {exit_code}, see {log}"
+    command = shlex.join(["lighthouse", "train", *args, "--nproc-per-node", str(nproc)])
+    tail = log.read_text(errors="replace").splitlines()[-60:]
+    lines = [command, f"exit code {exit_code}; the end of {log}:", "", *tail]
+    error.write_text("\n".join(lines) + "\n")
+    return f"failed, see {error}"
 
 
 def collect(out: Path) -> None:
