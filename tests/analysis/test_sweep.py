@@ -239,6 +239,8 @@ def test_a_cell_is_started_as_a_run_of_its_own(ablate, tmp_path, nproc, monkeypa
     [
         ([], "nothing.toml", "--grid must be a TOML file"),
         ([], "{topk = }", "--grid must be an inline table"),
+        ([], f"{{topk = {'[' * 9999}", "(it is nested too deeply); correct it"),
+        ([], "/dev/zero", "--grid must be a TOML file, got '/dev/zero' ('/dev/zero' is a pipe"),
         ([], "{top = [1]}", "--grid: top is not a field; use scorer"),
         ([], "{topk = 128}", "--grid: topk must be a list"),
         ([], "{stage1_share = [0.5, 2]}", "--grid: stage1_share must be from 0 to 1"),
@@ -256,6 +258,15 @@ def test_a_wrong_call_ends_with_one_line(ablate, tmp_path, capsys, args, grid, m
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "grid").exists()
+
+
+def test_a_cell_of_another_kind_ends_with_one_line(ablate, tmp_path, capsys):
+    cell = tmp_path / "grid" / "a" / "cell.json"
+    cell.parent.mkdir(parents=True)
+    cell.write_text("[" * 99_999)
+    assert ablate("--collect") == 2
+    error = capsys.readouterr().err
+    assert "--output must hold the cells as they were begun" in error and error.count("\n") == 1
 
 
 def test_seeds_and_dense_runs_are_cells_and_seeds_are_averaged(ablate, tmp_path):

@@ -26,7 +26,6 @@ Further arguments override the configuration in every cell: `--training.steps 40
 
 import copy
 import itertools
-import json
 import shlex
 import time
 from dataclasses import dataclass
@@ -45,6 +44,12 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_output_folder,
     exit_on_value_error,
+)
+from torchtitan.experiments.lighthouse.runtime.read_files import (
+    PARSE_ERRORS,
+    read_json,
+    read_toml,
+    reason_of,
 )
 from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
 
@@ -120,13 +125,12 @@ def read_grid(text: str) -> dict[str, list]:
     """
     is_inline = text.lstrip().startswith("{")
     try:
-        if is_inline:
-            grid = tomli.loads(f"grid = {text}")["grid"]
-        else:
-            grid = tomli.loads(Path(text).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+        grid = tomli.loads(f"grid = {text}")["grid"] if is_inline else read_toml(text)
+    except PARSE_ERRORS as error:
         what = "an inline table" if is_inline else "a TOML file"
-        raise ValueError(f"--grid must be {what}, got {text!r} ({error}); correct it") from None
+        raise ValueError(
+            f"--grid must be {what}, got {text[:80]!r} ({reason_of(error)}); correct it"
+        ) from None
     if not grid:
         raise ValueError(f"--grid must name a field, got {text!r}; write one, or leave it out")
     known = [*(name for name in FIELDS if name != "stage1_steps"), "stage1_share"]
@@ -263,7 +267,7 @@ def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
     settings = {
         "fields": cell.fields,
         "overrides": [*overrides, *cell.overrides],
-        "config": tomli.loads(config_file.read_text()),
+        "config": read_toml(config_file),
     }
     path = cell.folder / "cell.json"
     if not path.exists():
@@ -279,7 +283,7 @@ def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """What `take_folder` wrote. Raises ValueError for what it did not."""
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         # Before there were pieces, stage 2 was at full length.
         before = {"stage2_seq_len": 0, "stage2_full_steps": 0}
         settings["fields"] = before | settings["fields"]
