@@ -15,7 +15,6 @@ import pickle
 import re
 import shutil
 import warnings
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -215,12 +214,15 @@ def _is_right(info: _StorageInfo) -> bool:
 
 
 class _TensorProperties(TensorProperties):
-    """torch 2.15 added a field to the five of older versions, which cannot read it."""
+    """torch 2.15 added a sixth value. Older versions unpack exactly five."""
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) > len(fields(TensorProperties)):
-            raise NewerTorchError
-        super().__setstate__(state)
+        try:
+            super().__setstate__(state)
+        except ValueError:
+            if isinstance(state, tuple) and len(state) > 5:
+                raise NewerTorchError from None
+            raise
 
 
 class _Unpickler(pickle.Unpickler):
