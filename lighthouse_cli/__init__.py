@@ -8,6 +8,7 @@ first. `lighthouse --help` and `lighthouse init` need neither.
 
 import difflib
 import importlib
+import os
 import sys
 
 _TRAINER = "torchtitan.experiments.lighthouse"
@@ -30,8 +31,28 @@ COMMANDS = {
 """For each command, the module whose `main()` it calls and a description."""
 
 
+BROKEN_PIPE = 141
+"""Exit code if the reader of stdout has closed it: 128 plus SIGPIPE, as in a shell."""
+
+
 def main() -> None:
     """Entry point. A usage error prints one line on stderr and exits with code 2."""
+    try:
+        try:
+            call()
+        finally:
+            # What stdout still buffers would otherwise raise the error after the end of main.
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        # Python flushes stdout again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ended = error.__context__
+        code = ended.code if isinstance(ended, SystemExit) else None
+        raise SystemExit(code or BROKEN_PIPE) from None
+
+
+def call() -> None:
+    """Call the program that the command line names."""
     name, args = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if name in ("-h", "--help"):
         print(usage())

@@ -22,10 +22,11 @@ FLOORS = [
     ["context_parallel", "apply_lighthouse", "loss"],
     ["checkpoint", "validate"],
     ["preflight", "inference", "selection_metrics"],
-    ["planner", "analysis"],
+    ["planner"],
     ["__init__"],
     ["train"],
     ["launch"],
+    ["analysis"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

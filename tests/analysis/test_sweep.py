@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torchtitan.experiments.lighthouse import launch
 from torchtitan.experiments.lighthouse.analysis import sweep
 
 ROOT = Path(__file__).parents[2]
@@ -20,16 +21,21 @@ CONFIG = ROOT / "train_configs" / "debug.toml"
 GRID = '{scorer = ["norm", "none"], topk = [128, 200], stage1_share = [0.25, 0.5]}'
 
 TRAINER = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder = pathlib.Path(arguments["--job.dump_folder"])
 with (folder / "starts.jsonl").open("a") as file:
     file.write(json.dumps([arguments, os.environ["WANDB_RUN_NAME"]]) + "\\n")
+with (folder / "ranks.txt").open("a") as file:
+    names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+    file.write(" ".join(os.environ.get(name, "") for name in names) + "\\n")
 print("the trainer speaks")
 stage1_steps = int(arguments["--lighthouse.stage1_steps"])
 if (folder / "fail").exists():
     raise SystemExit("the trainer fails")
 if (folder / "wait").exists():
+    code = int((folder / "wait").read_text() or 75)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
     (folder / "waiting").touch()
     time.sleep(60)
 with (folder / "metrics.jsonl").open("w") as file:
@@ -47,7 +53,7 @@ with (folder / "metrics.jsonl").open("w") as file:
 def ablate(monkeypatch, tmp_path):
     """Call the script in this process and return its exit code."""
     (tmp_path / "trainer.py").write_text(TRAINER)
-    monkeypatch.setattr(sweep, "TRAINER", [str(tmp_path / "trainer.py")])
+    monkeypatch.setattr(launch, "TRAINER", [sys.executable, str(tmp_path / "trainer.py")])
 
     def call(*args, out=tmp_path / "grid", grid=GRID):
         command = [
@@ -191,27 +197,41 @@ def test_a_signal_stops_the_run_and_the_grid(ablate, tmp_path, capsys, number):
     assert ablate("--run") == 75
     sender.join()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == former
-    assert "stopped" in capsys.readouterr().out
+    assert f"[1/2] {first.name}: stopped, saved, " in capsys.readouterr().out
     assert not (first / "error.txt").exists() and not (second / "starts.jsonl").exists()
     (first / "wait").unlink()
     assert ablate("--run") == 0
     assert len(starts(first)) == 2 and len(starts(second)) == 1
 
 
-def test_several_processes_are_started_by_torchrun(ablate, tmp_path, monkeypatch):
-    commands = []
+def test_a_stop_that_saves_nothing_is_not_called_saved(ablate, tmp_path, capsys):
+    first, second = (tmp_path / "grid" / f"norm-p4-L3-k128-{x}" for x in ("15+45", "30+30"))
+    first.mkdir(parents=True)
+    (first / "wait").write_text("1")
 
-    class Process:
-        def __init__(self, command, **options):
-            commands.append(command)
+    def send() -> None:
+        while not (first / "waiting").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        def wait(self):
-            return 0
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert ablate("--run") == 75
+    sender.join()
+    log = first / "log.txt"
+    assert f"{first.name}: stopped with exit code 1, see {log}, " in capsys.readouterr().out
+    assert not (first / "error.txt").exists() and not (second / "starts.jsonl").exists()
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", Process)
-    assert ablate("--run", "--nproc", "2") == 0
-    assert commands[0][1:6] == ["-m", "torch.distributed.run", "--standalone", *commands[0][4:6]]
-    assert commands[0][4:6] == ["--nproc-per-node", "2"] and len(commands) == 2
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_cell_is_started_as_a_run_of_its_own(ablate, tmp_path, nproc, monkeypatch):
+    """A process per rank, without torchrun, which would change the exit code."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert ablate("--run", "--nproc", nproc) == 0
+    for cell in (tmp_path / "grid").iterdir():
+        threads = "" if nproc == 1 else "1"
+        ranks = sorted((cell / "ranks.txt").read_text().splitlines())
+        assert ranks == [f"{rank} {nproc} {threads}" for rank in range(nproc)]
 
 
 @pytest.mark.parametrize(
@@ -219,6 +239,8 @@ def test_several_processes_are_started_by_torchrun(ablate, tmp_path, monkeypatch
     [
         ([], "nothing.toml", "--grid must be a TOML file"),
         ([], "{topk = }", "--grid must be an inline table"),
+        ([], f"{{topk = {'[' * 9999}", "(it is nested too deeply); correct it"),
+        ([], "/dev/zero", "--grid must be a TOML file, got '/dev/zero' ('/dev/zero' is a pipe"),
         ([], "{top = [1]}", "--grid: top is not a field; use scorer"),
         ([], "{topk = 128}", "--grid: topk must be a list"),
         ([], "{stage1_share = [0.5, 2]}", "--grid: stage1_share must be from 0 to 1"),
@@ -236,6 +258,15 @@ def test_a_wrong_call_ends_with_one_line(ablate, tmp_path, capsys, args, grid, m
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "grid").exists()
+
+
+def test_a_cell_of_another_kind_ends_with_one_line(ablate, tmp_path, capsys):
+    cell = tmp_path / "grid" / "a" / "cell.json"
+    cell.parent.mkdir(parents=True)
+    cell.write_text("[" * 99_999)
+    assert ablate("--collect") == 2
+    error = capsys.readouterr().err
+    assert "--output must hold the cells as they were begun" in error and error.count("\n") == 1
 
 
 def test_seeds_and_dense_runs_are_cells_and_seeds_are_averaged(ablate, tmp_path):

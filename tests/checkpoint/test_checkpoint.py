@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorProperties
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
 from torchtitan.experiments.lighthouse.checkpoint import files
 from torchtitan.experiments.lighthouse.checkpoint.files import (
@@ -86,22 +85,6 @@ def test_metadata_that_end_early_are_torn(tmp_path, size):
     metadata = tmp_path / "step-1" / ".metadata"
     metadata.write_bytes(metadata.read_bytes()[:size])
     assert damage_reason(tmp_path / "step-1").startswith("its metadata cannot be read (.metadata: ")
-
-
-def test_metadata_of_a_newer_torch_say_so(tmp_path, monkeypatch):
-    """torch 2.15 writes six fields of `TensorProperties`. Older versions can read only five."""
-    fields = TensorProperties.__getstate__
-    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*fields(self)[:5], None))
-    monkeypatch.setattr(TensorProperties, "__setstate__", unpack_five)
-    make(tmp_path, 1)
-    assert damage_reason(tmp_path / "step-1") == (
-        "its metadata cannot be read (.metadata was written by torch 2.15 or newer, which torch "
-        f"{torch.__version__} cannot read; use the torch that wrote it, or a newer one)"
-    )
-
-
-def unpack_five(self, state):
-    self.dtype, self.layout, self.requires_grad, _, self.pin_memory = state
 
 
 def test_no_metadata_are_torn(tmp_path):

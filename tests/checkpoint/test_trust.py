@@ -3,12 +3,15 @@
 import json
 import logging
 import math
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from runs import RecordedTrainer, Run, assert_same_state, command_line, losses_of, train
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorProperties
 from torchtitan.experiments.lighthouse.checkpoint import checksums, files
 from torchtitan.experiments.lighthouse.checkpoint.checksums import checksum_fault
 from torchtitan.experiments.lighthouse.checkpoint.files import (
@@ -98,6 +101,34 @@ def test_a_changed_bit_without_an_older_checkpoint_ends_the_run(copied, corpus):
         check_config(config, world_size=1)
     with pytest.raises(ValueError, match="checksum differs"):
         open_trained(copied / "step-4", flavor="debugmodel")
+
+
+@pytest.mark.parametrize("load_step", [-1, 2])
+def test_a_checkpoint_of_a_newer_torch_stops_the_run_and_is_not_purged(
+    copied, corpus, monkeypatch, load_step
+):
+    """torch 2.15 writes a sixth field of `TensorProperties`. Older versions unpack five."""
+    metadata = FileSystemReader(copied / "step-4").read_metadata()
+    state = (*TensorProperties().__getstate__(), None)
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorProperties, "__getstate__", lambda self: state)
+        (copied / "step-4" / ".metadata").write_bytes(pickle.dumps(metadata))
+    for file in copied.glob("step-4/*checksums.json"):
+        file.unlink()
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+    message = (
+        rf"^the checkpoint '{copied}/step-4' was written by torch 2\.15 or newer, which torch .* "
+        "cannot read; use the torch that wrote it, or move it away to go on without it$"
+    )
+    options = {"checkpoint__load_step": load_step, "checkpoint__keep_latest_k": 2}
+    config = load_config(command_line(copied.parent, corpus, **OPTIONS, **options))
+    with pytest.raises(ValueError, match=message):
+        check_config(config, world_size=1)
+    with pytest.raises(ValueError, match=message):
+        open_trained(copied / "step-4", flavor="debugmodel")
+    with pytest.raises(ValueError, match=message):
+        whole_steps(copied)
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
 
 def test_the_checksums_can_be_turned_off(copied, corpus, monkeypatch):

@@ -1,6 +1,7 @@
 """The command `lighthouse`: its list of programs, its imports, and errors without its extras."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,42 @@ print({"wandb", "transformers"} & {*sys.modules})
 """
     done = python(code, [], cwd=tmp_path)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *("--help", "init --list", "init --help"),
+        f"plan {ROOT}/train_configs/debug.toml --world-size 1",
+    ],
+)
+def test_a_closed_pipe_ends_without_a_traceback(args, tmp_path):
+    assert closed_pipe([*COMMAND, *args.split()], tmp_path) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("print('x' * 100_000)", 141),
+        ("print('x'); sys.exit()", 141),
+        ("print(1); sys.exit(75)", 75),
+    ],
+)
+def test_a_closed_pipe_keeps_the_exit_code_of_a_failure(program, code, tmp_path):
+    """Output longer than the buffer fails in the program, the rest in the flush."""
+    (tmp_path / "program.py").write_text(f"import sys\ndef main():\n    {program}\n")
+    call = "import lighthouse_cli as c; c.COMMANDS['x'] = ('program', ''); c.main()"
+    assert closed_pipe([sys.executable, "-c", call, "x"], tmp_path) == (code, "")
+
+
+def closed_pipe(command: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code and stderr of a process whose stdout has no reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Only a buffer that is flushed at the end meets every case.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=folder, env=buffered
+    )
+    os.close(writer)
+    return done.returncode, done.stderr

@@ -58,6 +58,16 @@ def test_transformers_computes_the_same_after_training(trained, tmp_path):
     assert result.is_equal
 
 
+@pytest.mark.parametrize(("step", "is_warned"), [(3, True), (7, False)])
+def test_a_model_of_stage_1_is_exported_with_a_warning(trained, tmp_path, caplog, step, is_warned):
+    stage = open_trained(trained.folder.with_name(f"step-{step}"))
+    export(stage, tmp_path / "out", "float32")
+    line = (
+        f"{stage.folder} was saved in stage 1: made dense, such a model has a clearly higher loss"
+    )
+    assert any(line in message for message in caplog.messages) == is_warned
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_computes_the_same_with_random_weights(random, tmp_path, dtype):
     export(random, tmp_path, dtype)

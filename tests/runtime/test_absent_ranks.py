@@ -1,7 +1,16 @@
 """The error names the rank that is absent, not the one whose connection broke first."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
+from runs import command_line
 from torchtitan.experiments.lighthouse.runtime import absent_ranks as module
 from torchtitan.experiments.lighthouse.runtime.absent_ranks import (
     absent_ranks,
@@ -62,3 +71,44 @@ def test_an_error_of_one_rank_alone_is_none_of_communication():
     assert not is_of_communication(RuntimeError("CUDA out of memory"))
     assert not is_of_communication(ValueError("Connection closed by peer"))
     assert not is_of_communication(None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_that_hangs_ends_a_run_of_two_with_one_line(corpus, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('[model]\nflavor = "debugmodel"\n[comm]\ntrain_timeout_seconds = 5\n')
+    # It never gets so far.
+    steps = {"training__steps": 100_000, "lr_scheduler__total_steps": 100_000}
+    options = command_line(tmp_path / "run", corpus, **steps)
+    command = [sys.executable, "-m", "lighthouse_cli", "train", str(config), "--nproc", "2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("WORLD_SIZE", None)
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        run = subprocess.Popen(
+            [*command, *options], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        while "step 3/" not in log.read_text():
+            assert run.poll() is None, log.read_text()
+            time.sleep(0.2)
+        hung = pid_of_rank(1, run.pid)
+        os.kill(hung, signal.SIGSTOP)
+        assert run.wait(timeout=300) == 1
+    text = log.read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert re.match(rf"error: rank 1 \(process {hung} on .+\) did not come to step \d+, and", line)
+    assert "Traceback" not in text
+    assert not Path(f"/proc/{hung}").exists()
+
+
+def pid_of_rank(rank: int, launcher: int) -> int:
+    """The process of one rank, among the children of its launcher."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    wanted = f"RANK={rank}".encode()
+    (pid,) = [
+        int(pid)
+        for pid in children
+        if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ]
+    return pid

@@ -22,12 +22,15 @@ kills workers 30 s after a signal, before a long step has ended. The processes e
 ends for any reason (`runtime/launcher.py`).
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import IO
 
 import torch
 from torchtitan.experiments.lighthouse import train
@@ -115,12 +118,18 @@ def default_nproc(args: list[str]) -> int:
 
 
 def launch(args: list[str], nproc: int) -> int:
-    """Train in `nproc` processes on this machine and return the exit code of the run.
+    """Train in `nproc` processes on this machine and return the exit code of the run."""
+    with signals_to_stop() as asked:
+        return run(args, nproc, asked)
 
-    It is the exit code of the first process that failed, or 128 plus the number of the signal that
-    ended it.
+
+@contextlib.contextmanager
+def signals_to_stop() -> Iterator[list[bool]]:
+    """A list that is no longer empty once a signal has arrived that asks to stop.
+
+    A second SIGINT or SIGHUP raises KeyboardInterrupt.
     """
-    asked, workers, port = [], [], free_port()
+    asked = []
 
     def arrive(number, frame) -> None:
         asked.append(True)
@@ -129,23 +138,44 @@ def launch(args: list[str], nproc: int) -> int:
 
     former = {number: signal.signal(number, arrive) for number in heeded_signals()}
     try:
+        yield asked
+    finally:
+        for number, action in former.items():
+            signal.signal(number, action)
+
+
+def run(
+    args: list[str], nproc: int, asked: list[bool], log: IO | None = None, **defaults: str
+) -> int:
+    """Train in `nproc` processes.
+
+    Args:
+        asked: of `signals_to_stop`.
+        log: the file that stdout and stderr go to.
+        defaults: environment variables, unless they are set.
+
+    Returns:
+        The exit code of the first process that failed, or 128 plus the number of the signal that
+        ended it.
+    """
+    workers, port = [], free_port()
+    if nproc > 1:
+        # As in torchrun.
+        defaults = {"OMP_NUM_THREADS": "1", **defaults}
+    try:
         for rank in range(nproc):
-            workers.append(start(args, rank, nproc, port))
+            environment = {**defaults, **os.environ, **variables_of(rank, nproc, port)}
+            workers.append(start(args, environment, log))
         return wait(workers, asked)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
         end(workers)
-        for number, action in former.items():
-            signal.signal(number, action)
 
 
-def start(args: list[str], rank: int, nproc: int, port: int) -> subprocess.Popen:
-    """Start the process of one rank. It ignores signals until its trainer handles them."""
-    environment = {
-        # torchrun's default.
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
+def variables_of(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """The environment variables of one rank."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(nproc),
@@ -153,8 +183,13 @@ def start(args: list[str], rank: int, nproc: int, port: int) -> subprocess.Popen
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
+
+
+def start(args: list[str], environment: dict[str, str], log: IO | None) -> subprocess.Popen:
+    """Start the process of one rank. It ignores signals until its trainer handles them."""
     ignoring = ["/bin/sh", "-c", 'trap "" TERM USR1; exec "$0" "$@"']
-    return subprocess.Popen([*ignoring, *TRAINER, *args], env=environment)
+    error = subprocess.STDOUT if log else None
+    return subprocess.Popen([*ignoring, *TRAINER, *args], env=environment, stdout=log, stderr=error)
 
 
 def free_port() -> int:
@@ -163,7 +198,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def wait(workers: list[subprocess.Popen], asked: list) -> int:
+def wait(workers: list[subprocess.Popen], asked: list[bool]) -> int:
     """Wait for all processes, and return the exit code of the run.
 
     If one fails, the wait ends after GRACE_SECONDS, or REFUSAL_SECONDS if it refused to start.

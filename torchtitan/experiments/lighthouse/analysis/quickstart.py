@@ -23,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import tomli
 import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.analysis.layer_times import (
@@ -51,6 +50,7 @@ from torchtitan.experiments.lighthouse.runtime.plots import (
     save,
     subplots,
 )
+from torchtitan.experiments.lighthouse.runtime.read_files import read_toml
 from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
 from tqdm import tqdm
 
@@ -66,7 +66,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--config", default=Path("train_configs/quickstart.toml"), type=Path)
     parser.add_argument("--output", default=Path("outputs/quickstart"), type=Path)
     options = parser.parse_args(args)
-    config = tomli.loads(options.config.read_text())
+    config = read_toml(options.config)
     folders = {name: options.output / name for name in ("two_stages", "dense")}
     train(options.config, folders["two_stages"])
     two = read_run(folders["two_stages"])
@@ -121,7 +121,7 @@ def train(
         sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
         "--job.config_file", str(config), "--job.dump_folder", str(folder), *overrides,
     ]  # fmt: skip
-    steps = tomli.loads(config.read_text())["training"]["steps"]
+    steps = read_toml(config)["training"]["steps"]
     with (
         (folder / "log.txt").open("a") as log,
         Progress(name, steps) as progress,

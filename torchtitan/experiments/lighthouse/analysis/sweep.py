@@ -16,8 +16,8 @@ Each combination is a cell: the configuration with overrides, in its own folder.
            reason and otherwise left out.
 --run      trains the cells one after another. A finished cell is skipped. A stopped cell resumes
            from its newest checkpoint. If a cell fails, the others are still trained. The folder of
-           a failed cell holds error.txt, and the exit code is 1. A signal (SIGTERM, SIGUSR1) saves
-           a checkpoint and stops. The exit code is then 75.
+           a failed cell holds error.txt, and the exit code is 1. A signal saves a checkpoint
+           and stops, as in `lighthouse train`. The exit code is then 75.
 --collect  writes table.md, table.csv, table.json and fields.png of all cells in the folder. A
            second table has the mean and range over cells that differ only in their seeds.
 
@@ -26,12 +26,7 @@ Further arguments override the configuration in every cell: `--training.steps 40
 
 import copy
 import itertools
-import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +34,7 @@ from typing import Any
 
 import tomli
 import torch
+from torchtitan.experiments.lighthouse import launch
 from torchtitan.experiments.lighthouse.analysis.run_metrics import read_run, summarize_run
 from torchtitan.experiments.lighthouse.analysis.sweep_tables import COLUMNS, FIELDS, write_tables
 from torchtitan.experiments.lighthouse.config.load import load_config
@@ -49,7 +45,13 @@ from torchtitan.experiments.lighthouse.runtime.command_line import (
     check_output_folder,
     exit_on_value_error,
 )
-from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, heeded_signals
+from torchtitan.experiments.lighthouse.runtime.read_files import (
+    PARSE_ERRORS,
+    read_json,
+    read_toml,
+    reason_of,
+)
+from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
 
 PAPER_GRID = {
     "scorer": ["norm", "dilated", "gla"],
@@ -60,8 +62,6 @@ PAPER_GRID = {
     "stage1_share": [10 / 16, 11 / 16, 12 / 16],
 }
 """Scorers, sizes and stages of the paper (arXiv 2605.06554)."""
-
-TRAINER = ["-m", "torchtitan.experiments.lighthouse.train"]
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,12 @@ def read_grid(text: str) -> dict[str, list]:
     """
     is_inline = text.lstrip().startswith("{")
     try:
-        if is_inline:
-            grid = tomli.loads(f"grid = {text}")["grid"]
-        else:
-            grid = tomli.loads(Path(text).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+        grid = tomli.loads(f"grid = {text}")["grid"] if is_inline else read_toml(text)
+    except PARSE_ERRORS as error:
         what = "an inline table" if is_inline else "a TOML file"
-        raise ValueError(f"--grid must be {what}, got {text!r} ({error}); correct it") from None
+        raise ValueError(
+            f"--grid must be {what}, got {text[:80]!r} ({reason_of(error)}); correct it"
+        ) from None
     if not grid:
         raise ValueError(f"--grid must name a field, got {text!r}; write one, or leave it out")
     known = [*(name for name in FIELDS if name != "stage1_steps"), "stage1_share"]
@@ -232,30 +231,6 @@ def list_cells(cells: list[Cell]) -> None:
 # ---- runs
 
 
-class SignalForwarder:
-    """Records whether a signal asked to stop, and forwards it to the current run."""
-
-    def __init__(self):
-        self.is_asked = False
-        self.process = None
-
-    def __enter__(self) -> "SignalForwarder":
-        self._former = {number: signal.signal(number, self._arrive) for number in heeded_signals()}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, action in self._former.items():
-            signal.signal(number, action)
-
-    def _arrive(self, number, frame) -> None:
-        self.is_asked = True
-        self.hand_on()
-
-    def hand_on(self) -> None:
-        if self.is_asked and self.process is not None:
-            self.process.send_signal(signal.SIGTERM)
-
-
 def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc: int) -> int:
     """Train the legal cells that are not finished. Returns the exit code.
 
@@ -268,9 +243,9 @@ def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc:
     for cell in legal:
         take_folder(cell, config_file, overrides)
     failed = []
-    with SignalForwarder() as stop:
+    with launch.signals_to_stop() as asked:
         for i, cell in enumerate(legal):
-            if stop.is_asked:
+            if asked:
                 break
             title = f"[{i + 1}/{len(legal)}] {cell.folder.name}"
             if cell.state() == "finished":
@@ -278,17 +253,13 @@ def run_cells(cells: list[Cell], config_file: Path, overrides: list[str], nproc:
                 continue
             print(f"{title}: training ...", flush=True)
             start = time.monotonic()
-            train(cell, config_file, overrides, nproc, stop)
-            state = cell.state()
-            if state == "stopped":
-                stop.is_asked = True
-            elif state == "failed":
+            end = train(cell, config_file, overrides, nproc, asked)
+            if cell.state() == "failed":
                 failed.append(cell.folder)
-                state = f"failed, see {cell.folder / 'error.txt'}"
-            print(f"{title}: {state}, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"{title}: {end}, {time.monotonic() - start:.0f} s", flush=True)
     if failed:
         print(f"{len(failed)} of {len(legal)} cells failed: {' '.join(map(str, failed))}")
-    if stop.is_asked:
+    if asked:
         print("Asked to stop; run the same command to resume.")
         return EXIT_CODE
     return 1 if failed else 0
@@ -299,7 +270,7 @@ def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
     settings = {
         "fields": cell.fields,
         "overrides": [*overrides, *cell.overrides],
-        "config": tomli.loads(config_file.read_text()),
+        "config": read_toml(config_file),
     }
     path = cell.folder / "cell.json"
     if not path.exists():
@@ -315,7 +286,7 @@ def take_folder(cell: Cell, config_file: Path, overrides: list[str]) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the settings that `take_folder` wrote. Raises ValueError if they are damaged."""
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         # Earlier versions had no pieces. Stage 2 was at full length.
         before = {"stage2_seq_len": 0, "stage2_full_steps": 0}
         settings["fields"] = before | settings["fields"]
@@ -328,12 +299,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def train(
-    cell: Cell, config_file: Path, overrides: list[str], nproc: int, stop: SignalForwarder
-) -> None:
-    """Train or resume a cell, and record the result in its folder."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    command = [
-        sys.executable, *(launcher if nproc > 1 else []), *TRAINER,
+    cell: Cell, config_file: Path, overrides: list[str], nproc: int, asked: list[bool]
+) -> str:
+    """Train or resume a cell. Returns how it ended, which its folder records as well."""
+    args = [
         "--job.config_file", str(config_file), "--job.dump_folder", str(cell.folder),
         *overrides, *cell.overrides,
     ]  # fmt: skip
@@ -341,19 +310,21 @@ def train(
     log, error = cell.folder / "log.txt", cell.folder / "error.txt"
     error.unlink(missing_ok=True)
     with log.open("a") as file:
-        stop.process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**names, **os.environ}
-        )
-        # Forward a signal that came before the process started.
-        stop.hand_on()
-        exit_code = stop.process.wait()
-        stop.process = None
+        exit_code = launch.run(args, nproc, asked, file, **names)
     if exit_code == 0:
         (cell.folder / "finished").touch()
-    elif not stop.is_asked and exit_code != EXIT_CODE:
-        tail = log.read_text(errors="replace").splitlines()[-60:]
-        lines = [shlex.join(command), f"exit code {exit_code}; the end of {log}:", "", *tail]
-        error.write_text("\n".join(lines) + "\n")
+        return "finished"
+    if exit_code == EXIT_CODE:
+        # The signal may have reached the processes alone.
+        asked.append(True)
+        return "stopped, saved"
+    if asked:
+        return f"stopped with exit code {exit_code}, see {log}"
+    command = shlex.join(["lighthouse", "train", *args, "--nproc-per-node", str(nproc)])
+    tail = log.read_text(errors="replace").splitlines()[-60:]
+    lines = [command, f"exit code {exit_code}; the end of {log}:", "", *tail]
+    error.write_text("\n".join(lines) + "\n")
+    return f"failed, see {error}"
 
 
 def collect(out: Path) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
@@ -56,7 +57,7 @@ _FILES = re.compile(
 _METADATA_CLASSES = "torch.distributed.checkpoint.metadata"
 _NAMES = {
     _METADATA_CLASSES: (
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"),
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
         *("BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
@@ -67,8 +68,16 @@ _NAMES = {
 """Names that the metadata of a checkpoint may use, by module. torch dtypes are also allowed."""
 
 
+class NewerTorchError(ValueError):
+    """A checkpoint is one that this torch cannot read. It is not damaged."""
+
+
 def checkpoint_faults(folder: str | Path) -> dict[int, str | None]:
-    """Steps of the checkpoints in `folder`, ascending, and the `damage_reason` of each."""
+    """Steps of the checkpoints in `folder`, ascending, and the `damage_reason` of each.
+
+    Raises:
+        NewerTorchError: one was written by a newer torch. Nothing may be loaded or purged then.
+    """
     faults = {}
     folder = Path(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -98,6 +107,9 @@ def damage_reason(path: str | Path) -> str | None:
     """Describe why the checkpoint in the folder `path` is not good, or return None.
 
     A checkpoint is good if it is whole and not marked as doubtful.
+
+    Raises:
+        NewerTorchError: it was written by a newer torch.
     """
     path = Path(path)
     if os.path.lexists(path / DOUBTFUL):
@@ -118,6 +130,8 @@ def damage_reason(path: str | Path) -> str | None:
             sizes = dict.fromkeys(index["weight_map"].values(), 1)
         else:
             return f"{METADATA}, which is written last, is missing"
+    except NewerTorchError:
+        raise
     except ValueError as error:
         return f"its metadata cannot be read ({error})"
     for name, size in sorted(sizes.items()):
@@ -159,17 +173,18 @@ def read_metadata(path: str | Path) -> Metadata:
     """Read the metadata of the checkpoint `path`.
 
     Raises:
+        NewerTorchError: it was written by a newer torch.
         ValueError: the file is not valid metadata, or contains names that are not allowed.
     """
     try:
         metadata = _Unpickler(io.BytesIO(read_bytes(Path(path) / METADATA, 2**31))).load()
+    except NewerTorchError:
+        raise NewerTorchError(
+            f"the checkpoint {str(path)!r} was written by torch 2.15 or newer, which torch "
+            f"{torch.__version__} cannot read; use the torch that wrote it, or move it away to go "
+            "on without it"
+        ) from None
     except Exception as error:
-        if "too many values to unpack" in str(error):
-            # torch 2.15 added a field to the properties of a tensor.
-            raise ValueError(
-                f"{METADATA} was written by torch 2.15 or newer, which torch {torch.__version__} "
-                "cannot read; use the torch that wrote it, or a newer one"
-            ) from None
         # Unpickling arbitrary bytes can raise any type of error.
         raise ValueError(f"{METADATA}: {type(error).__name__}: {reason_of(error)}") from None
     kinds = TensorStorageMetadata | BytesStorageMetadata
@@ -198,10 +213,24 @@ def _is_right(info: _StorageInfo) -> bool:
     )
 
 
+class _TensorProperties(TensorProperties):
+    """torch 2.15 added a sixth value. Older versions unpack exactly five."""
+
+    def __setstate__(self, state: Any) -> None:
+        try:
+            super().__setstate__(state)
+        except ValueError:
+            if isinstance(state, tuple) and len(state) > 5:
+                raise NewerTorchError from None
+            raise
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = None
-        if name in _NAMES.get(module, ()):
+        if (module, name) == (_METADATA_CLASSES, "TensorProperties"):
+            found = _TensorProperties
+        elif name in _NAMES.get(module, ()):
             found = super().find_class(module, name)
         elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             found = getattr(torch, name)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tomli
+from torchtitan.experiments.lighthouse.runtime.read_files import read_toml
 
 BANDWIDTH_SHARE = 0.9
 """Share of the datasheet's memory bandwidth that a copy kernel reaches. Assumption. For the H200 it
@@ -197,11 +197,10 @@ def read_gpu(path: str | Path) -> Gpu:
         ValueError: the file cannot be read, or a field is missing, unknown or not positive.
     """
     try:
-        given = tomli.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        given = read_toml(path)
+    except ValueError as error:
         raise ValueError(
-            f"--gpu must be one of {', '.join(GPUS)}, cpu or a TOML file, got {str(path)!r} "
-            f"({error}); correct it"
+            f"--gpu must be one of {', '.join(GPUS)}, cpu or a TOML file, got {error}; correct it"
         ) from None
     missing, unknown = _REQUIRED - given.keys(), given.keys() - _REQUIRED - _OPTIONAL
     if missing or unknown:
