@@ -266,7 +266,7 @@ def test_a_cell_of_another_kind_ends_with_one_line(ablate, tmp_path, capsys):
     cell.write_text("[" * 99_999)
     assert ablate("--collect") == 2
     error = capsys.readouterr().err
-    assert "--output must hold the cells as they were begun" in error and error.count("\n") == 1
+    assert "--output must hold undamaged cell.json files" in error and error.count("\n") == 1
 
 
 def test_seeds_and_dense_runs_are_cells_and_seeds_are_averaged(ablate, tmp_path):

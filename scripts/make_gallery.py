@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Write docs/gallery.md and its figures from a run of debug.toml that this script trains.
+
+    scripts/make_gallery.py                        # about five minutes on two cores
+    scripts/make_gallery.py --passkey CHECKPOINT   # also redraw the pass key map, of this model
+"""
+
+import argparse
+import datetime
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RUN = "outputs/gallery"
+FIGURES = ROOT / "docs" / "gallery"
+TRAIN = (
+    "lighthouse train train_configs/debug.toml --lighthouse.telemetry_freq 20 "
+    f"--job.dump_folder {RUN} --metrics.disable_color_printing"
+)
+CHECKPOINT = f"{RUN}/checkpoint/step-60"
+
+PAGE = """\
+# What a run leaves
+
+The outputs of a small run and of the commands that look at it. `scripts/make_gallery.py` wrote this page on {date},
+with torch {torch} on a CPU. The model has 0.9M parameters and trains for 60 steps, so its losses mean nothing.
+
+## Console
+
+```bash
+{train}
+```
+
+One line a step of the log, here around the stage switch after step 40:
+
+```
+{console}
+```
+
+## Metrics
+
+`metrics.jsonl` has a line for every logged step. Its names are those of TensorBoard and W&B. Line of step 45:
+
+```json
+{metrics}
+```
+
+Every 20 steps of stage 1, `lighthouse.telemetry_freq = 20` adds what three layers select. Those of step 20:
+
+```json
+{telemetry}
+```
+
+## Stage switch
+
+`handover.json` shows that the switch changed neither parameters nor optimizer state:
+
+```json
+{handover}
+```
+
+## Report
+
+```bash
+{report}
+```
+
+{report_text}
+
+![Loss over steps, tokens and time](gallery/loss.png)
+
+## Held-out loss by position
+
+```bash
+{eval_loss}
+```
+
+```
+{eval_loss_text}
+```
+
+![Held-out loss by position](gallery/eval_loss.png)
+
+## Pass key retrieval
+
+```bash
+lighthouse eval-passkey CHECKPOINT --lengths 128 256 512 1024
+```
+
+{passkey}
+
+![Share of right answers by length and depth](gallery/passkey.png)
+
+## Plan
+
+```bash
+{plan}
+```
+
+```
+{plan_text}
+```
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--passkey", type=Path, help="checkpoint of passkey_cpu.toml")
+    options = parser.parse_args()
+    FIGURES.mkdir(exist_ok=True)
+    log = output_of(TRAIN)
+    report = f"lighthouse report {RUN} --output {RUN}/report"
+    output_of(report)
+    eval_loss = f"lighthouse eval-loss {CHECKPOINT} --windows 8 --lighthouse"
+    losses = output_of(eval_loss).split("\n  outputs")[0]
+    plan = "lighthouse plan train_configs/c4_530m_98k.toml --world-size 32 --gpu B200"
+    shutil.copy(ROOT / RUN / "report/loss.png", FIGURES)
+    shutil.copy(ROOT / RUN / "eval_loss/step-60/eval_loss.png", FIGURES)
+    if options.passkey:
+        command = f"lighthouse eval-passkey {options.passkey} --lengths 128 256 512 1024 --output"
+        output_of(f"{command} {FIGURES}")
+        (FIGURES / "passkey.json").rename(FIGURES / "passkey_result.json")
+    metrics = [json.loads(line) for line in (ROOT / RUN / "metrics.jsonl").read_text().splitlines()]
+    text = PAGE.format(
+        date=datetime.date.today(),
+        torch=torch.__version__,
+        train=TRAIN,
+        console=around_the_switch(log),
+        metrics=shown(at_step(metrics, 45, "loss_metrics/")),
+        telemetry=shown(at_step(metrics, 20, "selection/")),
+        handover=shown(json.loads((ROOT / RUN / "handover.json").read_text())),
+        report=report,
+        report_text=(ROOT / RUN / "report/report.md").read_text().replace("# ", "### ", 1),
+        eval_loss=eval_loss,
+        eval_loss_text=losses.strip(),
+        passkey=passkey_text(),
+        plan=plan,
+        plan_text=output_of(plan).strip(),
+    )
+    (ROOT / "docs" / "gallery.md").write_text(text)
+
+
+def output_of(command: str) -> str:
+    """Run a command of `lighthouse` in the checkout and return what it prints."""
+    words = [Path(sys.executable).parent / "lighthouse", *shlex.split(command)[1:]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command} failed:\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def around_the_switch(log: str) -> str:
+    """Lines of the steps from 35 to 50, without the time in front."""
+    lines = [line.partition(" INFO - ")[2] for line in log.splitlines()]
+    first, last = (
+        next(i for i, line in enumerate(lines) if line.startswith(f"step {step}/"))
+        for step in (35, 50)
+    )
+    kept = (line for line in lines[first : last + 1] if re.match("step|Stage|validate", line))
+    return "\n".join(kept)
+
+
+def at_step(metrics: list[dict], step: int, name: str) -> dict:
+    """The line of a step that has metrics of this name."""
+    return next(
+        {key: value for key, value in line.items() if name == "loss_metrics/" or name in key}
+        for line in metrics
+        if line["step"] == step and any(key.startswith(name) for key in line)
+    )
+
+
+def shown(value: dict) -> str:
+    """JSON with numbers of four digits."""
+    return re.sub(
+        r"\d+\.\d+(e-?\d+)?", lambda n: f"{float(n[0]):.4g}", json.dumps(value, indent=2)
+    )
+
+
+def passkey_text() -> str:
+    result = json.loads((FIGURES / "passkey_result.json").read_text())
+    return (
+        f"Share of right answers of a model of `passkey_cpu.toml`, mean {result['mean']:.2f}, "
+        f"chance {result['chance']}."
+    )
+
+
+if __name__ == "__main__":
+    main()
