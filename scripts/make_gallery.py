@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Write docs/gallery.md and its figures from a run of debug.toml that this script trains.
 
-    scripts/make_gallery.py                        # about five minutes on two cores
-    scripts/make_gallery.py --passkey CHECKPOINT   # also redraw the pass key map, of this model
+    scripts/make_gallery.py outputs/passkey/checkpoint/step-1500
+
+The argument is a checkpoint of passkey_cpu.toml. The rest takes about three minutes on two cores.
 """
 
 import argparse
@@ -29,8 +30,9 @@ CHECKPOINT = f"{RUN}/checkpoint/step-60"
 PAGE = """\
 # What a run leaves
 
-The outputs of a small run and of the commands that look at it. `scripts/make_gallery.py` wrote this page on {date},
-with torch {torch} on a CPU. The model has 0.9M parameters and trains for 60 steps, so its losses mean nothing.
+The outputs of a small run and of the commands that look at it. `scripts/make_gallery.py` wrote this
+page on {date}, with torch {torch} on a CPU. The model has 0.9M parameters and trains for
+60 steps, so its losses mean nothing.
 
 ## Console
 
@@ -38,7 +40,7 @@ with torch {torch} on a CPU. The model has 0.9M parameters and trains for 60 ste
 {train}
 ```
 
-One line a step of the log, here around the stage switch after step 40:
+The log has one line for a logged step. Around the stage switch after step 40:
 
 ```
 {console}
@@ -46,13 +48,15 @@ One line a step of the log, here around the stage switch after step 40:
 
 ## Metrics
 
-`metrics.jsonl` has a line for every logged step. Its names are those of TensorBoard and W&B. Line of step 45:
+`metrics.jsonl` has a line for every logged step. TensorBoard and W&B use the same names. The line
+of step 45:
 
 ```json
 {metrics}
 ```
 
-Every 20 steps of stage 1, `lighthouse.telemetry_freq = 20` adds what three layers select. Those of step 20:
+`lighthouse.telemetry_freq = 20` measures every 20 steps of stage 1 what three layers select. One of
+them at step 20:
 
 ```json
 {telemetry}
@@ -91,10 +95,11 @@ Every 20 steps of stage 1, `lighthouse.telemetry_freq = 20` adds what three laye
 ## Pass key retrieval
 
 ```bash
-lighthouse eval-passkey CHECKPOINT --lengths 128 256 512 1024
+lighthouse eval-passkey outputs/passkey/checkpoint/{passkey_step} {lengths}
 ```
 
-{passkey}
+A model of `passkey_cpu.toml`, 250 dense steps after the switch. Its mean share of right answers is
+{passkey}. Chance is 0.1.
 
 ![Share of right answers by length and depth](gallery/passkey.png)
 
@@ -112,35 +117,37 @@ lighthouse eval-passkey CHECKPOINT --lengths 128 256 512 1024
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--passkey", type=Path, help="checkpoint of passkey_cpu.toml")
+    parser.add_argument("passkey", type=Path, help="checkpoint of passkey_cpu.toml")
     options = parser.parse_args()
     FIGURES.mkdir(exist_ok=True)
     log = output_of(TRAIN)
     report = f"lighthouse report {RUN} --output {RUN}/report"
     output_of(report)
     eval_loss = f"lighthouse eval-loss {CHECKPOINT} --windows 8 --lighthouse"
-    losses = output_of(eval_loss).split("\n  outputs")[0]
+    losses = output_of(eval_loss).split(f"\n  {ROOT}")[0]
     plan = "lighthouse plan train_configs/c4_530m_98k.toml --world-size 32 --gpu B200"
     shutil.copy(ROOT / RUN / "report/loss.png", FIGURES)
     shutil.copy(ROOT / RUN / "eval_loss/step-60/eval_loss.png", FIGURES)
-    if options.passkey:
-        command = f"lighthouse eval-passkey {options.passkey} --lengths 128 256 512 1024 --output"
-        output_of(f"{command} {FIGURES}")
-        (FIGURES / "passkey.json").rename(FIGURES / "passkey_result.json")
+    lengths = "--lengths 128 256 512 1024"
+    output_of(f"lighthouse eval-passkey {options.passkey} {lengths} --output {RUN}/passkey")
+    shutil.copy(ROOT / RUN / "passkey/passkey.png", FIGURES)
+    passkey = json.loads((ROOT / RUN / "passkey/passkey.json").read_text())
     metrics = [json.loads(line) for line in (ROOT / RUN / "metrics.jsonl").read_text().splitlines()]
     text = PAGE.format(
         date=datetime.date.today(),
         torch=torch.__version__,
         train=TRAIN,
         console=around_the_switch(log),
-        metrics=shown(at_step(metrics, 45, "loss_metrics/")),
-        telemetry=shown(at_step(metrics, 20, "selection/")),
+        metrics=shown(line_with(metrics, 45, "loss_metrics")),
+        telemetry=shown(line_with(metrics, 20, "telemetry", "telemetry/layer_2")),
         handover=shown(json.loads((ROOT / RUN / "handover.json").read_text())),
         report=report,
-        report_text=(ROOT / RUN / "report/report.md").read_text().replace("# ", "### ", 1),
+        report_text=report_text(),
         eval_loss=eval_loss,
         eval_loss_text=losses.strip(),
-        passkey=passkey_text(),
+        lengths=lengths,
+        passkey_step=options.passkey.name,
+        passkey=f"{passkey['mean']:.2f}",
         plan=plan,
         plan_text=output_of(plan).strip(),
     )
@@ -156,6 +163,12 @@ def output_of(command: str) -> str:
     return done.stdout + done.stderr
 
 
+def report_text() -> str:
+    """The report without its heading and figure."""
+    lines = (ROOT / RUN / "report/report.md").read_text().splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("#", "!["))).strip()
+
+
 def around_the_switch(log: str) -> str:
     """Lines of the steps from 35 to 50, without the time in front."""
     lines = [line.partition(" INFO - ")[2] for line in log.splitlines()]
@@ -163,32 +176,20 @@ def around_the_switch(log: str) -> str:
         next(i for i, line in enumerate(lines) if line.startswith(f"step {step}/"))
         for step in (35, 50)
     )
-    kept = (line for line in lines[first : last + 1] if re.match("step|Stage|validate", line))
+    kept = (line for line in lines[first : last + 1] if re.match("step|Stage", line))
     return "\n".join(kept)
 
 
-def at_step(metrics: list[dict], step: int, name: str) -> dict:
-    """The line of a step that has metrics of this name."""
-    return next(
-        {key: value for key, value in line.items() if name == "loss_metrics/" or name in key}
-        for line in metrics
-        if line["step"] == step and any(key.startswith(name) for key in line)
-    )
+def line_with(metrics: list[dict], step: int, name: str, shown: str = "") -> dict:
+    """The metrics of a step from the line that has `name`. `shown`: only those that start so."""
+    lines = (line for line in metrics if line["step"] == step)
+    line = next(line for line in lines if any(key.startswith(name) for key in line))
+    return {key: value for key, value in line.items() if key.startswith(shown)}
 
 
 def shown(value: dict) -> str:
     """JSON with numbers of four digits."""
-    return re.sub(
-        r"\d+\.\d+(e-?\d+)?", lambda n: f"{float(n[0]):.4g}", json.dumps(value, indent=2)
-    )
-
-
-def passkey_text() -> str:
-    result = json.loads((FIGURES / "passkey_result.json").read_text())
-    return (
-        f"Share of right answers of a model of `passkey_cpu.toml`, mean {result['mean']:.2f}, "
-        f"chance {result['chance']}."
-    )
+    return re.sub(r"\d+\.\d+(e-?\d+)?", lambda n: f"{float(n[0]):.4g}", json.dumps(value, indent=2))
 
 
 if __name__ == "__main__":
