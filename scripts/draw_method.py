@@ -3,8 +3,9 @@
 
     scripts/draw_method.py
 
-2,048 tokens, three levels, pooling factor 2, topk 128: one stratum. Scores are random with a few
-peaks. Below the whole sequence stand 16 of its tokens, in which all kinds of entries occur.
+The example has 2,048 tokens, three levels, pooling factor 2, topk 128 and one stratum. Scores are
+random with a few peaks. Below the whole sequence, the figure shows 16 of its tokens, which include
+all kinds of entries.
 """
 
 import itertools
@@ -22,16 +23,16 @@ FIGURE = Path(__file__).parents[1] / "docs" / "method.png"
 CONFIG = LighthouseConfig(num_levels=3, pooling_factor=2, topk=128)
 SEQ_LEN = 2048
 WINDOW = 16
-"""Tokens of the zoom."""
+"""Tokens shown enlarged."""
 
 ABSENT, KEPT, REFINED = 0, 1, 2
-"""Of an entry: not in the sub-sequence; in it; in it, and its children as well."""
+"""An entry is absent from the sub-sequence, kept in it, or kept together with its children."""
 
 COLORS = {ABSENT: "#ffffff", KEPT: "#fdd0a2", REFINED: LIGHTHOUSE_COLOR}
 
 
 def example() -> Selection:
-    """A selection by scores with a few peaks."""
+    """Make a selection from scores with a few peaks."""
     generator = torch.Generator().manual_seed(0)
     positions = torch.arange(SEQ_LEN)
     scores = torch.rand((2, SEQ_LEN), generator=generator)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: run the GPU tests, then the benchmarks, and print their tables last.
 # scripts/gpu_check.sh [folder for the results] [parts]
-# Parts are tests, training, share and attention, all by default; one that fails does not keep the
-# others from running. The folder gets the output of each and gpu.md, with hardware and versions.
+# Parts are tests, training, share and attention. By default all run, also after one has failed.
+# The folder gets the output of each part, and gpu.md with hardware and versions.
 # PYTHON chooses an interpreter in which the project is installed, with its extra `dev`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ done
 mkdir -p "$output"
 failed=()
 
-# keep NAME COMMAND ...: run it, keep what it prints in NAME.txt.
+# keep NAME COMMAND ...: run the command and write its output to NAME.txt.
 keep() {
     "${@:2}" 2>&1 | tee "$output/$1.txt" || failed+=("$1")
 }
@@ -28,7 +28,7 @@ keep() {
 for part in $parts; do
     case $part in
         tests)
-            # Of these the time goes into compiling kernels.
+            # These tests spend most of their time compiling kernels.
             keep kernels "$python" -m pytest tests/attention/test_kernels.py -q --numprocesses 8
             keep tests "$python" -m pytest tests/attention/test_gpu.py -m gpu -q
             ;;

@@ -142,7 +142,7 @@ def main() -> None:
         telemetry=shown(line_with(metrics, 20, "telemetry", "telemetry/layer_2")),
         handover=shown(json.loads((ROOT / RUN / "handover.json").read_text())),
         report=report,
-        report_text=report_text(),
+        report_text=report_table(),
         eval_loss=eval_loss,
         eval_loss_text=losses.strip(),
         lengths=lengths,
@@ -163,10 +163,9 @@ def output_of(command: str) -> str:
     return done.stdout + done.stderr
 
 
-def report_text() -> str:
-    """The report without its heading and figure."""
+def report_table() -> str:
     lines = (ROOT / RUN / "report/report.md").read_text().splitlines()
-    return "\n".join(line for line in lines if not line.startswith(("#", "!["))).strip()
+    return "\n".join(line for line in lines if line.startswith("|"))
 
 
 def around_the_switch(log: str) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make .venv and install the project into it, with the versions of constraints.txt.
-# Does nothing if that is done already. PYTHON chooses the interpreter (3.11 or newer), VENV and
-# CONSTRAINTS another place and other versions.
+# Create .venv and install the project into it, with the versions of constraints.txt. Does nothing
+# if that is already done. PYTHON chooses the interpreter (3.11 or newer), VENV another folder, and
+# CONSTRAINTS another file of versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,6 +21,7 @@ echo "Installing into $venv; this takes about two minutes, more if torch is down
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint "$constraints" --editable ".[dev]"
-# On all cores, which pip does on one. Files that do not compile are examples of such.
+# Compile on all cores. pip would use one. Some packages contain files that do not compile on
+# purpose.
 "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >/dev/null || true
 echo "$wanted" >"$installed"

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""Train for a long time and watch what the process holds: memory, open files, threads, processes.
+"""Train for a long time and watch memory, open files, threads and processes of the run.
 
     scripts/soak.py train_configs/debug.toml --output outputs/soak --minutes 60 \\
         --training.steps 1000000 --lighthouse.stage1_steps 3000
 
-Further arguments override the configuration; after so many minutes the run is asked to stop. What
-the trainer and its helpers hold is read from /proc, every few seconds, on Linux alone. Compared are
-the second quarter of the run and its last: resident memory may grow by one percent, files, threads
-and processes not at all, or the exit code is 1.
+Further arguments override the configuration. After --minutes the run is asked to stop. The samples
+come from /proc every few seconds, so this needs Linux. The last quarter of the run is compared with
+the second. The exit code is 1 if resident memory has grown by more than one percent, or the number
+of files, threads or processes at all.
 
-Writes samples.jsonl and soak.png into the folder, beside what the run writes; the last line printed
-is a JSON object.
+Writes samples.jsonl and soak.png to the folder of the run. The last printed line is JSON.
 """
 
 import json
@@ -27,7 +26,7 @@ from torchtitan.experiments.lighthouse.runtime.plots import save, subplots
 from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
 
 MEMORY_GROWTH = 0.01
-"""Of resident memory, from the second to the last quarter, as a part of it."""
+"""Allowed growth of resident memory from the second to the last quarter, as a share."""
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ scripts/setup.sh
 bin=${VENV:-.venv}/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-# A process for each core, with one thread: small tensors gain nothing from more.
+# One process per core with one thread each. Small tensors gain nothing from more threads.
 export OMP_NUM_THREADS=1
 exec "$bin/python" -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile \
     --durations 25 "$@"

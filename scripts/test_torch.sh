@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests with another torch, and the Triton that belongs to it, in an environment of its own:
+# Run the tests with another torch and its Triton, in a separate environment:
 # scripts/test_torch.sh 2.11.0 [arguments of pytest]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +17,6 @@ esac
 export VENV=.venv-torch-$version
 export CONSTRAINTS=$VENV.txt
 sed -e "s/^torch==.*/torch==$version/" -e "s/^triton==.*/triton==$triton/" constraints.txt >"$CONSTRAINTS"
-# The interpreter of Triton 3.6 needs scalars that NumPy 2.4 no longer makes of arrays.
+# The interpreter of Triton 3.6 converts arrays to scalars in a way that NumPy 2.4 refuses.
 echo "numpy<2.4" >>"$CONSTRAINTS"
 exec scripts/test.sh "${@:2}"

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC2154  # The .sbatch files set the lower-case variables.
-# What the .sbatch files have in common; they source it with the arguments CONFIG [overrides ...].
+# Shared by the .sbatch files, which source it with the arguments CONFIG [overrides ...].
 #
-# 1. Make the run folder $run_root/JOBNAME-JOBID, or find it after a requeue, which keeps both. It
-#    holds config.toml, which every later start uses, command.txt, commit.txt, uncommitted.diff
-#    where there is one, starts.txt with a line for each start, and what the trainer writes.
-# 2. Start a task for each GPU, and wait. No torchrun: SLURM signals the trainers themselves.
-# 3. If the run was stopped and saved (exit code 75), by the signal before the time limit or by a
-#    preemption, requeue the job. A preempted job is requeued whatever its exit code: SIGTERM reaches
-#    all processes of a job, and may end a data loader's worker before the trainer has saved. Where
-#    SLURM has ended the job (scancel), leave it ended.
+# 1. Create the run folder $run_root/JOBNAME-JOBID. After a requeue it exists, because name and
+#    number stay. It holds config.toml, which every later start uses, command.txt, commit.txt,
+#    uncommitted.diff if there are changes, starts.txt with one line per start, and the trainer's
+#    output.
+# 2. Start one task per GPU and wait. There is no torchrun, so SLURM signals the trainers directly.
+# 3. Requeue the job if the run has saved and stopped (exit code 75), by the signal before the time
+#    limit or by a preemption. A preempted job is requeued with any exit code. SIGTERM reaches all
+#    processes of a job and can end a worker of the data loader before the trainer has saved. Do not
+#    requeue a job that SLURM has ended (scancel).
 
 EXIT_CODE_SAVED=75
 MAX_STARTS_WITHOUT_PROGRESS=3
@@ -23,7 +24,7 @@ fail() {
     exit 2
 }
 
-# Step of the newest whole checkpoint: its metadata is written last.
+# Step of the newest complete checkpoint. Its metadata is written last.
 newest_step() {
     find "$run" -path '*/step-*/.metadata' | sed -n 's|.*/step-\([0-9]*\)/.metadata$|\1|p' \
         | sort -n | tail -n 1
@@ -37,7 +38,7 @@ uncommitted() {
     git diff HEAD 2>/dev/null || true
 }
 
-# Keep in the run folder what it is made from, config.toml last: with it the folder is complete.
+# Record the sources of the run in its folder. config.toml is last and completes the folder.
 record() {
     mkdir -p "$run"
     printf '%q ' "${command[@]}" >"$run/command.txt"
@@ -49,7 +50,7 @@ record() {
     mv "$run/config.toml.partial" "$run/config.toml"
 }
 
-# The code is not kept: say so if it is not what the run began with.
+# The code is not copied. Warn if it has changed since the run began.
 compare_source() {
     if [[ $(commit) != "$(<"$run/commit.txt")" ]]; then
         say "warning: the run began with commit $(<"$run/commit.txt"), and this is $(commit)"
@@ -58,8 +59,8 @@ compare_source() {
     fi
 }
 
-# Whether SLURM has told this start of the job to make room. It requeues a job whose time of grace
-# runs out, but not one that ends within it.
+# Whether SLURM has preempted this start of the job. SLURM requeues a job that outlasts its grace
+# time, but not one that ends within it.
 is_preempted() {
     [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=PreemptTime) == *[0-9]* ]]
 }
@@ -85,7 +86,7 @@ requeue() {
 }
 
 cd "$SLURM_SUBMIT_DIR" || exit
-# SLURM sends it when it ends the job. The trainers save then, and the shell waits for them.
+# SLURM sends this signal when it ends the job. The trainers save, and the shell waits for them.
 trap : TERM
 
 run=$run_root/${SLURM_JOB_NAME//[!A-Za-z0-9._-]/_}-$SLURM_JOB_ID
@@ -118,9 +119,9 @@ activate || fail "activate() in the .sbatch file must succeed; correct it, or ru
 # Task 0 runs on the first node.
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR MASTER_PORT=$port
-# As with torchrun.
+# The default of torchrun.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# srun does not take it from the job by itself.
+# srun does not inherit this from the job.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 if [[ -n $interface ]]; then
     export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface

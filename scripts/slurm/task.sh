@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One task of a job, as one rank: scripts/slurm/task.sh COMMAND [arguments ...].
+# Run one task of a job as one rank: scripts/slurm/task.sh COMMAND [arguments ...].
 set -euo pipefail
-# SLURM signals every process of a step. Until the trainer listens nothing can be lost, and one
-# task that ends would leave the others waiting for it.
+# SLURM signals every process of a step. Ignore signals until the trainer handles them. Nothing can
+# be lost before that, and the other tasks would wait for a task that ends.
 trap '' TERM USR1
-# All GPUs of the node stay visible to each of its tasks: LOCAL_RANK chooses.
+# Each task sees all GPUs of the node. LOCAL_RANK chooses one.
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 exec "$@"
