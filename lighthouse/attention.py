@@ -94,7 +94,8 @@ class LighthouseAttention(nn.Module):
         torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=context_fn)
 
     Args:
-        inner: causal attention, called as `inner(q, k, v, enable_gqa=...)`.
+        inner: causal attention, called as `inner(q, k, v, enable_gqa=...)` with projected q, k
+            and v. It is not a module that has the projections.
         config: settings of the method.
         rotary: the table of the rotary embedding. It moves with the module to another device and
             keeps its dtype.
@@ -143,6 +144,11 @@ def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(
             "the heads of q must be a multiple of those of k, with one head_dim, "
             f"got q {list(q.shape)} and k {list(k.shape)}; check n_heads and n_kv_heads"
+        )
+    if q.shape[1] > q.shape[2]:
+        raise ValueError(
+            f"q must be [B, H, N, D] with more tokens than heads, got {list(q.shape)}; transpose "
+            "dimensions 1 and 2 of q, k and v"
         )
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ValueError(

@@ -17,6 +17,7 @@ This is the only module of the library that imports transformers.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ from lighthouse.context_parallel import ContextParallel, UlyssesAttention
 from lighthouse.ops import OPS_TO_SAVE
 from lighthouse.rotary import RotaryPhases
 from lighthouse.sdpa import causal_sdpa
+
+logger = logging.getLogger(__name__)
 
 ROTARY_MODELS = (
     *("gemma3_text", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3"),
@@ -99,14 +102,22 @@ def use_lighthouse(model: PreTrainedModel, name: str = "lighthouse") -> None:
     """Switch `model` to Lighthouse Attention for training, after checking every layer.
 
     Raises:
-        ValueError: `name` is not registered, or a layer cannot use Lighthouse.
+        ValueError: `name` is not registered, a layer cannot use Lighthouse, or all layers stay
+            dense.
     """
     attention = AttentionInterface().get(name)
     if not isinstance(attention, _Attention):
         raise ValueError(f"{name!r} must be registered, got none; call register_lighthouse before")
     layers = [layer for layer in _attention_layers(model) if not attention.is_dense(layer)]
+    if not layers and not attention.always_dense:
+        raise ValueError(
+            "full_attn_layers must leave a layer for Lighthouse Attention, got "
+            f"{list(attention.full_attn_layers)} for {model.config.num_hidden_layers} layers; "
+            "remove one of them"
+        )
     for layer in layers:
         attention.check_layer(layer)
+    logger.info(f"Lighthouse Attention in {len(layers)} of {len(_attention_layers(model))} layers")
     if attention.pool_rotary == "aligned":
         span = attention.config.span(attention.config.num_levels - 1)
         for layer in layers:
@@ -121,6 +132,7 @@ def use_dense(model: PreTrainedModel) -> None:
     is_sharded = isinstance(attention, _Attention) and attention.context is not None
     if is_sharded:
         name = name.removesuffix(_DENSE_SUFFIX) + _DENSE_SUFFIX
+    logger.info("Dense attention in all layers")
     _set_attention(model, name if is_sharded else "sdpa")
 
 

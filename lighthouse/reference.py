@@ -76,6 +76,8 @@ def reference_scores(q, k, v, scorer, dilation=4):
         q_scores and k_scores, [B, Hkv, N].
     """
     q, k, v = q.double(), k.double(), v.double()
+    if scorer not in ("norm", "dilated", "gla"):
+        raise ValueError(f"there is no reference for the scorer {scorer!r}; add a branch below")
     group = q.shape[1] // k.shape[1]
     scores = torch.zeros(2, *k.shape[:3], dtype=torch.float64)
     for b in range(q.shape[0]):

@@ -8,6 +8,7 @@ Paths in the copy are relative to the folder from which training is started. Mos
 use the byte tokenizer and the source code of Python's standard library, which work in any folder.
 """
 
+import difflib
 import shutil
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def copy(name: str, folder: Path) -> Path:
     configs = shipped()
     source = configs.get(name.removesuffix(".toml"))
     if source is None:
-        raise ValueError(f"NAME must be one of {', '.join(configs)}, got {name!r}; choose one")
+        close = difflib.get_close_matches(name, configs, n=1)
+        remedy = f"did you mean {close[0]}?" if close else "choose one"
+        raise ValueError(f"NAME must be one of {', '.join(configs)}, got {name!r}; {remedy}")
     target = folder / source.name
     if target.exists():
         raise ValueError(

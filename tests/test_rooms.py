@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from lighthouse.config import SCORER_NAMES
+from lighthouse.config import SCORER_NAMES, LighthouseConfig
+from lighthouse.costs import scored_positions
+from lighthouse.reference import reference_scores
 from lighthouse.scorers import SCORERS
 
 ROOT = Path(__file__).parents[1]
@@ -134,3 +137,7 @@ def test_modules_of_the_attention_form_no_circle(name):
 
 def test_every_name_of_a_scorer_has_one():
     assert tuple(SCORERS) == SCORER_NAMES
+    for name in SCORER_NAMES:
+        assert scored_positions(LighthouseConfig(scorer=name), 4096, 64) >= 0
+        q = torch.randn(1, 1, 8, 4)
+        assert reference_scores(q, q, q, name)[0].shape == (1, 1, 8)

@@ -2,8 +2,8 @@
 # shellcheck disable=SC2154  # The .sbatch files set the lower-case variables.
 # Shared by the .sbatch files, which source it with the arguments CONFIG [overrides ...].
 #
-# 1. Create the run folder $run_root/JOBNAME-JOBID. After a requeue it exists, because name and
-#    number stay. It holds config.toml, which every later start uses, command.txt, commit.txt,
+# 1. Create the run folder $run_root/JOBNAME-JOBID, or use the folder RUN. After a requeue it exists,
+#    because name and number stay. It holds config.toml, which every later start uses, command.txt, commit.txt,
 #    uncommitted.diff if there are changes, starts.txt with one line per start, and the trainer's
 #    output.
 # 2. Start one task per GPU and wait. There is no torchrun, so SLURM signals the trainers directly.
@@ -89,7 +89,7 @@ cd "$SLURM_SUBMIT_DIR" || exit
 # SLURM sends this signal when it ends the job. The trainers save, and the shell waits for them.
 trap : TERM
 
-run=$run_root/${SLURM_JOB_NAME//[!A-Za-z0-9._-]/_}-$SLURM_JOB_ID
+run=${RUN:-$run_root/${SLURM_JOB_NAME//[!A-Za-z0-9._-]/_}-$SLURM_JOB_ID}
 config=${1:-}
 if [[ -z $config || $config == -* ]]; then
     fail "CONFIG must come first, got '$config'; sbatch scripts/slurm/NAME.sbatch CONFIG" \
@@ -105,11 +105,14 @@ command=(
     python -m torchtitan.experiments.lighthouse.train
     --job.config_file "$run/config.toml" --job.dump_folder "$run" "${@:2}"
 )
+if [[ -n ${RUN:-} && ! -f $RUN/config.toml ]]; then
+    fail "RUN must be the folder of a run, got '$RUN' without config.toml; correct it"
+fi
 if [[ ! -f $run/config.toml ]]; then
     [[ -f $config ]] || fail "CONFIG must be a TOML file, got '$config', which is none; correct it"
     record
     [[ -f $run/config.toml ]] || fail "run_root must be a folder to write to, got '$run_root'"
-elif ((${SLURM_RESTART_COUNT:-0} == 0)); then
+elif ((${SLURM_RESTART_COUNT:-0} == 0)) && [[ -z ${RUN:-} ]]; then
     fail "$run must not exist before the job first starts; move it away"
 else
     compare_source

@@ -498,7 +498,7 @@ FILES = [
 MODEL = "{place}/run/checkpoint/step-1"
 
 SCRIPTS = [
-    script("plan", "", "the following arguments are required: config, --world-size", "see --help"),
+    script("plan", "", "the following arguments are required: config", "see --help"),
     script("plan", "{toml} --world-size two", "--world-size", "'two'", "see --help", toml="a = 1"),
     script("plan", "{place}/ok.toml --world-size 0", "--world-size must", "got 0", "use 1 or more"),
     script("plan", "{place}/no.toml --world-size 1", "job.config_file", "no.toml'", "correct the"),

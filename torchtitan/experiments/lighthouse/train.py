@@ -356,6 +356,11 @@ def run(config: JobConfig, lock: FolderLock | None) -> int:
             trainer.checkpointer.save(0, last_step=True)
         else:
             trainer.train()
+            if trainer.exit_code:
+                logger.info(
+                    f"Stopped after step {trainer.step} of {config.training.steps} and saved. The "
+                    "same command resumes."
+                )
     except (TrainingAborted, OSError, RuntimeError) as error:
         message = _last_words(error, trainer)
         if message is None:

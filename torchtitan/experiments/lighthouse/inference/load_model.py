@@ -160,7 +160,7 @@ def open_trained(
         if max_seq_len is None:
             max_seq_len = settings.get("training", {}).get("seq_len")
         tokenizer_path = tokenizer_path or model.get("hf_assets_path")
-    elif (folder / hf_llama.CONFIG).is_file():
+    elif (folder / hf_llama.CONFIG).is_file() and not _steps_in(folder / "checkpoint"):
         settings = {}
         if flavor is not None:
             raise ValueError(
@@ -173,8 +173,9 @@ def open_trained(
         max_seq_len = args.max_seq_len if max_seq_len is None else max_seq_len
         tokenizer_path = tokenizer_path or str(folder)
     else:
-        steps = [f"step-{step}" for step in whole_steps(folder)]
-        remedy = f"name {' or '.join(steps)} in it" if steps else "correct the path"
+        places = (folder, folder / "checkpoint", folder.parent)
+        steps = next((found for place in places if (found := _steps_in(place))), ())
+        remedy = f"name {' or '.join(map(str, steps))}" if steps else "correct the path"
         raise ValueError(
             "a model must be a whole checkpoint, .../checkpoint/step-N, or a folder in the format "
             f"of Hugging Face, got {str(folder)!r}, which is neither; {remedy}"
@@ -201,6 +202,11 @@ def open_trained(
         flavor=flavor,
         stage=_stage_of(folder, settings),
     )
+
+
+def _steps_in(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder."""
+    return [folder / f"step-{step}" for step in (whole_steps(folder) if folder.is_dir() else ())]
 
 
 def _stage_of(checkpoint: Path, settings: dict[str, Any]) -> int | None:

@@ -50,7 +50,7 @@ def parse(args: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("config", help="TOML file, before any overrides")
-    add("--world-size", type=int, required=True, help="number of processes, one for each GPU")
+    add("--world-size", type=int, default=1, help="number of processes, one per GPU; default: 1")
     kinds = f"{', '.join(GPUS)}, a TOML file (`planner/gpus.py`), or cpu, without times"
     add("--gpu", default="H100", help=f"{kinds}; default: H100")
     add("--json", action="store_true", help="print one JSON object instead of tables")
