@@ -108,16 +108,17 @@ def use_lighthouse(model: PreTrainedModel, name: str = "lighthouse") -> None:
     attention = AttentionInterface().get(name)
     if not isinstance(attention, _Attention):
         raise ValueError(f"{name!r} must be registered, got none; call register_lighthouse before")
-    layers = [layer for layer in _attention_layers(model) if not attention.is_dense(layer)]
+    all_layers = [*_attention_layers(model)]
+    layers = [layer for layer in all_layers if not attention.is_dense(layer)]
     if not layers and not attention.always_dense:
         raise ValueError(
             "full_attn_layers must leave a layer for Lighthouse Attention, got "
-            f"{list(attention.full_attn_layers)} for {model.config.num_hidden_layers} layers; "
+            f"{list(attention.full_attn_layers)} for {len(all_layers)} layers; "
             "remove one of them"
         )
     for layer in layers:
         attention.check_layer(layer)
-    logger.info(f"Lighthouse Attention in {len(layers)} of {len(_attention_layers(model))} layers")
+    logger.info(f"Lighthouse Attention in {len(layers)} of {len(all_layers)} layers")
     if attention.pool_rotary == "aligned":
         span = attention.config.span(attention.config.num_levels - 1)
         for layer in layers:

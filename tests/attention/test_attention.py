@@ -213,6 +213,7 @@ def test_module_adds_nothing_to_a_state_dict(scorer):
         (((1, 3, 512, 8), (1, 2, 512, 8), (1, 2, 512, 8)), "multiple"),
         (((1, 2, 512, 4), (1, 2, 512, 8), (1, 2, 512, 8)), "head_dim"),
         (((1, 2, 501, 8), (1, 2, 501, 8), (1, 2, 501, 8)), "seq_len must be a multiple of"),
+        (((1, 512, 2, 8), (1, 512, 2, 8), (1, 512, 2, 8)), "transpose dimensions 1 and 2"),
         (((0, 2, 512, 8), (0, 2, 512, 8), (0, 2, 512, 8)), "must not be empty"),
         (((1, 0, 512, 8), (1, 0, 512, 8), (1, 0, 512, 8)), "must not be empty"),
         (((1, 2, 512, 8), (1, 0, 512, 8), (1, 0, 512, 8)), "must not be empty"),

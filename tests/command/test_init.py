@@ -74,3 +74,4 @@ def test_a_wrong_call_is_one_line(args, message, call, tmp_path, capsys):
     assert end.value.code == 2 and not list(tmp_path.iterdir())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)
+    assert line.endswith("did you mean debug?") == (len(args) == 1)

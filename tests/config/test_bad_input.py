@@ -599,7 +599,7 @@ SCRIPTS = [
     script(
         "export",
         "{place}/run/checkpoint --output {dump}",
-        *("a model must be a whole", "/run/checkpoint'", "name step-1 in it"),
+        *("a model must be a whole", "/run/checkpoint'", "name /", "/step-1"),
     ),
     script(
         "export",

@@ -224,6 +224,12 @@ def test_layers_that_do_not_exist(model):
             use_lighthouse(model)
 
 
+def test_a_model_whose_layers_all_stay_dense(model):
+    register_lighthouse(CONFIG, full_attn_layers=[0, -1, 1])
+    with pytest.raises(ValueError, match=r"full_attn_layers must leave .* got \[0, -1, 1\] for 3"):
+        use_lighthouse(model)
+
+
 def test_a_model_that_does_not_use_the_interface(model, monkeypatch):
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *_: False)
     with pytest.raises(ValueError, match="must use the attention interface of transformers"):

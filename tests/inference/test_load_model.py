@@ -98,8 +98,15 @@ def test_no_flavor_fits(tmp_path):
 
 def test_a_folder_that_is_no_model(checkpoint):
     message = errors(checkpoint.parent)
-    assert "which is neither" in message and "name step-1 in it" in message
-    assert "correct the path" in errors(checkpoint / "none")
+    assert "which is neither" in message and message.endswith(f"name {checkpoint}")
+    assert errors(checkpoint.with_name("step-9")).endswith(f"name {checkpoint}")
+    # The folder of a run has a config.json, which is not that of a model.
+    (checkpoint.parents[1] / "config.json").write_text("{}")
+    try:
+        assert errors(checkpoint.parents[1]).endswith(f"name {checkpoint}")
+    finally:
+        (checkpoint.parents[1] / "config.json").unlink()
+    assert "correct the path" in errors(checkpoint / "none" / "at all")
 
 
 def test_phases_are_chosen_by_name(checkpoint):

@@ -1,6 +1,7 @@
 """Runs that get a signal stop after the step with a checkpoint, and resume bit for bit."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -375,6 +376,7 @@ def test_the_exit_code_of_the_process(begun, corpus, tmp_path, to_all):
     losses = losses_of(tmp_path)
     last_step = max(losses)
     assert f"Asked to stop: the run ends after step {last_step}; nothing is lost" in output
+    assert re.search(rf"Stopped after step {last_step} of \d+ and saved", output)
     assert checkpoint_steps(tmp_path / "checkpoint")[last_step]
     steps = range(1, min(last_step, STEPS) + 1)
     assert {step: losses[step] for step in steps} == {step: begun.losses[step] for step in steps}
