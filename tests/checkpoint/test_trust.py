@@ -73,6 +73,12 @@ def test_every_bit_of_a_checkpoint_has_a_checksum(copied):
     assert [checksum_fault(path, part, 2) is None for part in range(2)] == [False, True]
 
 
+@pytest.mark.parametrize("name", ["9" * 4000, "a\nb", "../__0_0.distcp"])
+def test_a_name_that_no_file_has_is_shown_in_short(copied, name):
+    (copied / "step-4" / "__9_checksums.json").write_text(json.dumps({name: [0, 0]}))
+    assert checksum_fault(copied / "step-4") == f"{name[:80]!r} is no file of it"
+
+
 @pytest.mark.parametrize("place", ["tensor", "value"])
 def test_one_changed_bit_is_noticed_and_the_older_checkpoint_is_used(
     saved, copied, corpus, warned, place

@@ -17,7 +17,11 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
-from torchtitan.experiments.lighthouse.runtime.read_files import read_json, reason_of
+from torchtitan.experiments.lighthouse.runtime.read_files import (
+    is_file_name,
+    read_json,
+    reason_of,
+)
 
 SUFFIX = "checksums.json"
 
@@ -93,8 +97,8 @@ def checksum_fault(path: str | Path, part: int = 0, num_parts: int = 1) -> str |
     except ValueError as error:
         return str(error)
     for name in sorted(sums)[part::num_parts]:
-        if Path(name).name != name or len(sums[name]) != 2:
-            return f"{name!r} is no file of it"
+        if not is_file_name(name) or len(sums[name]) != 2:
+            return f"{name[:80]!r} is no file of it"
         try:
             found = _checksum(path / name)
         except OSError as error:

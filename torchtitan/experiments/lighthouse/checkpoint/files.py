@@ -34,6 +34,7 @@ from torchtitan.experiments.lighthouse.runtime.read_files import (
     PARSE_ERRORS,
     check_regular,
     is_a,
+    is_file_name,
     read_bytes,
     read_json,
     reason_of,
@@ -135,8 +136,8 @@ def damage_reason(path: str | Path) -> str | None:
     except ValueError as error:
         return f"its metadata cannot be read ({error})"
     for name, size in sorted(sizes.items()):
-        if Path(name).name != name:
-            return f"{name!r} does not lie in it"
+        if not is_file_name(name):
+            return f"{name[:80]!r} does not lie in it"
         try:
             found = check_regular(path / name).st_size
         except (OSError, ValueError):

@@ -129,6 +129,11 @@ def is_a(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether `name` can be the name of a file in a folder, and fits into an error message."""
+    return Path(name).name == name and len(name) <= 255 and name.isprintable()
+
+
 def reason_of(error: BaseException) -> str:
     """Describe an error in one line."""
     if isinstance(error, RecursionError):
