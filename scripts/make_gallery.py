@@ -31,7 +31,7 @@ PAGE = """\
 # What a run leaves
 
 The outputs of a small run and of the commands that look at it. `scripts/make_gallery.py` wrote this
-page on {date}, with torch {torch} on a CPU. The model has 0.9M parameters and trains for
+page on {date}, with torch {torch} on a CPU. The model has 1.1M parameters and trains for
 60 steps, so its losses mean nothing.
 
 ## Console

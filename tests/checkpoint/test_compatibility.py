@@ -345,7 +345,7 @@ def test_a_record_that_cannot_be_read_is_named(run, tmp_path):
     shutil.copytree(run[0], folder)
     (folder / "checkpoint" / "step-2" / FILE_NAME).write_text("{")
     config = load_config(command_line(folder, run[1]))
-    with pytest.raises(ValueError, match=r"step-2/trained_with\.json must tell .* not valid JSON"):
+    with pytest.raises(ValueError, match=r"step-2/trained_with\.json must record .* not valid"):
         check_config(config, world_size=1)
 
 

@@ -52,6 +52,14 @@ class SignalledTrainer(RecordedTrainer):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture(autouse=True)
+def hangup():
+    """SIGHUP as in a terminal. nohup ignores it, which the processes of the tests would inherit."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
 @pytest.fixture
 def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

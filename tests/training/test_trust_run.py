@@ -117,7 +117,7 @@ def test_a_second_run_in_the_folder_is_refused_by_the_program(tmp_path, corpus):
         ({"lighthouse__stage1_steps": 0}, None),
         (
             {"validation__enable": True, "validation__dataset": "python_stdlib"},
-            "validation.dataset is 'python_stdlib', another corpus",
+            "validation.dataset is 'python_stdlib', but training.dataset is 'text'",
         ),
         ({"checkpoint__exclude_from_loading": ["dataloader"]}, "restarts the data at every"),
     ],
