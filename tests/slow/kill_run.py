@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.tensor import DTensor
 from torchtitan.experiments.lighthouse import metrics, train
 from torchtitan.experiments.lighthouse.checkpoint import manager, stage_switch
+from torchtitan.experiments.lighthouse.checkpoint.checksums import ChecksumWriter
 from torchtitan.experiments.lighthouse.data import packing
 from torchtitan.experiments.lighthouse.runtime import cpu_device
 
@@ -297,7 +298,7 @@ class Watch:
         self._hook_the_rest()
         if self.request.fault == "staging":
             # The saved state is not copied before the save.
-            DefaultStager.stage = lambda stager, state_dict: state_dict
+            DefaultStager.stage = ChecksumWriter.stage = lambda stager, state_dict: state_dict
         elif self.request.fault:
             self._load_too_little(self.request.fault)
 
