@@ -6,10 +6,11 @@ This package is outside `torchtitan`, because importing any part of `torchtitan`
 first. `lighthouse --help` and `lighthouse init` need neither.
 """
 
-import difflib
 import importlib
 import os
 import sys
+
+from lighthouse_cli.parser import did_you_mean
 
 _TRAINER = "torchtitan.experiments.lighthouse"
 
@@ -58,8 +59,7 @@ def call() -> None:
         print(usage())
         return
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        remedy = f"did you mean {close[0]}?" if close else "see lighthouse --help"
+        remedy = did_you_mean(name, COMMANDS, "see lighthouse --help")
         refuse(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}; {remedy}")
     # The program reads its arguments and the name in its help text from here.
     sys.argv = [f"lighthouse {name}", *args]

@@ -8,11 +8,10 @@ Paths in the copy are relative to the folder from which training is started. Mos
 use the byte tokenizer and the source code of Python's standard library, which work in any folder.
 """
 
-import difflib
 import shutil
 from pathlib import Path
 
-from lighthouse_cli.parser import Parser, exit_on_value_error
+from lighthouse_cli.parser import Parser, did_you_mean, exit_on_value_error
 
 
 def main() -> None:
@@ -53,8 +52,7 @@ def copy(name: str, folder: Path) -> Path:
     configs = shipped()
     source = configs.get(name.removesuffix(".toml"))
     if source is None:
-        close = difflib.get_close_matches(name, configs, n=1)
-        remedy = f"did you mean {close[0]}?" if close else "choose one"
+        remedy = did_you_mean(name, configs, "choose one")
         raise ValueError(f"NAME must be one of {', '.join(configs)}, got {name!r}; {remedy}")
     target = folder / source.name
     if target.exists():

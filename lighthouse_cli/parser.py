@@ -5,8 +5,9 @@ error: --world-size must be ...; what to do
 
 import argparse
 import contextlib
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 
@@ -27,6 +28,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}; see --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+def did_you_mean(value: str, choices: Iterable[str], otherwise: str = "see --help for all") -> str:
+    """The remedy of an error about a wrong name: the nearest of `choices`, or `otherwise`."""
+    close = difflib.get_close_matches(value, list(choices), n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
 
 ROOT = Path(__file__).parents[1]
 RUN = "outputs/gallery"
@@ -26,6 +27,8 @@ TRAIN = (
     f"--job.dump_folder {RUN} --metrics.disable_color_printing"
 )
 CHECKPOINT = f"{RUN}/checkpoint/step-60"
+
+TELEMETRY = "telemetry/layer_2/"
 
 PAGE = """\
 # What a run leaves
@@ -132,14 +135,13 @@ def main() -> None:
     output_of(f"lighthouse eval-passkey {options.passkey} {lengths} --output {RUN}/passkey")
     shutil.copy(ROOT / RUN / "passkey/passkey.png", FIGURES)
     passkey = json.loads((ROOT / RUN / "passkey/passkey.json").read_text())
-    metrics = [json.loads(line) for line in (ROOT / RUN / "metrics.jsonl").read_text().splitlines()]
     text = PAGE.format(
         date=datetime.date.today(),
         torch=torch.__version__,
         train=TRAIN,
         console=around_the_switch(log),
-        metrics=shown(line_with(metrics, 45, "loss_metrics")),
-        telemetry=shown(line_with(metrics, 20, "telemetry", "telemetry/layer_2")),
+        metrics=shown(metrics_of(45, LOSS)),
+        telemetry=shown(metrics_of(20, TELEMETRY + "attention_on_level_0", TELEMETRY)),
         handover=shown(json.loads((ROOT / RUN / "handover.json").read_text())),
         report=report,
         report_text=report_table(),
@@ -179,11 +181,10 @@ def around_the_switch(log: str) -> str:
     return "\n".join(kept)
 
 
-def line_with(metrics: list[dict], step: int, name: str, shown: str = "") -> dict:
-    """The metrics of a step from the line that has `name`. `shown`: only those that start so."""
-    lines = (line for line in metrics if line["step"] == step)
-    line = next(line for line in lines if any(key.startswith(name) for key in line))
-    return {key: value for key, value in line.items() if key.startswith(shown)}
+def metrics_of(step: int, name: str, start: str = "") -> dict:
+    """The line of a step that has the metric `name`, or its metrics whose names start so."""
+    line = next(line for line in read_metrics(ROOT / RUN, name) if line["step"] == step)
+    return {key: value for key, value in line.items() if key.startswith(start)}
 
 
 def shown(value: dict) -> str:

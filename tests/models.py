@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,3 +60,10 @@ def save(model: Transformer, dump_folder: Path, flavor: str | None) -> Path:
         }
         (dump_folder / SAVED_CONFIG).write_text(json.dumps(config))
     return checkpoint
+
+
+def last_json(monkeypatch, capsys, main: Callable[[], None], *args) -> dict:
+    """Call the `main` of a command with these arguments. Returns the JSON that it prints last."""
+    monkeypatch.setattr(sys, "argv", ["lighthouse", *map(str, args)])
+    main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -3,9 +3,9 @@
 # Shared by the .sbatch files, which source it with the arguments CONFIG [overrides ...].
 #
 # 1. Create the run folder $run_root/JOBNAME-JOBID, or use the folder RUN. After a requeue it exists,
-#    because name and number stay. It holds config.toml, which every later start uses, command.txt, commit.txt,
-#    uncommitted.diff if there are changes, starts.txt with one line per start, and the trainer's
-#    output.
+#    because name and number stay. It holds config.toml, which every later start uses, command.txt,
+#    commit.txt, uncommitted.diff if there are changes, starts.txt with one line per start, and the
+#    trainer's output.
 # 2. Start one task per GPU and wait. There is no torchrun, so SLURM signals the trainers directly.
 # 3. Requeue the job if the run has saved and stopped (exit code 75), by the signal before the time
 #    limit or by a preemption. A preempted job is requeued with any exit code. SIGTERM reaches all

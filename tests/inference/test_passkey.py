@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import random_model, save
+from models import last_json, random_model, save
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
@@ -40,9 +40,7 @@ def run(checkpoint, tmp_path, monkeypatch, capsys):
 
     def main(*args) -> dict:
         options = [checkpoint, "--output", tmp_path, *args]
-        monkeypatch.setattr(sys, "argv", ["lighthouse eval-passkey", *map(str, options)])
-        eval_passkey.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        return last_json(monkeypatch, capsys, eval_passkey.main, *options)
 
     return main
 

@@ -11,9 +11,11 @@ from typing import Any, Literal, get_args, get_origin
 
 from torchtitan.config import ConfigManager
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
-from torchtitan.experiments.lighthouse.config.rule_helpers import check_choice, did_you_mean, leaves
+from torchtitan.experiments.lighthouse.config.rule_helpers import check_choice, leaves
 from torchtitan.experiments.lighthouse.runtime.read_files import is_a, read_toml
 from torchtitan.tools.logging import logger
+
+from lighthouse_cli.parser import did_you_mean
 
 _NO_CUSTOM_CONFIG = (
     "job.custom_config_module must be empty, since the configuration is this package's own, "

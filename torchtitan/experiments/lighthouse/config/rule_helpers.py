@@ -1,11 +1,12 @@
 """Look up fields by name, define rules for them, and raise one-line errors for broken rules."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
+
+from lighthouse_cli.parser import did_you_mean
 
 
 def value_of(config: JobConfig, name: str) -> Any:
@@ -30,11 +31,6 @@ def require(is_right: bool, name: str, rule: str, value: Any, remedy: str) -> No
         # TOML writes booleans in lower case.
         found = str(value).lower() if isinstance(value, bool) else repr(value)
         raise ValueError(f"{name} must be {rule}, got {found}; {remedy}")
-
-
-def did_you_mean(value: str, choices, otherwise: str = "see --help for all") -> str:
-    close = difflib.get_close_matches(value, list(choices), n=1)
-    return f"did you mean {close[0]}?" if close else otherwise
 
 
 @dataclass(frozen=True)
