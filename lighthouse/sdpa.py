@@ -20,8 +20,9 @@ def fused_backends(dtype: torch.dtype, seq_len: int, prefer: str = "cudnn") -> l
         prefer: `cudnn` or `flash`; the other is used where the preferred one does not apply.
     """
     if dtype in (torch.float32, torch.float64):
-        is_right = seq_len <= LONGEST_EFFICIENT
-        return [SDPBackend.FLASH_ATTENTION, *[SDPBackend.EFFICIENT_ATTENTION] * is_right]
+        if seq_len <= LONGEST_EFFICIENT:
+            return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+        return [SDPBackend.FLASH_ATTENTION]
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
     return order if prefer == "cudnn" else order[::-1]
 
