@@ -41,5 +41,9 @@ def causal_sdpa(
     Raises:
         RuntimeError: no fused kernel supports these inputs.
     """
+    if enable_gqa and q.is_cuda and q.dtype == torch.float32:
+        # The only kernel for fp32 on a GPU, the memory-efficient one, has no GQA.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        enable_gqa = False
     with sdpa_kernel(fused_backends(q.dtype, q.shape[2]), set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)

@@ -7,7 +7,9 @@ Every length uses topk = N/64, rounded to a legal value, unless --topk is given.
 median of several runs. Forward and backward are measured separately. `copy` is the measured time
 of a copy of as many bytes as the step must move. `floor` is the least possible time of the layer at
 the bandwidth of that copy and the rate of dense attention, both measured in the same run
-(`lighthouse/costs.py`). The last line of the output is one JSON object.
+(`lighthouse/costs.py`). On a GPU, times are those of the device: it is kept busy until the host has
+launched the work, as in a training step. `host` is the time that the host takes to launch it, which
+decides at short lengths. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,7 +35,6 @@ from lighthouse.selection import select_spans
 from lighthouse_cli.parser import Parser
 
 BACKWARD = ("scatter back backward", "attend backward", "gather backward")
-WHOLE = ("dense forward", "dense backward", "forward", "backward")
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -41,10 +43,11 @@ def main() -> None:
     device = torch.device(options.device)
     print(describe(device))
     rows = []
-    for seq_len in options.seq_lens:
-        backends = options.backends if device.type == "cuda" else ["flash"]
-        for backend, pool_rotary in itertools.product(backends, options.pool_rotary):
-            row = measure_layer(seq_len, backend, pool_rotary, options, device)
+    backends = options.backends if device.type == "cuda" else ["flash"]
+    for seq_len, backend in itertools.product(options.seq_lens, backends):
+        dense = time_dense(seq_len, backend, options, device)
+        for pool_rotary in options.pool_rotary:
+            row = measure_layer(seq_len, backend, pool_rotary, dense, options, device)
             rows.append(row)
             print_steps(row)
     table = summary_table(rows)
@@ -107,60 +110,80 @@ def describe(device: torch.device) -> str:
     return ", ".join(parts)
 
 
-def measure(run, device: torch.device, runs: int) -> float:
-    """Median seconds of `run()`, after two warm-up calls (one on the CPU).
+class Time(NamedTuple):
+    """Seconds that a call takes."""
+
+    seconds: float
+    """On the device."""
+    host: float
+    """On the host: to launch it, or on the CPU to run it."""
+
+
+def measure(run, options: argparse.Namespace, device: torch.device) -> Time:
+    """Median time of `run()`, after two warm-up calls (one on the CPU).
 
     Slow functions get fewer calls: at least three, and no further call after two seconds.
     """
     timed = time_on_cpu if device.type == "cpu" else time_on_gpu
     for _ in range(1 if device.type == "cpu" else 2):
         timed(run)
-    seconds = []
-    while len(seconds) < runs and (len(seconds) < 3 or sum(seconds) < 2):
-        seconds.append(timed(run))
-    return statistics.median(seconds)
+    times = []
+    while len(times) < options.runs and (len(times) < 3 or sum(t.seconds for t in times) < 2):
+        times.append(timed(run))
+    return Time(*(statistics.median(values) for values in zip(*times, strict=True)))
 
 
-def time_on_cpu(run) -> float:
+def time_on_cpu(run) -> Time:
     start = time.perf_counter()
     run()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return Time(seconds, seconds)
 
 
-def time_on_gpu(run) -> float:
-    # Overwrite the L2 cache, so that no step finds its inputs there.
-    torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda").zero_()
+def time_on_gpu(run) -> Time:
+    # Overwrite the L2 cache, so that no step finds its inputs there, and keep the GPU busy for some
+    # milliseconds until the host has launched all of `run`.
+    buffer = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    for _ in range(32):
+        buffer.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
+    before = time.perf_counter()
     run()
+    host = time.perf_counter() - before
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return Time(start.elapsed_time(end) / 1e3, host)
 
 
 def measure_layer(
-    seq_len: int, backend: str, pool_rotary: str, options, device: torch.device
+    seq_len: int,
+    backend: str,
+    pool_rotary: str,
+    dense: dict[str, Time],
+    options: argparse.Namespace,
+    device: torch.device,
 ) -> dict:
-    """Times for one sequence length, in seconds."""
+    """Times for one sequence length, in seconds. `dense` is that of `time_dense`."""
     config, shape = config_of(seq_len, options), shape_of(seq_len, options)
     rotary = None
     if pool_rotary == "aligned":
         rotary = rotary_phases(config, shape.head_dim, device)
 
-    def timed(run) -> float:
-        return measure(run, device, options.runs)
-
-    steps = time_steps(shape, config, rotary, backend, timed, getattr(torch, options.dtype), device)
-    whole = {name: steps.pop(name) for name in WHOLE}
+    steps = time_steps(shape, config, rotary, backend, options, device)
+    whole = dense | {name: steps.pop(name) for name in ("forward", "backward")}
     costs = layer_costs(shape, config, 0 if rotary is None else shape.head_dim)
-    copies = {name: timed(copy_of(cost.bytes, device)) for name, cost in costs.items()}
+    copies = {
+        name: measure(copy_of(cost.bytes, device), options, device).seconds
+        for name, cost in costs.items()
+    }
     # The largest copy fits into no cache.
     largest = max(costs, key=lambda name: costs[name].bytes)
     bandwidth = costs[largest].bytes / copies[largest]
     dense_flops = attention_flops(shape.batch, shape.n_heads, seq_len, shape.head_dim)
     rates = {
-        False: dense_flops / whole["dense forward"],
-        True: dense_flops * 2.5 / whole["dense backward"],
+        False: dense_flops / dense["dense forward"].seconds,
+        True: dense_flops * 2.5 / dense["dense backward"].seconds,
     }
     floors = {
         name: floor_seconds({name: cost}, bandwidth, rates[name in BACKWARD])[name]
@@ -175,17 +198,19 @@ def measure_layer(
         "shape": shape._asdict(),
         "dtype": options.dtype,
         "backend": backend,
-        **whole,
+        **{name: took.seconds for name, took in whole.items()},
+        **{f"host {name}": took.host for name, took in whole.items()},
         "forward floor": sum(t for name, t in floors.items() if name not in BACKWARD),
         "backward floor": sum(t for name, t in floors.items() if name in BACKWARD),
         "steps": {
             name: {
-                "seconds": seconds,
+                "seconds": took.seconds,
+                "host": took.host,
                 "floor": floors[name],
                 "copy": copies[name],
                 "bytes": costs[name].bytes,
             }
-            for name, seconds in steps.items()
+            for name, took in steps.items()
         },
         "bandwidth": bandwidth,
     }
@@ -208,29 +233,79 @@ def shape_of(seq_len: int, options) -> Shape:
     return Shape(options.batch, *heads, seq_len, options.head_dim, itemsize)
 
 
+def time_dense(
+    seq_len: int, backend: str, options: argparse.Namespace, device: torch.device
+) -> dict[str, Time]:
+    """Times of dense attention."""
+    shape = shape_of(seq_len, options)
+    qkv = random_inputs(shape, options, device)
+    attend = attention(shape, backend, device)
+    return {
+        "dense forward": measure(lambda: attend(*qkv), options, device),
+        "dense backward": measure_backward(attend(*qkv), qkv, options, device),
+    }
+
+
 def time_steps(
     shape: Shape,
     config: LighthouseConfig,
     rotary: RotaryPhases | None,
     backend: str,
-    timed,
-    dtype: torch.dtype,
+    options: argparse.Namespace,
     device: torch.device,
-) -> dict[str, float]:
-    """Seconds of dense attention, of the whole layer (`WHOLE`), and of each step of it.
+) -> dict[str, Time]:
+    """Times of the whole layer (`forward`, `backward`), and of each step of it."""
+    q, k, v = qkv = random_inputs(shape, options, device)
+    attend = attention(shape, backend, device)
 
-    Args:
-        timed: returns the seconds that a call takes.
-    """
+    def layer():
+        return lighthouse_attention(q, k, v, config, rotary=rotary, attend=attend)
+
+    def timed(run) -> Time:
+        return measure(run, options, device)
+
+    def backward(outputs, inputs) -> Time:
+        return measure_backward(outputs, inputs, options, device)
+
+    whole = {"forward": timed(layer), "backward": backward(layer(), qkv)}
+    scores, coarsest = score(q, k, v, config, rotary)
+    selection = select_spans(scores, config, shape.seq_len)
+    subs = gather(q, k, v, coarsest, selection, rotary)
+    leaves = tuple(x.detach().requires_grad_() for x in subs)
+    sub_out = attend(*leaves)
+    sub_leaf = sub_out.detach().requires_grad_()
+    result = scatter_back(sub_leaf, selection)
+    return whole | {
+        "score": timed(lambda: score(q, k, v, config, rotary)),
+        "select": timed(lambda: select_spans(scores, config, shape.seq_len)),
+        "gather": timed(lambda: gather(q, k, v, coarsest, selection, rotary)),
+        "attend": timed(lambda: attend(*leaves)),
+        "scatter back": timed(lambda: scatter_back(sub_leaf, selection)),
+        "scatter back backward": backward(result, (sub_leaf,)),
+        "attend backward": backward(sub_out, leaves),
+        "gather backward": backward(subs, qkv),
+    }
+
+
+def random_inputs(
+    shape: Shape, options: argparse.Namespace, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v, in the layout of a model: views of [B, N, H, D]."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(heads: int) -> torch.Tensor:
-        # The layout of a model: a view of [B, N, H, D].
         size = (shape.batch, shape.seq_len, heads, shape.head_dim)
         x = torch.randn(size, device=device, dtype=torch.float32, generator=generator)
-        return x.to(dtype).transpose(1, 2).requires_grad_()
+        return x.to(getattr(torch, options.dtype)).transpose(1, 2).requires_grad_()
 
-    def attend(q, k, v, enable_gqa):
+    return tuple(random(heads) for heads in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads))
+
+
+def attention(shape: Shape, backend: str, device: torch.device):
+    """Causal attention by one backend."""
+    is_grouped = shape.n_heads != shape.n_kv_heads
+
+    def attend(q, k, v, enable_gqa=is_grouped):
         if device.type == "cpu":
             return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
         with sdpa_kernel(BACKENDS[backend]):
@@ -238,42 +313,15 @@ def time_steps(
                 q, k, v, is_causal=True, enable_gqa=enable_gqa
             )
 
-    def backward(outputs, inputs) -> float:
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = tuple(torch.randn_like(x) for x in outputs)
-        return timed(lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True))
+    return attend
 
-    def dense():
-        return attend(q, k, v, gqa)
 
-    def layer():
-        return lighthouse_attention(q, k, v, config, rotary=rotary, attend=attend)
-
-    gqa = shape.n_heads != shape.n_kv_heads
-    q, k, v = (random(heads) for heads in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads))
-    seconds = {}
-    for name, run in (("dense ", dense), ("", layer)):
-        out = run()
-        seconds[f"{name}forward"] = timed(run)
-        seconds[f"{name}backward"] = backward(out, (q, k, v))
-        del out
-    scores, coarsest = score(q, k, v, config, rotary)
-    selection = select_spans(scores, config, shape.seq_len)
-    subs = gather(q, k, v, coarsest, selection, rotary)
-    leaves = tuple(x.detach().requires_grad_() for x in subs)
-    sub_out = attend(*leaves, gqa)
-    sub_leaf = sub_out.detach().requires_grad_()
-    result = scatter_back(sub_leaf, selection)
-    return seconds | {
-        "score": timed(lambda: score(q, k, v, config, rotary)),
-        "select": timed(lambda: select_spans(scores, config, shape.seq_len)),
-        "gather": timed(lambda: gather(q, k, v, coarsest, selection, rotary)),
-        "attend": timed(lambda: attend(*leaves, gqa)),
-        "scatter back": timed(lambda: scatter_back(sub_leaf, selection)),
-        "scatter back backward": backward(result, (sub_leaf,)),
-        "attend backward": backward(sub_out, leaves),
-        "gather backward": backward(subs, (q, k, v)),
-    }
+def measure_backward(outputs, inputs, options: argparse.Namespace, device: torch.device) -> Time:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = tuple(torch.randn_like(x) for x in outputs)
+    return measure(
+        lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True), options, device
+    )
 
 
 def rotary_phases(config: LighthouseConfig, head_dim: int, device: torch.device) -> RotaryPhases:
@@ -296,11 +344,15 @@ def print_steps(row: dict) -> None:
         f"\nN {row['seq_len']:,}, topk {row['topk']}, S {row['sub_seq_len']:,}, {row['dtype']}, "
         f"dense by {row['backend']}; copy {row['bandwidth'] / 1e9:,.0f} GB/s"
     )
-    print(f"  {'step':<24}{'ms':>10}{'floor ms':>10}{'copy ms':>10}{'copy/step':>10}")
+    print(
+        f"  {'step':<24}{'ms':>10}{'floor ms':>10}{'copy ms':>10}{'copy/step':>10}{'host ms':>10}"
+    )
     for name, step in row["steps"].items():
         values = "".join(f"{1e3 * step[key]:10.3f}" for key in ("seconds", "floor", "copy"))
-        share = "" if name.startswith("attend") else f"{step['copy'] / step['seconds']:10.0%}"
-        print(f"  {name:<24}{values}{share}")
+        share = "" if name.startswith("attend") else f"{step['copy'] / step['seconds']:.0%}"
+        print(f"  {name:<24}{values}{share:>10}{1e3 * step['host']:10.3f}")
+    host = (f"{1e3 * row[f'host {name}']:.2f}" for name in ("forward", "backward"))
+    print("  host ms of the whole layer: {} forward, {} backward".format(*host))
 
 
 def summary_table(rows: list[dict]) -> str:

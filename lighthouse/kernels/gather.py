@@ -259,7 +259,7 @@ def gather(
     sub_seq_len = entry.shape[-1]
     subs = [x.new_empty((*x.shape[:2], sub_seq_len, x.shape[3])) for x in (q, k, v)]
     coarsest = [x.contiguous() for x in (coarsest_q, coarsest_k, coarsest_v)]
-    sizes = launch_sizes(q, num_levels, pooling_factor, cos)
+    sizes = launch_sizes(q, num_levels, pooling_factor, num_warps=4)
     grid = (triton.cdiv(sub_seq_len, sizes["BLOCK_S"]) * n_kv_heads, batch)
     with torch.cuda.device_of(q):
         _gather_kernel[grid](
@@ -287,7 +287,7 @@ def gather_backward(
     batch, n_heads = dsub_q.shape[:2]
     n_kv_heads, num_entries = slot.shape[1:]
     grads = [empty_bnhd(x, seq_len) for x in (dsub_q, dsub_k, dsub_v)]
-    sizes = launch_sizes(dsub_q, num_levels, pooling_factor, cos)
+    sizes = launch_sizes(dsub_q, num_levels, pooling_factor, num_warps=4)
     grid = (triton.cdiv(seq_len, sizes["BLOCK_S"]) * n_kv_heads, batch)
     with torch.cuda.device_of(dsub_q):
         _gather_backward_kernel[grid](

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 4096
-"""Elements per block of slots or tokens: 32 rows of 128, or 32 elements for each of 128 threads."""
+_ELEMENTS_PER_WARP = 512
+"""Elements of a block per warp: 16 for each thread, two loads of 16 bytes of bf16. With twice as
+many, the rotating kernels took up to 1.4 times as long on an H100."""
 
 
 @triton.jit
@@ -115,19 +116,17 @@ def store_rows(x_ptr, x, row, mask_s, HEAD_DIM: tl.constexpr, BLOCK_D: tl.conste
 
 
 def launch_sizes(
-    x: torch.Tensor, num_levels: int, pooling_factor: int, cos: torch.Tensor | None = None
+    x: torch.Tensor, num_levels: int, pooling_factor: int, num_warps: int
 ) -> dict[str, int]:
     head_dim = x.shape[-1]
-    # Cosines and sines also need registers.
-    tile = _TILE if cos is None else _TILE // 2
     block_d = triton.next_power_of_2(head_dim)
     return {
         "HEAD_DIM": head_dim,
         "NUM_LEVELS": num_levels,
         "POOLING_FACTOR": pooling_factor,
-        "BLOCK_S": max(tile // block_d, 1),
+        "BLOCK_S": max(_ELEMENTS_PER_WARP * num_warps // block_d, 1),
         "BLOCK_D": block_d,
-        "num_warps": 4,
+        "num_warps": num_warps,
     }
 
 

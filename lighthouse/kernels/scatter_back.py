@@ -138,7 +138,7 @@ def scatter_back(
     out = empty_bnhd(sub_out, seq_len)
     has_edges = edges is not None
     num_chunks = edges.shape[2] if has_edges else 1
-    sizes = launch_sizes(sub_out, num_levels, pooling_factor)
+    sizes = launch_sizes(sub_out, num_levels, pooling_factor, num_warps=2)
     grid = (triton.cdiv(seq_len, sizes["BLOCK_S"]) * n_heads, batch)
     with torch.cuda.device_of(sub_out):
         _scatter_back_kernel[grid](
@@ -156,7 +156,7 @@ def scatter_back_backward(
     batch, n_heads, seq_len, head_dim = dout.shape
     n_kv_heads, sub_seq_len = entry.shape[1:]
     dsub = dout.new_empty((batch, n_heads, sub_seq_len, head_dim))
-    sizes = launch_sizes(dout, num_levels, pooling_factor)
+    sizes = launch_sizes(dout, num_levels, pooling_factor, num_warps=8)
     grid = (triton.cdiv(sub_seq_len, sizes["BLOCK_S"]) * n_heads, batch)
     with torch.cuda.device_of(dout):
         _scatter_back_backward_kernel[grid](

@@ -24,8 +24,8 @@ _SIGNS = ("gloo", "nccl", "timed out", "timeout", "connection closed", "connecti
 
 
 def announce() -> None:
-    """Publish the process id and host of this rank to the other ranks."""
-    if dist.get_world_size() > 1:
+    """Publish the process id and host of this rank to the other ranks. Simulated ranks do not."""
+    if dist.get_world_size() > 1 and dist.get_backend() != "fake":
         store = _store()
         store.set(f"{PREFIX}/{dist.get_rank()}/place", f"process {os.getpid()} on {_host()}")
 
