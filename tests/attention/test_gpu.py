@@ -211,7 +211,8 @@ def test_hugging_face_model_agrees_with_the_cpu(dtype, tolerance):
     transformers = pytest.importorskip("transformers", minversion="5.23")
     from lighthouse.huggingface import register_lighthouse, use_lighthouse
 
-    register_lighthouse(LighthouseConfig(3, 4, 128))
+    # In the first layer equal tokens have equal norms, so rounding would decide the selection.
+    register_lighthouse(LighthouseConfig(3, 4, 128), full_attn_layers=[0])
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 256}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
@@ -226,7 +227,7 @@ def test_hugging_face_model_agrees_with_the_cpu(dtype, tolerance):
         with torch.autocast(device, torch.bfloat16, enabled=is_mixed):
             loss = model(input_ids=tokens.to(device), labels=tokens.to(device)).loss
         loss.backward()
-        weight = model.model.layers[0].self_attn.v_proj.weight
+        weight = model.model.layers[1].self_attn.v_proj.weight
         results.append((loss.item(), weight.grad.cpu().double()))
     (loss, grad), (gpu_loss, gpu_grad) = results
     assert gpu_loss == pytest.approx(loss, rel=1e-3)

@@ -26,6 +26,7 @@ def as_rank(monkeypatch):
     store, current = dist.HashStore(), {}
     monkeypatch.setattr(module, "_store", lambda: store)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     monkeypatch.setattr(dist, "get_rank", lambda: current["rank"])
     for current["rank"] in range(3):
         announce()

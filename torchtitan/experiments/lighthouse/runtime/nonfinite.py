@@ -52,6 +52,10 @@ class FiniteSteps:
         """
         loss = torch.stack([_local(loss).float() for loss in self._losses]).sum()
         self._losses.clear()
+        if dist.get_backend() == "fake":
+            # What simulated ranks send is memory that nobody has written.
+            self._container.step()
+            return
         norm = gradient_norm(self._trainer.model_parts).to(loss.device)
         found = torch.stack([loss, norm])
         if self._is_finite_everywhere(found):
