@@ -1,4 +1,4 @@
-"""Rates of GPUs for plans. This project measured none of them.
+"""Rates of GPUs for plans. This project measured those of attention on an H100.
 
 Without a published attainable rate, a share of the datasheet rate is assumed, equal for all GPUs.
 """
@@ -125,13 +125,13 @@ GPUS = {
             name="H100",
             memory=79 * 2**30,
             peak_flops=989e12,
-            attention_flops=688e12,
-            attention_backward_flops=581e12,
+            attention_flops=607e12,
+            attention_backward_flops=565e12,
             datasheet_bandwidth=3.35e12,
             datasheet_nvlink=450e9,
             datasheet_network=50e9,
-            source="SXM; attention: as the H200, which has the same cores, assumed; network: 400 "
-            "Gb/s for each GPU, assumed",
+            source="SXM; attention: measured with cuDNN at 98,304 tokens "
+            "(benchmarks/2026-11-27-h100.md); network: 400 Gb/s for each GPU, assumed",
         ),
         # NVIDIA A100 datasheet, SXM, 80 GB: NVLink 600 GB/s both ways together.
         without_published_attention(
