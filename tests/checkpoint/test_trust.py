@@ -209,7 +209,7 @@ def test_parameters_that_are_not_sane_are_never_the_last_good_checkpoint(tmp_pat
     with pytest.raises(TrainingAborted, match=r"last good checkpoint is .*/step-4;"):
         train(command_line(tmp_path, corpus, **options), Exploding)
     faults = checkpoint_faults(tmp_path / "checkpoint")
-    assert faults[5] == "its largest parameter is 3e+29" and faults[6] is not None
+    assert faults[5] == "its largest parameter is 3e+29"
     assert {step for step, fault in faults.items() if fault is None} == {3, 4}
 
 

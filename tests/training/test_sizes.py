@@ -158,6 +158,9 @@ def test_a_stopped_run_goes_on(files, run, caplog):
     assert "step 1/4 | stage 1 | loss " in caplog.text
     assert "step 5/6 | stage 2 | loss " in caplog.text
     assert "step:" not in caplog.text and "index.json not found" not in caplog.text
+    assert "Nothing to train" not in caplog.text
+    assert not train(args).batches
+    assert "Nothing to train: all 6 steps of this run are done" in caplog.text
 
 
 def test_config_and_checkpoint_hold_the_sizes(run):

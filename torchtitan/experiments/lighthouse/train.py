@@ -216,6 +216,8 @@ class TwoStageTrainer(Trainer):
     def should_continue_training(self) -> bool:
         # This runs between two steps, after the last step is complete and before the next data.
         if not super().should_continue_training():
+            if self.phase is None:
+                logger.info(f"Nothing to train: all {self.step} steps of this run are done")
             return False
         if self.folder_lock is not None and self.folder_lock.is_gone():
             self._lost_folder = True
