@@ -688,6 +688,16 @@ SCRIPTS = [
     ),
     script(
         "eval-passkey",
+        "--make-data 4 {dump}/x.jsonl --lengths 256 --min-distance -1",
+        *("--min-distance must be at least 0", "got -1", "use 0 for any distance"),
+    ),
+    script(
+        "eval-passkey",
+        "--make-data 4 {dump}/x.jsonl --lengths 256 --min-distance 256",
+        *("--lengths must be at least", "--min-distance", "got 256", "use longer ones"),
+    ),
+    script(
+        "eval-passkey",
         "--make-data 4 {place}/file/x.jsonl --lengths 256",
         *("the folder of --make-data FILE must be", "/file'", "name another one"),
     ),

@@ -88,6 +88,19 @@ def test_documents_that_ask_more_than_once(maker):
     assert len(short) == 128 and short.count(question) == 2
 
 
+@pytest.mark.parametrize("depth", [0, 0.5, 1])
+def test_no_question_is_nearer_than_the_distance(maker, depth):
+    needle, question = "Keep it in mind.\n", "\nWhat is the pass key?"
+    document = maker.make(1000, depth, 7, "key", questions=8, min_distance=300)
+    text = bytes(document.prompt).decode()
+    assert len(text) == 998
+    end = text.index(needle) + len(needle)
+    places = [found.start() for found in re.finditer(re.escape(question), text)]
+    assert len(places) == 8 and places[0] - end >= 300
+    # The needle stands at the share `depth` of the filler that leaves room for the distance.
+    assert end == pytest.approx(38 + depth * (998 - 38 - 40 - 7 * 42 - 300), abs=8)
+
+
 def test_documents_follow_from_their_key_alone(maker):
     first = maker.make(400, 0.3, 4, "0 400 30 4")
     maker.make(400, 0.3, 5, "another")
@@ -98,9 +111,12 @@ def test_documents_follow_from_their_key_alone(maker):
 def test_a_document_too_short_for_its_parts(maker):
     shortest = len("\nThe pass key is #7. Keep it in mind.\n")
     shortest += len("\nWhat is the pass key? The pass key is #") + 2
-    assert len(maker.make(shortest, 0.5, 7, "key").prompt) == shortest - 2
-    with pytest.raises(ValueError, match=rf"^--lengths must be at least {shortest}, .*; use long"):
-        maker.make(shortest - 1, 0.5, 7, "key")
+    for distance in (0, 50):
+        fits = shortest + distance
+        maker.check_fits(fits, distance)
+        assert len(maker.make(fits, 0.5, 7, "key", min_distance=distance).prompt) == fits - 2
+        with pytest.raises(ValueError, match=rf"^--lengths must be at least {fits}, .*; use long"):
+            maker.check_fits(fits - 1, distance)
 
 
 def test_a_sign_may_belong_to_the_digit(tmp_path):

@@ -30,6 +30,10 @@ One digit in a thousand tokens teaches a small model little. Two options help:
                               a new word each time. Repetitions teach the model to copy.
     --questions 32            A document asks up to 32 times after the needle.
 
+With --min-distance 512, at least 512 tokens stand between the needle and every question, both in
+training documents and in the evaluation. Training on shorter windows cannot teach the task then.
+The depth is then the share of the filler that leaves room for this.
+
 Train the model with the tokenizer of --tokenizer (default: the byte tokenizer).
 
 Writes passkey.png and passkey.json to --output. The last printed line is the same JSON.
@@ -77,6 +81,8 @@ def main() -> None:
     add("--filler-words", type=int, nargs="+", default=[0], help=words)
     questions = "with --make-data: maximum number of questions in a document"
     add("--questions", type=int, default=1, help=questions)
+    distance = "fewest tokens between the needle and a question; default: 0"
+    add("--min-distance", type=int, default=0, help=distance)
     run(parser, "passkey", texts, evaluate, table, plot)
 
 
@@ -112,6 +118,21 @@ class DocumentMaker:
                 f"{tokenizer.tokenizer_path!r}, which has not; use a model with another tokenizer"
             )
         self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        # The digit and the end are not in the prompt.
+        self._num_around = 2 + len(self._start) + len(self._question)
+
+    def check_fits(self, length: int, min_distance: int) -> None:
+        """Raise ValueError unless documents of `length` tokens can have this distance."""
+        if min_distance < 0:
+            raise ValueError(
+                f"--min-distance must be at least 0, got {min_distance}; use 0 for any distance"
+            )
+        shortest = self._num_around + max(map(len, self._needles)) + min_distance
+        if length < shortest:
+            raise ValueError(
+                f"--lengths must be at least {shortest}, the tokens of the needle, --min-distance "
+                f"and the question, got {length}; use longer ones"
+            )
 
     def make(
         self,
@@ -121,30 +142,28 @@ class DocumentMaker:
         key: str,
         filler_words: int = 0,
         questions: int = 1,
+        min_distance: int = 0,
     ) -> Document:
         """Make a document. `key` is the seed of its filler.
 
         Args:
             length: tokens of the document, including the digit and the end.
-            depth: share of the filler before the needle, 0 to 1.
+            depth: share of the filler before the needle, 0 to 1. With min_distance, of the filler
+                that leaves room for it.
             filler_words: number of different words in the filler. 0: each word is new.
             questions: number of questions, or fewer if they do not fit. All but the last are at
                 random places after the needle, each with its answer.
+            min_distance: fewest tokens between the needle and a question.
         """
         needle, dice = self._needles[digit], random.Random(key)
-        # The digit and the end are not in the prompt.
-        num_filler = length - 2 - len(self._start) - len(needle) - len(self._question)
-        if num_filler < 0:
-            raise ValueError(
-                f"--lengths must be at least {length - num_filler}, the tokens of the needle and "
-                f"the question, got {length}; use longer ones"
-            )
+        num_filler = length - self._num_around - len(needle)
         answered = [*self._question, self.digit_ids[digit], *self._encode("\n")]
-        num_answered = min(questions - 1, num_filler // len(answered))
+        num_answered = min(questions - 1, (num_filler - min_distance) // len(answered))
         filler = self.filler(num_filler - num_answered * len(answered), filler_words, dice)
-        before = round(depth * len(filler))
+        before = round(depth * (len(filler) - min_distance))
         prompt = [*self._start, *filler[:before], *needle]
-        for place in sorted(dice.choices(range(before, len(filler) + 1), k=num_answered)):
+        places = range(before + min_distance, len(filler) + 1)
+        for place in sorted(dice.choices(places, k=num_answered)):
             prompt += [*filler[before:place], *answered]
             before = place
         return Document([*prompt, *filler[before:], *self._question], digit)
@@ -186,15 +205,16 @@ def texts(
             "evaluated"
         )
     maker = DocumentMaker(tokenizer)
-    # Check that all lengths fit before the first document.
-    maker.make(min(options.lengths), 0, 0, "")
+    maker.check_fits(min(options.lengths), options.min_distance)
     dice = random.Random(f"train {options.seed}")
     for i in range(num_documents):
         length, depth, digit = dice.choice(options.lengths), dice.random(), dice.randrange(10)
         filler_words = dice.choice(options.filler_words)
         questions = dice.randint(1, options.questions)
         key = f"train {options.seed} {i}"
-        yield maker.text(maker.make(length, depth, digit, key, filler_words, questions))
+        yield maker.text(
+            maker.make(length, depth, digit, key, filler_words, questions, options.min_distance)
+        )
 
 
 def evaluate(options: argparse.Namespace) -> dict:
@@ -202,17 +222,14 @@ def evaluate(options: argparse.Namespace) -> dict:
     trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
     maker = DocumentMaker(trained.tokenizer())
     lengths = sorted({*(options.lengths or default_lengths(trained, options.device))})
-    maker.make(lengths[0], 0, 0, "")
+    maker.check_fits(lengths[0], options.min_distance)
     window = 0 if options.lighthouse is None else max(trained.args.max_seq_len, lengths[-1])
     model = load_evaluated(options, trained, [window or lengths[-1]])
     answers = {}
     for length in lengths:
         try:
             answers[length] = [
-                [
-                    answer(model, maker, length, depth, digit, options.seed, window)
-                    for digit in range(10)
-                ]
+                [answer(model, maker, length, depth, digit, options, window) for digit in range(10)]
                 for depth in DEPTHS
             ]
         except torch.OutOfMemoryError:
@@ -226,6 +243,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     accuracy = [accuracies(cells) for cells in answers.values()]
     return {
         **description_of(options, trained),
+        "min_distance": options.min_distance,
         "depths": DEPTHS,
         "lengths": list(answers),
         "out_of_memory": [length for length in lengths if length not in answers],
@@ -245,11 +263,18 @@ def default_lengths(trained: ModelSource, device: str) -> list[int]:
 
 
 def answer(
-    model, maker: DocumentMaker, length: int, depth: int, digit: int, seed: int, window: int = 0
+    model: Transformer,
+    maker: DocumentMaker,
+    length: int,
+    depth: int,
+    digit: int,
+    options: argparse.Namespace,
+    window: int,
 ) -> int:
     """The model's answer for a document with the key `digit`, in a window of `window` tokens."""
-    key = f"{seed} {length} {depth} {digit}"
-    prompt = maker.make(length, depth / 100, digit, key).prompt
+    key = f"{options.seed} {length} {depth} {digit}"
+    document = maker.make(length, depth / 100, digit, key, min_distance=options.min_distance)
+    prompt = document.prompt
     rest = maker.filler(max(0, window - len(prompt)), 0, random.Random(f"rest {key}"))
     return int(next_logits(model, prompt, rest)[maker.digit_ids].argmax())
 
