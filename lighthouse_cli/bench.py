@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ from lighthouse.gather import gather, scatter_back
 from lighthouse.scorers import SCORERS, score
 from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import select_spans
-from lighthouse_cli.parser import Parser
+from lighthouse_cli.parser import Parser, exit_on_value_error
 
 BACKWARD = ("scatter back backward", "attend backward", "gather backward")
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -83,10 +84,38 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.output is not None and importlib.util.find_spec("matplotlib") is None:
         parser.error("--output draws a plot with matplotlib, which is not installed; install it")
-    options.n_kv_heads = options.n_kv_heads or options.n_heads
+    if options.n_kv_heads is None:
+        options.n_kv_heads = options.n_heads
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
-    options.runs = options.runs or (20 if options.device == "cuda" else 3)
+    if options.runs is None:
+        options.runs = 20 if options.device == "cuda" else 3
+    with exit_on_value_error():
+        check(options)
     return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for an illegal option, before anything is measured."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device must be present, got cuda without a GPU; use cpu")
+    for name in ("batch", "n_heads", "n_kv_heads", "head_dim", "runs"):
+        if getattr(options, name) < 1:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{option} must be at least 1, got {getattr(options, name)}; use 1 or more"
+            )
+    if options.n_heads % options.n_kv_heads:
+        raise ValueError(
+            f"--n-kv-heads must be a divisor of --n-heads, {options.n_heads}, got "
+            f"{options.n_kv_heads}; use {math.gcd(options.n_heads, options.n_kv_heads)}"
+        )
+    if "aligned" in options.pool_rotary and options.head_dim % 2:
+        raise ValueError(
+            f"--head-dim must be even with --pool-rotary aligned, got {options.head_dim}; use "
+            f"{options.head_dim + 1}"
+        )
+    for seq_len in options.seq_lens:
+        config_of(seq_len, options)
 
 
 def describe(device: torch.device) -> str:
@@ -218,11 +247,11 @@ def measure_layer(
 
 def config_of(seq_len: int, options) -> LighthouseConfig:
     """The settings for one length, with the given topk or the legal one nearest to N/64."""
-    topk = options.topk or max(128, seq_len // 64 // 128 * 128)
-    fields = (options.num_levels, options.pooling_factor)
-    legal = LighthouseConfig(*fields, topk).nearest_topk(seq_len)
-    topk = topk if options.topk else legal or topk
-    config = LighthouseConfig(*fields, topk, options.scorer)
+    topk, sizes = options.topk, (options.num_levels, options.pooling_factor)
+    if topk is None:
+        topk = max(128, seq_len // 64 // 128 * 128)
+        topk = LighthouseConfig(*sizes, topk).nearest_topk(seq_len) or topk
+    config = LighthouseConfig(*sizes, topk, options.scorer)
     config.check_seq_len(seq_len)
     return config
 

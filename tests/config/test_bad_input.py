@@ -498,6 +498,15 @@ FILES = [
 MODEL = "{place}/run/checkpoint/step-1"
 
 SCRIPTS = [
+    script("bench", "--seq-lens 8192 1000", "seq_len must be", "got 1000", "nearest with topk"),
+    script("bench", "--topk 0", "topk must be a positive multiple of 128", "got 0", "nearest: 128"),
+    script("bench", "--n-heads 0", "--n-heads must be at least 1", "got 0", "use 1 or more"),
+    script("bench", "--n-kv-heads 3", "--n-kv-heads must be a divisor of", "got 3", "use 1"),
+    script(
+        "bench",
+        "--pool-rotary averaged aligned --head-dim 33",
+        *("--head-dim must be even", "got 33", "use 34"),
+    ),
     script("plan", "", "the following arguments are required: config", "see --help"),
     script("plan", "{toml} --world-size two", "--world-size", "'two'", "see --help", toml="a = 1"),
     script("plan", "{place}/ok.toml --world-size 0", "--world-size must", "got 0", "use 1 or more"),
