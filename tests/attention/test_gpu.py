@@ -43,6 +43,11 @@ def phases(interleaved: bool, num_rows: int = 16, rotary_dim: int = 128) -> Rota
     return RotaryPhases(angles.cos(), angles.sin(), interleaved)
 
 
+def succeed(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
 def test_selection_at_98k_is_that_of_the_cpu(n_kv_heads):
     q, k, v = inputs(98304, n_kv_heads=n_kv_heads)
@@ -199,9 +204,17 @@ def test_two_stage_run(tmp_path, compiled):
         "--lighthouse.stage1_steps", "3", "--training.mixed_precision_param", "bfloat16",
         *(["--compile.enable"] if compiled else []),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeed(command)
     assert (tmp_path / "handover.json").exists()
+    if not compiled:
+        checkpoint, cli = str(tmp_path / "checkpoint" / "step-6"), [sys.executable, "-m"]
+        for program in (
+            ["generate", checkpoint, "--prompt", "def f(", "--num-tokens", "4"],
+            ["eval-loss", checkpoint, "--windows", "1", "--lighthouse"],
+            ["eval-passkey", checkpoint, "--lengths", "1024"],
+            ["export", checkpoint, "--output", str(tmp_path / "model")],
+        ):
+            succeed([*cli, "lighthouse_cli", *program])
 
 
 @pytest.mark.parametrize(
@@ -239,6 +252,5 @@ def test_hugging_face_example(tmp_path):
     pytest.importorskip("transformers", minversion="5.23")
     command = [sys.executable, str(ROOT / "examples" / "train_hf.py"), "--output", str(tmp_path)]
     sizes = ["--steps", "20", "--stage1-steps", "15", "--save-steps", "10"]
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeed([*command, *sizes])
     assert (tmp_path / "model" / "model.safetensors").exists()
