@@ -413,7 +413,7 @@ class KilledRun:
         return answer
 
     def _move_torn_checkpoints(self, is_first: bool) -> None:
-        """Without a whole checkpoint, the run must not start until the folder is moved away."""
+        """Without a whole checkpoint, the run does not start until its remedy is followed."""
         steps = checkpoint_steps(self.checkpoints)
         is_refused = self.checkpoints.exists() and not any(steps.values())
         assert is_refused or not is_first, steps
@@ -426,10 +426,12 @@ class KilledRun:
         assert last.startswith("error: checkpoint.folder must hold a whole checkpoint"), last
         assert repr(str(self.checkpoints)) in last, last
         assert all(part in last for part in (state if steps else ["no checkpoint"])), last
-        assert "move the folder away to start from step 0" in last, last
+        assert "move the folder and metrics.jsonl away to start from step 0" in last, last
         assert "Traceback" not in self._log()
         self.num_refusals += 1
-        self.checkpoints.rename(self.dump_folder / f"torn-{self.num_refusals}")
+        for path in (self.checkpoints, self.dump_folder / metrics.FILE_NAME):
+            if path.exists():
+                path.rename(self.folder / f"moved-{self.num_refusals}-{path.name}")
 
     def _log(self, rank: int = 0) -> str:
         """The output of the newest start."""

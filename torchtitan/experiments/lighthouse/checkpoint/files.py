@@ -378,5 +378,6 @@ def check_folder(folder: str | Path) -> None:
     state = f"only torn checkpoints ({found})" if found else "no checkpoint"
     raise ValueError(
         f"checkpoint.folder must hold a whole checkpoint if it exists, got {str(folder)!r} with "
-        f"{state}; move the folder away to start from step 0 or from initial_load_path"
+        f"{state}; move the folder and metrics.jsonl away to start from step 0 or from "
+        "initial_load_path"
     )
