@@ -41,14 +41,13 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 
 def main() -> None:
     options = parse()
-    device = torch.device(options.device)
-    print(describe(device))
+    print(describe(options.device))
     rows = []
-    backends = options.backends if device.type == "cuda" else ["flash"]
+    backends = options.backends if options.device == "cuda" else ["flash"]
     for seq_len, backend in itertools.product(options.seq_lens, backends):
-        dense = time_dense(seq_len, backend, options, device)
+        dense = time_dense(seq_len, backend, options)
         for pool_rotary in options.pool_rotary:
-            row = measure_layer(seq_len, backend, pool_rotary, dense, options, device)
+            row = measure_layer(seq_len, backend, pool_rotary, dense, options)
             rows.append(row)
             print_steps(row)
     table = summary_table(rows)
@@ -56,10 +55,10 @@ def main() -> None:
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "bench_attention.md").write_text(
-            f"```\n{describe(device)}\n```\n\n{table}"
+            f"```\n{describe(options.device)}\n```\n\n{table}"
         )
         plot(rows, options.output / "bench_attention.png")
-    print(json.dumps({"device": describe(device), "rows": rows}))
+    print(json.dumps({"device": describe(options.device), "rows": rows}))
 
 
 def parse() -> argparse.Namespace:
@@ -118,7 +117,7 @@ def check(options: argparse.Namespace) -> None:
         config_of(seq_len, options)
 
 
-def describe(device: torch.device) -> str:
+def describe(device: str) -> str:
     """Device, versions and commit, on one line."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -127,7 +126,7 @@ def describe(device: torch.device) -> str:
         cwd=Path(__file__).parent,
     ).stdout.strip()
     parts = [f"torch {torch.__version__}", f"commit {commit or 'unknown'}"]
-    if device.type == "cuda":
+    if device == "cuda":
         import triton
 
         cudnn = torch.backends.cudnn.version()
@@ -148,13 +147,13 @@ class Time(NamedTuple):
     """On the host: to launch it, or on the CPU to run it."""
 
 
-def measure(run, options: argparse.Namespace, device: torch.device) -> Time:
+def measure(run, options: argparse.Namespace) -> Time:
     """Median time of `run()`, after two warm-up calls (one on the CPU).
 
     Slow functions get fewer calls: at least three, and no further call after two seconds.
     """
-    timed = time_on_cpu if device.type == "cpu" else time_on_gpu
-    for _ in range(1 if device.type == "cpu" else 2):
+    timed, warm_up = (time_on_cpu, 1) if options.device == "cpu" else (time_on_gpu, 2)
+    for _ in range(warm_up):
         timed(run)
     times = []
     while len(times) < options.runs and (len(times) < 3 or sum(t.seconds for t in times) < 2):
@@ -191,19 +190,18 @@ def measure_layer(
     pool_rotary: str,
     dense: dict[str, Time],
     options: argparse.Namespace,
-    device: torch.device,
 ) -> dict:
     """Times for one sequence length, in seconds. `dense` is that of `time_dense`."""
     config, shape = config_of(seq_len, options), shape_of(seq_len, options)
     rotary = None
     if pool_rotary == "aligned":
-        rotary = rotary_phases(config, shape.head_dim, device)
+        rotary = rotary_phases(config, shape.head_dim, options.device)
 
-    steps = time_steps(shape, config, rotary, backend, options, device)
+    steps = time_steps(shape, config, rotary, backend, options)
     whole = dense | {name: steps.pop(name) for name in ("forward", "backward")}
     costs = layer_costs(shape, config, 0 if rotary is None else shape.head_dim)
     copies = {
-        name: measure(copy_of(cost.bytes, device), options, device).seconds
+        name: measure(copy_of(cost.bytes, options.device), options).seconds
         for name, cost in costs.items()
     }
     # The largest copy fits into no cache.
@@ -262,16 +260,14 @@ def shape_of(seq_len: int, options) -> Shape:
     return Shape(options.batch, *heads, seq_len, options.head_dim, itemsize)
 
 
-def time_dense(
-    seq_len: int, backend: str, options: argparse.Namespace, device: torch.device
-) -> dict[str, Time]:
+def time_dense(seq_len: int, backend: str, options: argparse.Namespace) -> dict[str, Time]:
     """Times of dense attention."""
     shape = shape_of(seq_len, options)
-    qkv = random_inputs(shape, options, device)
-    attend = attention(shape, backend, device)
+    qkv = random_inputs(shape, options)
+    attend = attention(shape, backend, options.device)
     return {
-        "dense forward": measure(lambda: attend(*qkv), options, device),
-        "dense backward": measure_backward(attend(*qkv), qkv, options, device),
+        "dense forward": measure(lambda: attend(*qkv), options),
+        "dense backward": measure_backward(attend(*qkv), qkv, options),
     }
 
 
@@ -281,20 +277,19 @@ def time_steps(
     rotary: RotaryPhases | None,
     backend: str,
     options: argparse.Namespace,
-    device: torch.device,
 ) -> dict[str, Time]:
     """Times of the whole layer (`forward`, `backward`), and of each step of it."""
-    q, k, v = qkv = random_inputs(shape, options, device)
-    attend = attention(shape, backend, device)
+    q, k, v = qkv = random_inputs(shape, options)
+    attend = attention(shape, backend, options.device)
 
     def layer():
         return lighthouse_attention(q, k, v, config, rotary=rotary, attend=attend)
 
     def timed(run) -> Time:
-        return measure(run, options, device)
+        return measure(run, options)
 
     def backward(outputs, inputs) -> Time:
-        return measure_backward(outputs, inputs, options, device)
+        return measure_backward(outputs, inputs, options)
 
     whole = {"forward": timed(layer), "backward": backward(layer(), qkv)}
     scores, coarsest = score(q, k, v, config, rotary)
@@ -316,26 +311,24 @@ def time_steps(
     }
 
 
-def random_inputs(
-    shape: Shape, options: argparse.Namespace, device: torch.device
-) -> tuple[torch.Tensor, ...]:
+def random_inputs(shape: Shape, options: argparse.Namespace) -> tuple[torch.Tensor, ...]:
     """q, k, v, in the layout of a model: views of [B, N, H, D]."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(options.device).manual_seed(0)
 
     def random(heads: int) -> torch.Tensor:
         size = (shape.batch, shape.seq_len, heads, shape.head_dim)
-        x = torch.randn(size, device=device, dtype=torch.float32, generator=generator)
+        x = torch.randn(size, device=options.device, dtype=torch.float32, generator=generator)
         return x.to(getattr(torch, options.dtype)).transpose(1, 2).requires_grad_()
 
     return tuple(random(heads) for heads in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads))
 
 
-def attention(shape: Shape, backend: str, device: torch.device):
+def attention(shape: Shape, backend: str, device: str):
     """Causal attention by one backend."""
     is_grouped = shape.n_heads != shape.n_kv_heads
 
     def attend(q, k, v, enable_gqa=is_grouped):
-        if device.type == "cpu":
+        if device == "cpu":
             return causal_sdpa(q, k, v, enable_gqa=enable_gqa)
         with sdpa_kernel(BACKENDS[backend]):
             return torch.nn.functional.scaled_dot_product_attention(
@@ -345,15 +338,13 @@ def attention(shape: Shape, backend: str, device: torch.device):
     return attend
 
 
-def measure_backward(outputs, inputs, options: argparse.Namespace, device: torch.device) -> Time:
+def measure_backward(outputs, inputs, options: argparse.Namespace) -> Time:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = tuple(torch.randn_like(x) for x in outputs)
-    return measure(
-        lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True), options, device
-    )
+    return measure(lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True), options)
 
 
-def rotary_phases(config: LighthouseConfig, head_dim: int, device: torch.device) -> RotaryPhases:
+def rotary_phases(config: LighthouseConfig, head_dim: int, device: str) -> RotaryPhases:
     """The rotary table of a Llama with theta 500,000."""
     frequencies = 500_000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
     offsets = torch.arange(config.span(config.num_levels - 1), device=device)
@@ -361,7 +352,7 @@ def rotary_phases(config: LighthouseConfig, head_dim: int, device: torch.device)
     return RotaryPhases(angles.cos(), angles.sin(), interleaved=True)
 
 
-def copy_of(num_bytes: int, device: torch.device):
+def copy_of(num_bytes: int, device: str):
     """A copy that reads and writes `num_bytes` in total."""
     source = torch.empty(num_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -113,10 +113,9 @@ def test_a_document_too_short_for_its_parts(maker):
     shortest += len("\nWhat is the pass key? The pass key is #") + 2
     for distance in (0, 50):
         fits = shortest + distance
-        maker.check_fits(fits, distance)
         assert len(maker.make(fits, 0.5, 7, "key", min_distance=distance).prompt) == fits - 2
         with pytest.raises(ValueError, match=rf"^--lengths must be at least {fits}, .*; use long"):
-            maker.check_fits(fits - 1, distance)
+            maker.make(fits - 1, 0.5, 7, "key", min_distance=distance)
 
 
 def test_a_sign_may_belong_to_the_digit(tmp_path):

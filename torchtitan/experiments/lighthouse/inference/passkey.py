@@ -118,21 +118,6 @@ class DocumentMaker:
                 f"{tokenizer.tokenizer_path!r}, which has not; use a model with another tokenizer"
             )
         self._start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        # The digit and the end are not in the prompt.
-        self._num_around = 2 + len(self._start) + len(self._question)
-
-    def check_fits(self, length: int, min_distance: int) -> None:
-        """Raise ValueError unless documents of `length` tokens can have this distance."""
-        if min_distance < 0:
-            raise ValueError(
-                f"--min-distance must be at least 0, got {min_distance}; use 0 for any distance"
-            )
-        shortest = self._num_around + max(map(len, self._needles)) + min_distance
-        if length < shortest:
-            raise ValueError(
-                f"--lengths must be at least {shortest}, the tokens of the needle, --min-distance "
-                f"and the question, got {length}; use longer ones"
-            )
 
     def make(
         self,
@@ -156,7 +141,17 @@ class DocumentMaker:
             min_distance: fewest tokens between the needle and a question.
         """
         needle, dice = self._needles[digit], random.Random(key)
-        num_filler = length - self._num_around - len(needle)
+        # The digit and the end are not in the prompt.
+        num_filler = length - 2 - len(self._start) - len(needle) - len(self._question)
+        if min_distance < 0:
+            raise ValueError(
+                f"--min-distance must be at least 0, got {min_distance}; use 0 for any distance"
+            )
+        if num_filler < min_distance:
+            raise ValueError(
+                f"--lengths must be at least {length - num_filler + min_distance}, the tokens of "
+                f"the needle, --min-distance and the question, got {length}; use longer ones"
+            )
         answered = [*self._question, self.digit_ids[digit], *self._encode("\n")]
         num_answered = min(questions - 1, (num_filler - min_distance) // len(answered))
         filler = self.filler(num_filler - num_answered * len(answered), filler_words, dice)
@@ -205,7 +200,8 @@ def texts(
             "evaluated"
         )
     maker = DocumentMaker(tokenizer)
-    maker.check_fits(min(options.lengths), options.min_distance)
+    # Check that all lengths fit before the first document.
+    maker.make(min(options.lengths), 0, 0, "", min_distance=options.min_distance)
     dice = random.Random(f"train {options.seed}")
     for i in range(num_documents):
         length, depth, digit = dice.choice(options.lengths), dice.random(), dice.randrange(10)
@@ -222,7 +218,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
     maker = DocumentMaker(trained.tokenizer())
     lengths = sorted({*(options.lengths or default_lengths(trained, options.device))})
-    maker.check_fits(lengths[0], options.min_distance)
+    maker.make(lengths[0], 0, 0, "", min_distance=options.min_distance)
     window = 0 if options.lighthouse is None else max(trained.args.max_seq_len, lengths[-1])
     model = load_evaluated(options, trained, [window or lengths[-1]])
     answers = {}
