@@ -19,7 +19,6 @@ from torchtitan.experiments.lighthouse.checkpoint.files import (
     check_safe,
     checkpoint_steps,
     damage_reason,
-    is_whole,
 )
 from torchtitan.experiments.lighthouse.checkpoint.manager import TwoStageCheckpointManager
 from torchtitan.experiments.lighthouse.runtime.errors import TrainingAborted
@@ -54,16 +53,14 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path):
 
 def test_a_checkpoint_is_whole_if_every_byte_that_its_metadata_name_is_there(tmp_path):
     make(tmp_path, 1)
-    path = tmp_path / "step-1"
-    assert is_whole(path) and damage_reason(path) is None
-    data = (path / "__0_0.distcp").read_bytes()
-    (path / "__0_0.distcp").write_bytes(data[:-1])
-    assert (
-        damage_reason(path) == f"__0_0.distcp ends after {len(data) - 1:,} of {len(data):,} bytes"
-    )
-    (path / "__0_0.distcp").write_bytes(data + b"more")
-    assert is_whole(path)
-    (path / "__0_0.distcp").unlink()
+    path, file = tmp_path / "step-1", tmp_path / "step-1" / "__0_0.distcp"
+    assert damage_reason(path) is None
+    data, size = file.read_bytes(), file.stat().st_size
+    file.write_bytes(data[:-1])
+    assert damage_reason(path) == f"__0_0.distcp ends after {size - 1:,} of {size:,} bytes"
+    file.write_bytes(data + b"more")
+    assert damage_reason(path) is None
+    file.unlink()
     assert damage_reason(path) == "__0_0.distcp is missing"
 
 
@@ -87,13 +84,20 @@ def test_metadata_that_end_early_are_torn(tmp_path, size):
     assert damage_reason(tmp_path / "step-1").startswith("its metadata cannot be read (.metadata: ")
 
 
+def test_metadata_without_an_attribute_are_torn(tmp_path):
+    make(tmp_path, 1)
+    metadata = dcp.FileSystemReader(tmp_path / "step-1").read_metadata()
+    del metadata.state_dict_metadata
+    (tmp_path / "step-1" / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "(.metadata: AttributeError: " in damage_reason(tmp_path / "step-1")
+
+
 def test_no_metadata_are_torn(tmp_path):
     make(tmp_path, torn=(1,))
     (tmp_path / "step-1" / ".metadata.tmp").write_text("")
-    assert damage_reason(tmp_path / "step-1") == ".metadata, which is written last, is missing"
-    assert not is_whole(tmp_path / "missing")
-    (tmp_path / "step-1" / ".metadata").mkdir()
-    assert not is_whole(tmp_path / "step-1")
+    (tmp_path / "folder" / ".metadata").mkdir(parents=True)
+    for name in ("step-1", "folder", "missing"):
+        assert damage_reason(tmp_path / name) == ".metadata, which is written last, is missing"
 
 
 def test_a_model_in_the_format_of_hugging_face_is_whole_with_its_files(tmp_path):
@@ -101,7 +105,7 @@ def test_a_model_in_the_format_of_hugging_face_is_whole_with_its_files(tmp_path)
     index.write_text('{"weight_map": {"weight": "model-1.safetensors"}}')
     assert damage_reason(tmp_path) == "model-1.safetensors is missing"
     (tmp_path / "model-1.safetensors").write_text("tensors")
-    assert is_whole(tmp_path)
+    assert damage_reason(tmp_path) is None
     index.write_text('{"weight_map": ')
     assert "cannot be read" in damage_reason(tmp_path)
 
@@ -118,10 +122,10 @@ class Caller:
 
 def test_what_would_run_when_it_is_loaded_is_refused_and_does_not_run(tmp_path):
     make(tmp_path, 1)
-    check_safe(tmp_path / "step-1")
+    assert check_safe(tmp_path / "step-1") == {"step": 1}
     caller, path = Caller(tmp_path / "called"), tmp_path / "step-2"
     dcp.save({"weight": torch.zeros(1), "value": caller}, checkpoint_id=path, no_dist=True)
-    assert is_whole(path)
+    assert damage_reason(path) is None
     with pytest.raises(ValueError, match=r"must hold only tensors and plain values.*value: "):
         check_safe(path)
     metadata = dcp.FileSystemReader(tmp_path / "step-1").read_metadata()
@@ -144,12 +148,6 @@ def test_a_position_of_the_data_that_names_a_function_is_refused(tmp_path):
     assert not (tmp_path / "called").exists()
 
 
-def test_a_folder_with_a_whole_checkpoint_or_none_at_all_is_fine(tmp_path):
-    check_folder(tmp_path / "missing")
-    make(tmp_path, 10, torn=(20,))
-    check_folder(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("torn", "state"),
     [
@@ -160,12 +158,18 @@ def test_a_folder_with_a_whole_checkpoint_or_none_at_all_is_fine(tmp_path):
 )
 def test_a_folder_without_a_whole_checkpoint_is_refused(tmp_path, torn, state):
     make(tmp_path, torn=torn)
+    manager = manager_of(tmp_path)
     with pytest.raises(ValueError) as error:
-        check_folder(str(tmp_path))
+        manager.load()
     message = str(error.value)
     assert "\n" not in message
     for part in ("checkpoint.folder must hold a whole checkpoint", str(tmp_path), state, "move"):
         assert part in message
+    manager.enable = False
+    assert manager.load() is False
+    check_folder(tmp_path / "missing")
+    make(tmp_path, 10)
+    check_folder(tmp_path)
 
 
 @pytest.fixture
@@ -179,27 +183,16 @@ def manager_of(folder: Path, keep_latest_k: int = 0, switch_step: int | None = N
     """A manager of a folder without the parts for saving and loading."""
     manager = TwoStageCheckpointManager.__new__(TwoStageCheckpointManager)
     manager.enable, manager.load_only, manager.interval = True, False, 10
-    manager.enable_first_step_checkpoint = False
+    manager.enable_first_step_checkpoint = manager.enable_ft_dataloader_checkpoints = False
     manager.folder, manager.keep_latest_k = str(folder), keep_latest_k
     manager.purge_queue, manager.stager = queue.Queue(), None
-    manager.switch_step, manager.record = switch_step, None
+    manager.async_mode, manager.save_future = AsyncMode.DISABLED, None
+    manager.switch_step, manager.record = switch_step, {"optimizer.name": "AdamW"}
     manager.states = {"model": SimpleNamespace(model=[torch.nn.Linear(1, 1)])}
     manager._unloadable, manager._left_out_step = set(), None
     manager._with_checksums, manager._check_step = True, lambda step: None
     vars(manager).update(attributes)
     return manager
-
-
-SYNCHRONOUS = {
-    "async_mode": AsyncMode.DISABLED,
-    "save_future": None,
-    "enable_ft_dataloader_checkpoints": False,
-}
-
-
-def purged(manager) -> set[str]:
-    manager._purge_stale_checkpoints()
-    return {os.path.basename(path) for path in manager.purge_queue.queue}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +219,8 @@ def purged(manager) -> set[str]:
 def test_purge(one_rank, tmp_path, steps, torn, keep_latest_k, switch_step, expected):
     make(tmp_path, *steps, torn=torn)
     manager = manager_of(tmp_path, keep_latest_k, switch_step)
-    assert purged(manager) == {f"step-{step}" for step in expected}
+    manager._purge_stale_checkpoints()
+    assert {*manager.purge_queue.queue} == {f"{tmp_path}/step-{step}" for step in expected}
 
 
 def test_the_switch_is_saved_whatever_the_interval(tmp_path):
@@ -243,22 +237,11 @@ def test_the_switch_is_not_saved_where_nothing_is(tmp_path, attributes):
     assert not any(manager._should_save(step) for step in range(1, 31))
 
 
-def test_load_refuses_a_folder_with_torn_checkpoints_only(tmp_path):
-    make(tmp_path, torn=(10,))
-    manager = manager_of(tmp_path, enable_ft_dataloader_checkpoints=False)
-    with pytest.raises(ValueError, match="only torn checkpoints"):
-        manager.load()
-    manager.enable = False
-    assert manager.load() is False
-
-
 def test_the_newest_whole_checkpoint_is_loaded_and_torn_ones_are_named(
     tmp_path, monkeypatch, caplog
 ):
-    make(tmp_path, 5, 10, torn=(20, 3))
-    data = tmp_path / "step-30"
-    make(tmp_path, 30)
-    (data / "__0_0.distcp").write_bytes(b"half")
+    make(tmp_path, 5, 10, 30, torn=(20, 3))
+    (tmp_path / "step-30" / "__0_0.distcp").write_bytes(b"half")
     monkeypatch.setattr(logging.getLogger("root"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         assert manager_of(tmp_path)._find_load_step() == 10
@@ -278,7 +261,7 @@ def test_a_save_that_fails_stops_the_run_and_names_the_last_good_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(CheckpointManager, "save", fail)
-    manager = manager_of(tmp_path, **SYNCHRONOUS)
+    manager = manager_of(tmp_path)
     with pytest.raises(TrainingAborted) as stop:
         manager.save(20)
     message = str(stop.value)
@@ -290,8 +273,7 @@ def test_a_save_that_fails_stops_the_run_and_names_the_last_good_checkpoint(
 def test_a_folder_that_was_torn_is_made_anew(one_rank, tmp_path, monkeypatch):
     make(tmp_path, 10)
     monkeypatch.setattr(CheckpointManager, "save", lambda *args: None)
-    manager = manager_of(tmp_path, **SYNCHRONOUS)
-    manager.record = {"optimizer.name": "AdamW"}
+    manager = manager_of(tmp_path)
     manager.save(10)
     assert [path.name for path in (tmp_path / "step-10").iterdir()] == ["trained_with.json"]
     # A step that is not due is not saved.

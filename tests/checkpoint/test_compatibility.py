@@ -37,12 +37,21 @@ def check(run, tmp_path, *args: str, **overrides) -> None:
     check_config(load_config([*options, *args]), world_size=1)
 
 
-def test_the_same_configuration_goes_on(run, tmp_path):
-    check(run, tmp_path)
+def trained_with(run, folder: Path, left_out: tuple[str, ...] = (), **values) -> tuple[Path, Path]:
+    """A copy of the run whose record has other values, and lacks the fields `left_out`."""
+    shutil.copytree(run[0], folder)
+    path = folder / "checkpoint" / "step-2"
+    record = json.loads((path / FILE_NAME).read_text())
+    record |= {name.replace("__", "."): value for name, value in values.items()}
+    write_record(path, {name: record[name] for name in record if name not in left_out})
+    return folder, run[1]
 
 
 def test_every_checkpoint_says_what_it_was_trained_with(run):
     record = json.loads((run[0] / "checkpoint" / "step-2" / FILE_NAME).read_text())
+    config = load_config(command_line(*run, training__steps=2, lighthouse__stage1_steps=-1))
+    assert record == record_of(config, data_parallel_degree=1)
+    assert record_of(config, data_parallel_degree=4)["training.global_batch_size"] == 4
     assert record.keys() == {*FIELDS, "training.steps"}
     assert record["model.flavor"]["dim"] == 128 and record["model.flavor"]["vocab_size"] == 320
     assert len(record["model.hf_assets_path"]) == 64
@@ -93,12 +102,7 @@ def test_a_change_stops_the_run_unless_it_is_accepted(run, tmp_path, name):
 
 
 def test_checkpoints_from_before_the_field_were_trained_with_averaged_phases(run, tmp_path):
-    shutil.copytree(run[0], tmp_path / "old")
-    file = tmp_path / "old" / "checkpoint" / "step-2" / FILE_NAME
-    record = json.loads(file.read_text())
-    assert record.pop("lighthouse.pool_rotary") == "averaged"
-    file.write_text(json.dumps(record))
-    old = tmp_path / "old", run[1]
+    old = trained_with(run, tmp_path / "old", left_out=("lighthouse.pool_rotary",))
     check(old, tmp_path / "averaged", lighthouse__pool_rotary="averaged")
     with pytest.raises(ValueError, match=r"lighthouse\.pool_rotary must be .* got 'aligned'"):
         check(old, tmp_path / "aligned", lighthouse__pool_rotary="aligned")
@@ -157,49 +161,42 @@ def test_a_longer_run_needs_the_length_of_its_schedule(run, tmp_path):
         check_config(config, world_size=1)
 
 
-def test_a_field_that_was_left_out_is_to_be_left_out_again(run, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(run[0], folder)
-    path = folder / "checkpoint" / "step-2"
-    record = json.loads((path / FILE_NAME).read_text())
-    write_record(path, record | {"lr_scheduler.decay_ratio": None})
-    config = load_config(command_line(folder, run[1]))
-    with pytest.raises(ValueError, match=r"decay_ratio must be that of .* got 0\.7; leave it out"):
-        check_config(config, world_size=1)
-
-
-def test_what_no_later_step_feels_may_change(run, tmp_path):
-    # Stage 1 ended with step 2, so no step of it remains.
-    check(run, tmp_path / "dense", lighthouse__stage1_steps=2, lighthouse__topk=384)
-    check(run, tmp_path / "scorer", lighthouse__dilation=8)
-
-
-def test_the_switch_may_move_as_long_as_nothing_was_trained_beyond_it(run, tmp_path):
-    for stage1_steps in (2, 3, 7, -1):
-        check(run, tmp_path / str(stage1_steps), lighthouse__stage1_steps=stage1_steps)
-    # One step was already trained with dense attention.
-    folder = tmp_path / "dense"
-    shutil.copytree(run[0], folder)
-    path = folder / "checkpoint" / "step-2"
-    record = json.loads((path / FILE_NAME).read_text())
-    write_record(path, record | {"lighthouse.stage1_steps": 1})
-    config = load_config(command_line(folder, run[1]))
-    with pytest.raises(ValueError, match=r"lighthouse\.stage1_steps must be that of .* 1, got 3"):
-        check_config(config, world_size=1)
-
-
 PIECES = {"lighthouse__stage1_steps": 1, "lighthouse__stage2_seq_len": 256}
+FULL = {**PIECES, "lighthouse__stage2_full_steps": 5, "training__steps": 7}
 
 
-def trained_with(run, tmp_path, **values) -> tuple[Path, Path]:
-    """A copy of the run whose record has other values."""
-    folder = tmp_path / "trained"
-    shutil.copytree(run[0], folder)
-    path = folder / "checkpoint" / "step-2"
-    record = json.loads((path / FILE_NAME).read_text())
-    names = {name.replace("__", "."): value for name, value in values.items()}
-    write_record(path, record | names)
-    return folder, run[1]
+@pytest.mark.parametrize(
+    ("trained", "now"),
+    [
+        # The switch may move as long as nothing was trained beyond it.
+        *(({}, {"lighthouse__stage1_steps": steps}) for steps in (2, 3, 7, -1)),
+        # Stage 1 ended with step 2, so no step of it remains.
+        ({}, {"lighthouse__stage1_steps": 2, "lighthouse__topk": 384}),
+        ({}, {"lighthouse__dilation": 8}),
+        # Stage 2 has not begun.
+        ({}, {"lighthouse__stage1_steps": 2, "lighthouse__stage2_seq_len": 0}),
+        ({}, {"lighthouse__stage1_steps": 2, "lighthouse__stage2_seq_len": 256}),
+        # All steps on pieces are done.
+        (FULL, {**FULL, "lighthouse__stage2_seq_len": 384}),
+        # Neither the old nor the new end of the pieces has passed.
+        ({**PIECES, "training__steps": 7}, {**PIECES, "lighthouse__stage2_full_steps": 3}),
+    ],
+)
+def test_what_no_later_step_feels_may_change(run, tmp_path, trained, now):
+    check(trained_with(run, tmp_path / "trained", **trained), tmp_path, **now)
+
+
+@pytest.mark.parametrize(
+    ("trained", "part"),
+    [
+        # One step was already trained with dense attention.
+        ({"lighthouse__stage1_steps": 1}, r"lighthouse\.stage1_steps must .* 1, got 3; set it"),
+        ({"lr_scheduler__decay_ratio": None}, r"decay_ratio must .* None, got 0\.7; leave it out"),
+    ],
+)
+def test_a_field_of_the_record_stops_the_run(run, tmp_path, trained, part):
+    with pytest.raises(ValueError, match=part):
+        check(trained_with(run, tmp_path / "trained", **trained), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +230,7 @@ def trained_with(run, tmp_path, **values) -> tuple[Path, Path]:
     ],
 )
 def test_pieces_that_would_be_others_stop_the_run(run, tmp_path, trained, now, part):
-    old = trained_with(run, tmp_path, **trained)
+    old = trained_with(run, tmp_path / "trained", **trained)
     with pytest.raises(ValueError, match=r"lighthouse\." + part):
         check(old, tmp_path / "refused", **{**PIECES, **now})
     names = ",".join(f"lighthouse.{name}" for name in ("stage2_seq_len", "stage2_full_steps"))
@@ -241,26 +238,9 @@ def test_pieces_that_would_be_others_stop_the_run(run, tmp_path, trained, now, p
     check(old, tmp_path / "accepted", *args, **{**PIECES, **now})
 
 
-def test_pieces_may_change_where_no_step_is_felt(run, tmp_path):
-    # Stage 2 has not begun.
-    for seq_len in (0, 256):
-        options = {"lighthouse__stage1_steps": 2, "lighthouse__stage2_seq_len": seq_len}
-        check(run, tmp_path / f"before-{seq_len}", **options)
-    # All steps on pieces are done. In the second case, neither the old nor the new end has passed.
-    full = {**PIECES, "lighthouse__stage2_full_steps": 5, "training__steps": 7}
-    old = trained_with(run, tmp_path, **full)
-    check(old, tmp_path / "over", **{**full, "lighthouse__stage2_seq_len": 384})
-    moved = trained_with(run, tmp_path / "moved", **PIECES, training__steps=7)
-    check(moved, tmp_path / "later", **PIECES, lighthouse__stage2_full_steps=3)
-
-
 def test_checkpoints_from_before_the_fields_were_trained_at_full_length(run, tmp_path):
-    old = trained_with(run, tmp_path, lighthouse__stage1_steps=1)
-    path = old[0] / "checkpoint" / "step-2" / FILE_NAME
-    record = json.loads(path.read_text())
-    for name in ("lighthouse.stage2_seq_len", "lighthouse.stage2_full_steps", "training.steps"):
-        del record[name]
-    path.write_text(json.dumps(record))
+    added = "lighthouse.stage2_seq_len", "lighthouse.stage2_full_steps", "training.steps"
+    old = trained_with(run, tmp_path / "old", added, lighthouse__stage1_steps=1)
     check(old, tmp_path / "full", lighthouse__stage1_steps=1)
     # 768 is the whole sequence.
     check(old, tmp_path / "whole", lighthouse__stage1_steps=1, lighthouse__stage2_seq_len=768)
@@ -341,16 +321,7 @@ def test_another_corpus_is_refused_unless_the_data_begin_anew(run, tmp_path):
 
 
 def test_a_record_that_cannot_be_read_is_named(run, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(run[0], folder)
-    (folder / "checkpoint" / "step-2" / FILE_NAME).write_text("{")
-    config = load_config(command_line(folder, run[1]))
+    broken, corpus = trained_with(run, tmp_path / "broken")
+    (broken / "checkpoint" / "step-2" / FILE_NAME).write_text("{")
     with pytest.raises(ValueError, match=r"step-2/trained_with\.json must record .* not valid"):
-        check_config(config, world_size=1)
-
-
-def test_a_record_holds_what_a_json_file_holds(run, tmp_path):
-    config = load_config(command_line(tmp_path, run[1]))
-    record = record_of(config, data_parallel_degree=4)
-    assert json.loads(json.dumps(record)) == record
-    assert record["training.global_batch_size"] == 4
+        check((broken, corpus), tmp_path)

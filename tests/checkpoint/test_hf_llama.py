@@ -61,11 +61,10 @@ def loaded_parameters(args: list[str]) -> dict[str, torch.Tensor]:
         register(patch)
         with trainer_of(load_config(args)) as trainer:
             trainer.checkpointer.load()
-            parameters = trainer.model_parts[0].state_dict()
-            whole = {}
-            for name, p in parameters.items():
-                whole[name] = p.full_tensor() if hasattr(p, "full_tensor") else p.clone()
-            return whole
+            return {
+                name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone()
+                for name, p in trainer.model_parts[0].state_dict().items()
+            }
 
 
 @pytest.mark.parametrize("flavor", ["debugmodel", "gqa"])

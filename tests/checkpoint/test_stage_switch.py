@@ -33,11 +33,10 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def test_the_digest_is_sha256_of_names_and_values():
-    shard = hashlib.sha256()
-    for name, tensor in {"x": torch.tensor([1, 2], dtype=torch.int16)}.items():
-        shard.update(name.encode() + tensor.numpy().tobytes())
+    tensor = torch.tensor([1, 2], dtype=torch.int16)
+    shard = hashlib.sha256(b"x" + tensor.numpy().tobytes())
     expected = hashlib.sha256(shard.hexdigest().encode()).hexdigest()
-    assert digest([("x", torch.tensor([1, 2], dtype=torch.int16))]) == expected
+    assert digest([("x", tensor)]) == expected
     assert digest(tensors().items()) == digest(tensors().items())
 
 
@@ -64,26 +63,21 @@ def test_the_digest_does_not_depend_on_strides():
     assert digest([("a", values.t().contiguous().t())]) == digest([("a", values)])
 
 
-def trainer_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> SimpleNamespace:
-    optimizers = SimpleNamespace(optimizers=[optimizer])
-    return SimpleNamespace(model_parts=[model], optimizers=optimizers)
-
-
 @pytest.fixture
-def trained():
+def trainer() -> SimpleNamespace:
+    """The model and the optimizer of a trainer after one step."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    return model, optimizer
+    return SimpleNamespace(model_parts=[model], optimizers=SimpleNamespace(optimizers=[optimizer]))
 
 
-def test_state_digests_cover_every_parameter(trained):
-    trainer = trainer_of(*trained)
+def test_state_digests_cover_every_parameter(trainer):
     before = state_digests(trainer)
     assert state_digests(trainer) == before
-    for parameter in trained[0].parameters():
+    for parameter in trainer.model_parts[0].parameters():
         with torch.no_grad():
             parameter[0] += 1
             changed = state_digests(trainer)
@@ -93,10 +87,9 @@ def test_state_digests_cover_every_parameter(trained):
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
-def test_state_digests_cover_every_moment(trained, key):
-    trainer = trainer_of(*trained)
+def test_state_digests_cover_every_moment(trainer, key):
     before = state_digests(trainer)
-    for state in trained[1].state.values():
+    for state in trainer.optimizers.optimizers[0].state.values():
         kept = state[key].clone()
         state[key] += 1
         changed = state_digests(trainer)

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import RecordedTrainer, Run, assert_same_state, command_line, losses_of, train
+from runs import RecordedTrainer, Run, assert_same_state, command_line, train
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torchtitan.experiments.lighthouse.checkpoint import checksums, files
 from torchtitan.experiments.lighthouse.checkpoint.checksums import checksum_fault
-from torchtitan.experiments.lighthouse.checkpoint.files import (
-    checkpoint_faults,
-    saved_step,
-    whole_steps,
-)
+from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_faults, whole_steps
+from torchtitan.experiments.lighthouse.checkpoint.resume import documents_state
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.inference.load_model import open_trained
 from torchtitan.experiments.lighthouse.preflight import check_config
@@ -40,8 +37,13 @@ def copied(saved, tmp_path) -> Path:
     return tmp_path / "run" / "checkpoint"
 
 
-def resume(folder: Path, corpus: Path, trainer_class=RecordedTrainer, **options) -> Run:
-    return train(command_line(folder.parent, corpus, **OPTIONS, **options), trainer_class)
+def resume(folder: Path, corpus: Path, **options) -> Run:
+    return train(command_line(folder.parent, corpus, **OPTIONS, **options))
+
+
+def check(folder: Path, corpus: Path, **options) -> None:
+    config = load_config(command_line(folder.parent, corpus, **OPTIONS, **options))
+    check_config(config, world_size=1)
 
 
 def flip(path: Path, place: int) -> None:
@@ -102,9 +104,8 @@ def test_a_changed_bit_without_an_older_checkpoint_ends_the_run(copied, corpus):
     with pytest.raises(TrainingAborted, match=r"step-4 cannot be loaded: .* checksum differs"):
         resume(copied, corpus)
     # The fault is now found before a run starts, and before a model is opened.
-    config = load_config(command_line(copied.parent, corpus, **OPTIONS))
     with pytest.raises(ValueError, match="checksum differs"):
-        check_config(config, world_size=1)
+        check(copied, corpus)
     with pytest.raises(ValueError, match="checksum differs"):
         open_trained(copied / "step-4", flavor="debugmodel")
 
@@ -126,10 +127,8 @@ def test_a_checkpoint_of_a_newer_torch_stops_the_run_and_is_not_purged(
         rf"^the checkpoint '{copied}/step-4' was written by torch 2\.15 or newer, which torch .* "
         "cannot read; use the torch that wrote it, or move it away to go on without it$"
     )
-    options = {"checkpoint__load_step": load_step, "checkpoint__keep_latest_k": 2}
-    config = load_config(command_line(copied.parent, corpus, **OPTIONS, **options))
     with pytest.raises(ValueError, match=message):
-        check_config(config, world_size=1)
+        check(copied, corpus, checkpoint__load_step=load_step, checkpoint__keep_latest_k=2)
     with pytest.raises(ValueError, match=message):
         open_trained(copied / "step-4", flavor="debugmodel")
     with pytest.raises(ValueError, match=message):
@@ -148,16 +147,14 @@ def test_the_checksums_can_be_turned_off(copied, corpus, monkeypatch):
 
 def test_what_cannot_be_loaded_is_passed_over(saved, copied, corpus, warned, monkeypatch):
     # As written by a version without checksums.
-    for file in (copied / "step-4").glob("*checksums.json"):
+    for file in copied.glob("step-4/*checksums.json"):
         file.unlink()
-    data = copied / "step-4" / "__0_0.distcp"
-    start = data.read_bytes().index(b"PK")
-    content = bytearray(data.read_bytes())
-    for index, info in files.read_metadata(copied / "step-4").storage_data.items():
-        if index.fqn == "output.weight":
-            content[info.offset : info.offset + 200] = bytes(200)
-    data.write_bytes(content)
-    assert start >= 0 and whole_steps(copied) == [2, 4]
+    infos = files.read_metadata(copied / "step-4").storage_data.items()
+    (info,) = (info for index, info in infos if index.fqn == "output.weight")
+    with (copied / "step-4" / info.relative_path).open("r+b") as file:
+        file.seek(info.offset)
+        file.write(bytes(200))
+    assert whole_steps(copied) == [2, 4]
     resumed = resume(copied, corpus)
     assert any("step-4 cannot be loaded" in line for line in warned.messages)
     assert_same_state(resumed, saved[1])
@@ -215,10 +212,8 @@ def test_parameters_that_are_not_sane_are_never_the_last_good_checkpoint(tmp_pat
 
 def test_a_copy_under_another_number_is_refused(copied, corpus):
     shutil.copytree(copied / "step-2", copied / "step-9")
-    assert saved_step(copied / "step-9") == 2
-    config = load_config(command_line(copied.parent, corpus, **OPTIONS))
     with pytest.raises(ValueError, match=r"step-9' must be of the step in its name, got .* step 2"):
-        check_config(config, world_size=1)
+        check(copied, corpus)
 
 
 def test_a_file_of_the_user_is_never_deleted(tmp_path, corpus):
@@ -229,8 +224,6 @@ def test_a_file_of_the_user_is_never_deleted(tmp_path, corpus):
                 (folder / "notes.txt").write_text("mine")
 
     # One checkpoint is written again, and some are purged.
-    (tmp_path / "checkpoint" / "step-3").mkdir(parents=True)
-    shutil.rmtree(tmp_path / "checkpoint")
     options = {**OPTIONS, "checkpoint__interval": 1, "training__steps": 5}
     options |= {"checkpoint__keep_latest_k": 2}
     train(command_line(tmp_path, corpus, **options), Noting)
@@ -245,16 +238,15 @@ def test_a_file_of_the_user_is_never_deleted(tmp_path, corpus):
     assert "notes.txt" in folders["step-5"] and ".metadata" in folders["step-5"]
 
 
-def test_a_run_that_saves_nothing_is_refused_in_the_folder_of_one_that_was_saved(copied, corpus):
-    args = command_line(copied.parent, corpus, **{**OPTIONS, "checkpoint__enable": False})
-    with pytest.raises(ValueError, match=r"checkpoint\.enable must be true .* checkpoint/step-4"):
-        check_config(load_config(args), world_size=1)
-    assert losses_of(copied.parent).keys() == {1, 2, 3, 4}
-
-
 def test_the_parent_of_checkpoints_is_told_its_steps(copied, tmp_path, corpus):
     for path in (copied, copied.parent):
-        options = {**OPTIONS, "checkpoint__initial_load_path": path}
-        config = load_config(command_line(tmp_path / "new", corpus, **options))
         with pytest.raises(ValueError, match=r"initial_load_path .* name step-2 or step-4 in it"):
-            check_config(config, world_size=1)
+            check(tmp_path / "new" / "checkpoint", corpus, checkpoint__initial_load_path=path)
+
+
+def test_a_data_position_that_holds_itself_is_read_to_its_end():
+    inner = {"number": 1}
+    inner["again"] = inner
+    assert documents_state({"loader": inner}) is None
+    position = {"corpus": 1, "documents": 2}
+    assert documents_state({"loader": inner, "position": position}) is position

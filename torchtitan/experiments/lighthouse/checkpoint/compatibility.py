@@ -23,6 +23,7 @@ import torch
 from torchtitan.experiments.lighthouse.checkpoint.files import METADATA, read_metadata
 from torchtitan.experiments.lighthouse.config.job_config import POOL_ROTARY_BEFORE, JobConfig
 from torchtitan.experiments.lighthouse.config.model_args import model_args, model_name
+from torchtitan.experiments.lighthouse.config.rule_helpers import value_of
 from torchtitan.experiments.lighthouse.data.manifest import tokenizer_digest
 from torchtitan.experiments.lighthouse.data.source_changes import ACCEPT_FILES
 from torchtitan.experiments.lighthouse.flavors import sizes_of
@@ -34,15 +35,12 @@ FILE_NAME = "trained_with.json"
 
 OF_MODEL = ("model.flavor", "model.hf_assets_path")
 OF_STATE = ("optimizer.name",)
-OF_STAGE_1 = tuple(
-    f"lighthouse.{name}"
-    for name in (
-        *("num_levels", "pooling_factor", "topk", "scorer", "dilation"),
-        *("pool_rotary", "full_attn_layers"),
-    )
-)
 STAGE2_SEQ_LEN, STAGE2_FULL_STEPS = "lighthouse.stage2_seq_len", "lighthouse.stage2_full_steps"
-OF_STAGES = ("lighthouse.stage1_steps", *OF_STAGE_1, STAGE2_SEQ_LEN, STAGE2_FULL_STEPS)
+OF_STAGES = (
+    *("lighthouse.stage1_steps", "lighthouse.num_levels", "lighthouse.pooling_factor"),
+    *("lighthouse.topk", "lighthouse.scorer", "lighthouse.dilation", "lighthouse.pool_rotary"),
+    *("lighthouse.full_attn_layers", STAGE2_SEQ_LEN, STAGE2_FULL_STEPS),
+)
 OF_RUN = (
     *("training.seq_len", "training.global_batch_size", "training.max_norm"),
     *(f"optimizer.{name}" for name in ("lr", "beta1", "beta2", "eps", "weight_decay")),
@@ -66,10 +64,7 @@ def record_of(config: JobConfig, data_parallel_degree: int) -> dict[str, Any]:
     Args:
         data_parallel_degree: of the run. A global batch size that is not set follows from it.
     """
-    record = {}
-    for name in FIELDS:
-        section, _, field = name.partition(".")
-        record[name] = getattr(getattr(config, section), field)
+    record = {name: value_of(config, name) for name in FIELDS}
     record["model.flavor"] = sizes_of(model_args(config))
     record["model.hf_assets_path"] = tokenizer_digest(config.model.hf_assets_path)
     if record["training.global_batch_size"] == -1:
@@ -108,16 +103,18 @@ def check_checkpoint(
         ValueError: a field differs.
     """
     path = Path(path)
-    if (path / METADATA).is_file():
-        difference = shape_difference(path, model_args(config))
-        if difference:
-            raise ValueError(
-                f"model.flavor must be the model of {path}, got {model_name(config)!r}, whose "
-                f"{_size_difference(path, config) or difference}; name the flavor it was trained "
-                "with, or set its sizes in [model.override]"
-            )
     now = record_of(config, data_parallel_degree)
     was = read_record(path, now)
+    if (path / METADATA).is_file() and (found := shape_difference(path, model_args(config))):
+        sizes, saved = now["model.flavor"], (was or {}).get("model.flavor", {})
+        differing = [name for name in sizes if saved.get(name, sizes[name]) != sizes[name]]
+        if differing:
+            name = differing[0]
+            found = f"{name} is {sizes[name]} and in the checkpoint {saved[name]}"
+        raise ValueError(
+            f"model.flavor must be the model of {path}, got {model_name(config)!r}, whose {found}; "
+            "name the flavor it was trained with, or set its sizes in [model.override]"
+        )
     if was is None:
         return
     was.setdefault("lighthouse.pool_rotary", POOL_ROTARY_BEFORE)
@@ -131,10 +128,10 @@ def check_checkpoint(
         names += OF_RUN if step is not None else ()
     accepted = config.checkpoint.accept_changes
     for name in names:
-        is_same = name in was and was[name] == now[name] and name != STAGE2_FULL_STEPS
-        if name not in was or is_same or name in accepted:
+        if name not in was or name in accepted:
             continue
-        if name in OF_STAGES and not _affects_remaining_steps(name, was, now, step):
+        is_same = was[name] == now[name] and name != STAGE2_FULL_STEPS
+        if is_same or (name in OF_STAGES and not _affects_remaining_steps(name, was, now, step)):
             continue
         field = name
         if name == "lr_scheduler.total_steps" and config.lr_scheduler.total_steps is None:
@@ -176,15 +173,6 @@ def read_record(path: str | Path, now: dict[str, Any] | None = None) -> dict[str
             "resume without this check"
         ) from None
     return record
-
-
-def _size_difference(path: Path, config: JobConfig) -> str | None:
-    """Describe the first size that differs from the record in the checkpoint `path`."""
-    was, now = (read_record(path) or {}).get("model.flavor", {}), sizes_of(model_args(config))
-    for name in now:
-        if name in was and was[name] != now[name]:
-            return f"{name} is {now[name]} and in the checkpoint {was[name]}"
-    return None
 
 
 def shape_difference(path: str | Path, args: TransformerModelArgs) -> str | None:

@@ -14,13 +14,11 @@ import os
 import pickle
 import re
 import shutil
-import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -62,6 +60,7 @@ _NAMES = {
         *("BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
@@ -97,11 +96,6 @@ def checkpoint_steps(folder: str | Path) -> dict[int, bool]:
 def whole_steps(folder: str | Path) -> list[int]:
     """Steps of the whole checkpoints in `folder`, ascending."""
     return [step for step, fault in checkpoint_faults(folder).items() if fault is None]
-
-
-def is_whole(path: str | Path) -> bool:
-    """Whether the checkpoint in the folder `path` is whole and not marked as doubtful."""
-    return damage_reason(path) is None
 
 
 def damage_reason(path: str | Path) -> str | None:
@@ -179,6 +173,7 @@ def read_metadata(path: str | Path) -> Metadata:
     """
     try:
         metadata = _Unpickler(io.BytesIO(read_bytes(Path(path) / METADATA, 2**31))).load()
+        is_right = _is_right(metadata)
     except NewerTorchError:
         raise NewerTorchError(
             f"the checkpoint {str(path)!r} was written by torch 2.15 or newer, which torch "
@@ -186,31 +181,30 @@ def read_metadata(path: str | Path) -> Metadata:
             "on without it"
         ) from None
     except Exception as error:
-        # Unpickling arbitrary bytes can raise any type of error.
+        # Unpickling arbitrary bytes can raise any type of error. Attributes can be missing.
         raise ValueError(f"{METADATA}: {type(error).__name__}: {reason_of(error)}") from None
-    kinds = TensorStorageMetadata | BytesStorageMetadata
-    is_right = (
-        isinstance(metadata, Metadata)
-        and is_a(metadata.state_dict_metadata, dict[str, kinds])
-        and is_a(metadata.storage_data, dict[MetadataIndex, _StorageInfo])
-        and all(map(_is_right, metadata.storage_data.values()))
-        and all(is_a(index.fqn, str) for index in metadata.storage_data)
-        and all(
-            isinstance(kind, BytesStorageMetadata) or isinstance(kind.size, torch.Size)
-            for kind in metadata.state_dict_metadata.values()
-        )
-    )
     if not is_right:
         raise ValueError(f"{METADATA} does not hold what it should")
     return metadata
 
 
-def _is_right(info: _StorageInfo) -> bool:
+def _is_right(metadata: Any) -> bool:
     """Whether the attributes have the right types. A pickle can set them to anything."""
-    values = vars(info)
-    numbers = values.get("offset"), values.get("length")
-    return isinstance(values.get("relative_path"), str) and all(
-        is_a(number, int) and 0 <= number < 2**62 for number in numbers
+    kinds = TensorStorageMetadata | BytesStorageMetadata
+    return (
+        isinstance(metadata, Metadata)
+        and is_a(metadata.state_dict_metadata, dict[str, kinds])
+        and is_a(metadata.storage_data, dict[MetadataIndex, _StorageInfo])
+        and all(
+            isinstance(index.fqn, str)
+            and isinstance(info.relative_path, str)
+            and all(is_a(n, int) and 0 <= n < 2**62 for n in (info.offset, info.length))
+            for index, info in metadata.storage_data.items()
+        )
+        and all(
+            isinstance(kind, BytesStorageMetadata) or isinstance(kind.size, torch.Size)
+            for kind in metadata.state_dict_metadata.values()
+        )
     )
 
 
@@ -228,60 +222,54 @@ class _TensorProperties(TensorProperties):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = None
         if (module, name) == (_METADATA_CLASSES, "TensorProperties"):
-            found = _TensorProperties
-        elif name in _NAMES.get(module, ()):
-            found = super().find_class(module, name)
-        elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            found = getattr(torch, name)
-        elif (module, name) == ("torch", "Size"):
-            found = torch.Size
-        if found is None:
-            raise ValueError(f"{METADATA} names {module}.{name}, which has no place there")
-        return found
+            return _TensorProperties
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise ValueError(f"{METADATA} names {module}.{name}, which has no place there")
 
 
-def check_safe(path: str | Path) -> None:
+def check_safe(path: str | Path) -> dict[str, Any]:
     """Check that the whole checkpoint `path` holds only tensors and plain values.
+
+    Returns:
+        The values other than tensors, by name. Data positions of ranks are unpickled. Empty if
+        `path` is not a distributed checkpoint.
 
     Raises:
         ValueError: loading it would call a function, or it cannot be read.
     """
-    path = Path(path)
+    path, values = Path(path), {}
     if not (path / METADATA).is_file():
-        return
+        return values
     try:
-        metadata = read_metadata(path)
-        values = {
-            name
-            for name, kind in metadata.state_dict_metadata.items()
-            if isinstance(kind, BytesStorageMetadata)
-        }
-        by_file = {}
+        metadata, by_file = read_metadata(path), defaultdict(list)
         for index, info in metadata.storage_data.items():
-            if index.fqn in values:
-                by_file.setdefault(info.relative_path, []).append((info, index.fqn))
-        for name, found in by_file.items():
-            with (path / name).open("rb") as file:
-                for info, value in sorted(found, key=lambda pair: pair[0].offset):
-                    file.seek(info.offset)
-                    _check_plain(file.read(info.length), value)
+            if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+                by_file[info.relative_path].append((info.offset, info.length, index.fqn))
+        for file_name, found in by_file.items():
+            with (path / file_name).open("rb") as file:
+                for offset, length, name in sorted(found):
+                    file.seek(offset)
+                    values[name] = _plain_value(file.read(length), name)
     except (OSError, *PARSE_ERRORS) as error:
         raise ValueError(
             f"the checkpoint {str(path)!r} must hold only tensors and plain values, because "
             f"loading anything else runs code, got {error}; do not use it, or load it elsewhere "
             "and save it again"
         ) from None
+    return values
 
 
-def _check_plain(data: bytes, name: str) -> None:
+def _plain_value(data: bytes, name: str) -> Any:
     try:
         value = torch.load(io.BytesIO(data), weights_only=True)
         if name.startswith("dataloader.") and isinstance(value, bytes):
             # The data position is a pickle inside a pickle. It may hold numbers, strings and
             # containers.
-            _Plain(io.BytesIO(value)).load()
+            value = _Plain(io.BytesIO(value)).load()
+        return value
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{name}: {reason}") from None
@@ -290,81 +278,6 @@ def _check_plain(data: bytes, name: str) -> None:
 class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"it names {module}.{name}")
-
-
-def holds_training_state(path: str | Path) -> bool:
-    """Whether the whole checkpoint `path` holds the training state, and not just the model."""
-    return (Path(path) / METADATA).is_file() and STEP in _keys(path)
-
-
-def data_parallel_degree(path: str | Path) -> int | None:
-    """Number of data-parallel ranks with a data position in the whole checkpoint `path`, or None.
-
-    Raises:
-        ValueError: its metadata cannot be read.
-    """
-    return sum(key.startswith("dataloader.dp_rank_") for key in _keys(path)) or None
-
-
-def prepared_position(path: str | Path) -> dict[str, Any] | None:
-    """The data position in tokenized data that all ranks share, in the checkpoint `path`, or None.
-
-    Raises:
-        ValueError: its metadata cannot be read.
-    """
-    prefix = "dataloader."
-    names = [key.removeprefix(prefix) for key in _keys(path) if key.startswith(prefix)]
-    if "windows" not in names:
-        return None
-    state = {"dataloader": dict.fromkeys(names, "")}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, storage_reader=FileSystemReader(path), no_dist=True)
-    return state["dataloader"]
-
-
-def saved_step(path: str | Path) -> int | None:
-    """The step of the whole, safe checkpoint `path`. None if it holds only a model."""
-    value = _value(path, STEP)
-    return value if is_a(value, int) else None
-
-
-def documents_position(path: str | Path) -> dict[str, Any] | None:
-    """The first rank's data position in a corpus of documents, as `packing.py` saves it.
-
-    The checkpoint `path` must be whole and safe. None if it holds no such position.
-    """
-    data = _value(path, "dataloader.dp_rank_0")
-    if not isinstance(data, bytes):
-        return None
-    # The loader's state contains the dataset's state. Its depth depends on the number of workers.
-    waiting = [_Plain(io.BytesIO(data)).load()]
-    while waiting:
-        state = waiting.pop()
-        if not isinstance(state, dict):
-            continue
-        if {"corpus", "documents"} <= state.keys():
-            return state
-        waiting += state.values()
-    return None
-
-
-def _value(path: str | Path, name: str) -> Any:
-    """A value other than a tensor by its name in the whole, safe checkpoint `path`, or None."""
-    if name not in _keys(path):
-        return None
-    infos = read_metadata(path).storage_data
-    info = next(info for index, info in infos.items() if index.fqn == name)
-    with (Path(path) / info.relative_path).open("rb") as file:
-        file.seek(info.offset)
-        return torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
-
-
-def _keys(path: str | Path) -> list[str]:
-    """Names of all entries of a checkpoint. Empty if `path` is not a distributed checkpoint."""
-    return (
-        list(read_metadata(path).state_dict_metadata) if (Path(path) / METADATA).is_file() else []
-    )
 
 
 def check_folder(folder: str | Path) -> None:

@@ -68,9 +68,9 @@ class TwoStageCheckpointManager(CheckpointManager):
         self,
         *args,
         switch_step: int | None,
-        record: dict[str, Any] | None = None,
-        with_checksums: bool = True,
-        check_step: Callable[[int], None] = lambda step: None,
+        record: dict[str, Any],
+        with_checksums: bool,
+        check_step: Callable[[int], None],
         **kwargs,
     ):
         """
@@ -91,12 +91,12 @@ class TwoStageCheckpointManager(CheckpointManager):
         if not self.enable:
             return super().load(step)
         check_folder(self.folder)
-        schedulers = list(self.states[LR_SCHEDULER])
-        configured = [_hyperparameters(scheduler.optimizer) for scheduler in schedulers]
+        # There is one for each part of the model, and pipeline parallelism is refused.
+        (scheduler,) = self.states[LR_SCHEDULER]
+        configured = _hyperparameters(scheduler.optimizer)
         is_loaded = self._load_or_fall_back(step)
         if is_loaded:
-            for scheduler, values in zip(schedulers, configured, strict=True):
-                _use_hyperparameters(scheduler, values)
+            _use_hyperparameters(scheduler, configured)
         return is_loaded
 
     def _load_or_fall_back(self, step: int) -> bool:
@@ -162,14 +162,12 @@ class TwoStageCheckpointManager(CheckpointManager):
         self.saved_step = curr_step
         self._unloadable.discard(curr_step)
 
-    def _prepare_folder(self, path: Path, doubt: str | None = None) -> None:
+    def _prepare_folder(self, path: Path, doubt: str | None) -> None:
         """Empty the folder of a checkpoint, so that no file of a torn one counts as new."""
         if os.path.lexists(path):
             remove_checkpoint(path)
-        if self.record is not None:
-            write_record(path, self.record)
+        write_record(path, self.record)
         if doubt is not None:
-            path.mkdir(parents=True, exist_ok=True)
             mark_doubtful(path, doubt)
             logger.warning(f"{path} does not count as good: {doubt}")
 
@@ -209,21 +207,14 @@ class TwoStageCheckpointManager(CheckpointManager):
             return super().dcp_save(
                 state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf
             )
-        writer = ChecksumWriter(checkpoint_id)
+        options = {"storage_writer": ChecksumWriter(checkpoint_id)}
         if async_mode == AsyncMode.DISABLED:
-            result = dcp.save(state_dict, storage_writer=writer)
+            result = dcp.save(state_dict, **options)
         else:
-            is_pinned = async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM
-            in_process = {
-                "async_checkpointer_type": AsyncCheckpointerType.PROCESS,
-                "async_stager": self.stager,
-            }
-            result = dcp.async_save(
-                state_dict,
-                storage_writer=writer,
-                process_group=self.pg,
-                **(in_process if is_pinned else {}),
-            )
+            if async_mode == AsyncMode.ASYNC_WITH_PINNED_MEM:
+                options["async_checkpointer_type"] = AsyncCheckpointerType.PROCESS
+                options["async_stager"] = self.stager
+            result = dcp.async_save(state_dict, process_group=self.pg, **options)
         if enable_garbage_collection:
             GarbageCollection.collect("after a checkpoint")
         return result
@@ -252,9 +243,7 @@ class TwoStageCheckpointManager(CheckpointManager):
         with self._loudly("a checkpoint"):
             super()._async_wait()
 
-    def _find_load_step(self, folder: str = "") -> int:
-        if folder:
-            return super()._find_load_step(folder)
+    def _find_load_step(self) -> int:
         faults = checkpoint_faults(self.folder)
         newest = max(self._good_steps(), default=-1)
         for step, fault in faults.items():
@@ -292,15 +281,14 @@ class TwoStageCheckpointManager(CheckpointManager):
         kept = {*good[-self.keep_latest_k :], self.switch_step}
         newest = max(good, default=-1)
         for step in checkpoint_steps(self.folder):
-            if step not in kept and step < newest:
-                self._purge(Path(self._create_checkpoint_id(step)))
-
-    def _purge(self, path: Path) -> None:
-        if not foreign_files(path):
-            self.purge_queue.put(str(path))
-            return
-        logger.warning(f"{path} is purged, but for files that no run has written")
-        remove_checkpoint(path)
+            path = Path(self._create_checkpoint_id(step))
+            if step in kept or step >= newest:
+                continue
+            if foreign_files(path):
+                logger.warning(f"{path} is purged, but for files that no run has written")
+                remove_checkpoint(path)
+            else:
+                self.purge_queue.put(str(path))
 
 
 def largest_parameter(model_parts: list[torch.nn.Module]) -> float:
@@ -309,8 +297,7 @@ def largest_parameter(model_parts: list[torch.nn.Module]) -> float:
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     norms = torch._foreach_norm([p for p in local if p.numel()], float("inf"))
     largest = torch.stack([norm.float() for norm in norms]).max().nan_to_num(nan=float("inf"))
-    if dist.get_world_size() > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.item()
 
 

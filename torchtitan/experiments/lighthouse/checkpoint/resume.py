@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -12,16 +13,11 @@ from torchtitan.experiments.lighthouse.checkpoint.compatibility import (
     check_checkpoint,
 )
 from torchtitan.experiments.lighthouse.checkpoint.files import (
+    STEP,
     check_folder,
     check_safe,
     checkpoint_faults,
     damage_reason,
-    data_parallel_degree,
-    documents_position,
-    holds_training_state,
-    is_whole,
-    prepared_position,
-    saved_step,
     whole_steps,
 )
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
@@ -39,11 +35,11 @@ from torchtitan.experiments.lighthouse.data.source_changes import ACCEPT_FILES
 from torchtitan.experiments.lighthouse.data.tokenized import TokenizedDataset
 from torchtitan.experiments.lighthouse.metrics import FILE_NAME as METRICS
 from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
+from torchtitan.experiments.lighthouse.runtime.read_files import is_a
 from torchtitan.models.llama3 import Transformer
 
 TRAINING_STATE = {"optimizer", "lr_scheduler", "dataloader", "train_state"}
 """Parts of a checkpoint other than the model, by torchtitan's names."""
-
 
 RESTART_DATA = 'restart the data with checkpoint.exclude_from_loading = ["dataloader"]'
 
@@ -125,33 +121,29 @@ def _check_start(config: JobConfig, world_size: int) -> None:
     checkpoint = config.checkpoint
     folder = Path(config.job.dump_folder) / checkpoint.folder
     check_folder(folder)
-    if not folder.exists():
+    whole = whole_steps(folder)
+    if not whole:
         _check_not_lost(config, folder)
-    if checkpoint.load_step != -1 and not is_whole(folder / f"step-{checkpoint.load_step}"):
+    if checkpoint.load_step not in (-1, *whole):
         raise ValueError(
             f"checkpoint.load_step must be -1 or the step of a whole checkpoint in {folder}, got "
             f"{checkpoint.load_step}; use -1 for the newest"
         )
+    if whole:
+        newest = whole[-1]
+        if checkpoint.load_step not in (-1, newest):
+            raise ValueError(
+                f"checkpoint.load_step must be the newest in {folder}, {newest}, because new "
+                f"checkpoints of earlier steps would be purged first, got {checkpoint.load_step}; "
+                "move newer ones away, or start another job.dump_folder with "
+                "checkpoint.initial_load_path"
+            )
+        _check_own_steps(config, world_size, whole if checkpoint.load_step == -1 else [newest])
+    _check_space(config, folder, len(whole))
     initial = checkpoint.initial_load_path
     if initial is None and checkpoint.initial_load_in_hf:
         initial = config.model.hf_assets_path
-    degree = _data_parallel_degree(config, world_size)
-    if folder.exists():
-        whole = whole_steps(folder)
-        newest = whole[-1]
-        step = newest if checkpoint.load_step == -1 else checkpoint.load_step
-        if step < newest:
-            raise ValueError(
-                f"checkpoint.load_step must be the newest in {folder}, {newest}, because new "
-                f"checkpoints of earlier steps would be purged first, got {step}; move newer ones "
-                "away, or start another job.dump_folder with checkpoint.initial_load_path"
-            )
-        older = [] if checkpoint.load_step != -1 else [s for s in whole if s < step]
-        _check_own_steps(config, world_size, [*older, step])
-        _check_space(config, folder, len(whole))
-        return
-    _check_space(config, folder, 0)
-    if initial is None:
+    if whole or initial is None:
         return
     steps = whole_steps(initial) or whole_steps(Path(initial) / "checkpoint")
     if not Path(initial).is_dir() or steps:
@@ -168,7 +160,7 @@ def _check_start(config: JobConfig, world_size: int) -> None:
             f"checkpoint.initial_load_path must hold a whole checkpoint, got {initial!r}: {torn}; "
             "name an older one"
         )
-    _check_load(config, Path(initial), degree, None, checkpoint.initial_load_model_only)
+    _check_load(config, Path(initial), world_size, None, checkpoint.initial_load_model_only)
 
 
 def _check_own_steps(config: JobConfig, world_size: int, steps: list[int]) -> None:
@@ -176,12 +168,11 @@ def _check_own_steps(config: JobConfig, world_size: int, steps: list[int]) -> No
 
     Checkpoints with wrong checksums are skipped, as they are when loading.
     """
-    while True:
-        step = steps.pop()
+    for step in reversed(steps):
         try:
             return check_own_step(config, world_size, step)
         except ValueError:
-            if not steps or checksum_fault(_own_path(config, step)) is None:
+            if step == steps[0] or checksum_fault(_own_path(config, step)) is None:
                 raise
 
 
@@ -191,19 +182,12 @@ def check_own_step(config: JobConfig, world_size: int, step: int) -> None:
     Raises:
         ValueError: it cannot. The message is one line with the reason.
     """
-    path = _own_path(config, step)
     # Only the model is loaded from a seed checkpoint, which is step 0.
-    degree = _data_parallel_degree(config, world_size)
-    _check_load(config, path, degree, step or None, model_only=not step)
+    _check_load(config, _own_path(config, step), world_size, step or None, model_only=not step)
 
 
 def _own_path(config: JobConfig, step: int) -> Path:
     return Path(config.job.dump_folder) / config.checkpoint.folder / f"step-{step}"
-
-
-def _data_parallel_degree(config: JobConfig, world_size: int) -> int:
-    parallelism = config.parallelism
-    return world_size // (parallelism.context_parallel_degree * parallelism.tensor_parallel_degree)
 
 
 def _check_not_superseded(config: JobConfig) -> None:
@@ -272,59 +256,62 @@ def _check_space(config: JobConfig, folder: Path, num_whole: int) -> None:
 
 
 def _check_load(
-    config: JobConfig, path: Path, degree: int, step: int | None, model_only: bool
+    config: JobConfig, path: Path, world_size: int, step: int | None, model_only: bool
 ) -> None:
-    """Check that a run with `degree` data-parallel ranks can load the whole checkpoint `path`.
+    """Check that a run with `world_size` processes can load the whole checkpoint `path`.
 
     Args:
         step: step of the checkpoint if this run saved it. None for a checkpoint of another run.
         model_only: whether only the parameters are loaded.
     """
-    check_safe(path)
-    found = saved_step(path)
-    if step is not None and found not in (None, step):
+    values = check_safe(path)
+    found = values.get(STEP)
+    if step is not None and is_a(found, int) and found != step:
         raise ValueError(
             f"the checkpoint {str(path)!r} must be of the step in its name, got one of step "
             f"{found}; rename it to step-{found}, or move it away"
         )
-    if not model_only and not holds_training_state(path):
+    if not model_only and STEP not in values:
         raise ValueError(
             f"the checkpoint {str(path)!r} must hold the training state to resume from it, got "
             "only the model; move it away to use an older one, or start another job.dump_folder "
             "from it with checkpoint.initial_load_path and initial_load_model_only"
         )
+    parallelism = config.parallelism
+    model_parallel = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    degree = world_size // model_parallel
     check_checkpoint(path, config, degree, step, model_only)
-    if not model_only:
-        _check_data_position(config, path, degree)
+    if not model_only and "dataloader" not in config.checkpoint.exclude_from_loading:
+        _check_data_position(config, path, values, degree, model_parallel)
 
 
-def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
-    """Check that the run can resume at the data position of the checkpoint `path`.
+def _check_data_position(
+    config: JobConfig, path: Path, values: dict[str, Any], degree: int, model_parallel: int
+) -> None:
+    """Check that the run can resume at the data position in the `values` of the checkpoint `path`.
 
     For tokenized data, all ranks share one position, which fits any number of ranks. For other
     data, each data-parallel rank has its own position, so the number of ranks must be equal.
     """
-    if "dataloader" in config.checkpoint.exclude_from_loading:
-        return
     training = config.training
-    saved, position = data_parallel_degree(path), prepared_position(path)
-    is_tokenized = training.dataset == "tokenized"
-    if (saved is not None and is_tokenized) or (position is not None and not is_tokenized):
+    saved = sum(name.startswith("dataloader.dp_rank_") for name in values)
+    is_shared, is_tokenized = "dataloader.windows" in values, training.dataset == "tokenized"
+    if (saved and is_tokenized) or (is_shared and not is_tokenized):
         rule = "a corpus of documents" if is_tokenized else "'tokenized'"
         raise ValueError(
             f"training.dataset must be {rule} to resume at the data position of {path}, got "
             f"{training.dataset!r}; set it back, or {RESTART_DATA}"
         )
     accepts_changes = ACCEPT_FILES in config.checkpoint.accept_changes
-    if position is not None:
+    if is_shared:
         dataset = TokenizedDataset(
             training.dataset_path, training.seq_len, accepts_changes=accepts_changes
         )
-        dataset.load_state_dict(position)
+        dataset.load_state_dict(
+            {name.removeprefix("dataloader."): value for name, value in values.items()}
+        )
         return
-    if saved not in (None, degree):
-        parallelism = config.parallelism
-        model_parallel = parallelism.context_parallel_degree * parallelism.tensor_parallel_degree
+    if saved not in (0, degree):
         raise ValueError(
             f"the data-parallel degree must be that of {path}, {saved}, to resume at its data "
             f"position, got {degree}: {degree * model_parallel} processes over context times "
@@ -333,8 +320,22 @@ def _check_data_position(config: JobConfig, path: Path, degree: int) -> None:
         )
     # A dataset on the hub is not queried before the run starts.
     is_here = DATASETS[training.dataset].reader != "hub"
-    if is_here and (state := documents_position(path)) is not None:
+    if is_here and (state := documents_state(values.get("dataloader.dp_rank_0"))):
         documents = open_documents(
             training.dataset, training.dataset_path, "train", 0, 1, training.text_field
         )
         documents.check_position(state, accepts_changes)
+
+
+def documents_state(state: Any) -> dict[str, Any] | None:
+    """The state that `packing.py` saved, in the state of a data loader. None if it has none."""
+    # Its depth depends on the number of workers. A file from outside can hold itself.
+    waiting, seen = [state], set()
+    while waiting:
+        state = waiting.pop()
+        if isinstance(state, dict) and id(state) not in seen:
+            if {"corpus", "documents"} <= state.keys():
+                return state
+            seen.add(id(state))
+            waiting += state.values()
+    return None

@@ -80,15 +80,12 @@ def write_handover(dump_folder: str, record: dict[str, Any]) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if record["from"] == PIECES:
-                record = {**_read_record(path), "full_length": record}
+                former = {}
+                # The record of the stage switch may be missing or invalid.
+                with contextlib.suppress(ValueError):
+                    former = read_json(path)
+                record = {**former, "full_length": record}
             write_json(path, record)
         except OSError as error:
             logger.warning(f"{path} could not be written ({error}); training continues")
     return path
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """The record of the stage switch. Empty if there is none or the file is invalid."""
-    with contextlib.suppress(ValueError):
-        return read_json(path)
-    return {}
