@@ -7,6 +7,7 @@ no process group is created, and the network is not used.
 
 import importlib
 import json
+import math
 import os
 import re
 import resource
@@ -16,8 +17,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +44,8 @@ HANGS = 300
 TRAINER = (
     "--job.dump_folder {dump} --model.flavor debugmodel --lighthouse.topk 128 "
     "--lighthouse.stage1_steps 40 --training.local_batch_size 1 --training.steps 60 "
-    "--training.dataset text --training.dataset_path {place}/corpus "
-    "--validation.dataset text --validation.dataset_path {place}/corpus "
+    "--training.dataset text --training.dataset_path {corpus} "
+    "--validation.dataset text --validation.dataset_path {corpus} "
 )
 
 LOGGED = re.compile(r"\[titan\] |\d{4}-\d\d-\d\d |W\d{4} ")
@@ -54,7 +57,7 @@ class Row:
 
     program: str
     args: str
-    """Arguments as typed. {dump}, {place} and {toml} are paths."""
+    """Arguments as typed. {dump}, {place}, {corpus} and {toml} are paths."""
 
     parts: tuple[str, ...]
     """Parts of the message: field, value, remedy."""
@@ -72,6 +75,16 @@ def run(args: str, *parts: str, **env: str) -> Row:
     return Row("train", TRAINER + args, parts, env=env)
 
 
+def wrong(
+    name: str, value: Any, rule: str, remedy: str, right: str = "", num_ranks: int = 1
+) -> Row:
+    """A wrong value of a field of the trainer, after arguments that are `right`."""
+    args = f"{right} --{name}" if value is True else f"{right} --{name} {value}"
+    found = "got true" if value is True else f"got {value!r}"
+    env = {"WORLD_SIZE": str(num_ranks)} if num_ranks > 1 else {}
+    return run(args, f"{name} must be {rule}", found, remedy, **env)
+
+
 def file(toml: str, *parts: str) -> Row:
     """A wrong TOML file as the only argument of the trainer."""
     return Row("train", "--job.dump_folder {dump} --job.config_file {toml}", parts, toml)
@@ -85,13 +98,36 @@ def script(name: str, args: str, *parts: str, toml: str | None = None) -> Row:
     return Row(name, args, parts, toml)
 
 
+def calls_of(name: str, right: str) -> Callable[..., Row]:
+    """Makes the wrong calls of a program whose first arguments are `right`."""
+    return lambda args, *parts: script(name, f"{right} {args}", *parts)
+
+
 HF = "--checkpoint.initial_load_in_hf --checkpoint.initial_load_model_only"
+SAVES = "--checkpoint.enable"
+VALIDATES = "--validation.enable"
+PIECES = "--lighthouse.stage2_seq_len 512"
+SHARD = "parallelism.data_parallel_shard_degree"
+REPLICATE = "parallelism.data_parallel_replicate_degree"
+CP = "parallelism.context_parallel_degree"
+TP = "parallelism.tensor_parallel_degree"
+
+INSIDE = "a path inside job.dump_folder"
+
+CP2 = f"--{CP} 2 --lighthouse.num_levels 2 --lighthouse.pooling_factor 2 --lighthouse.topk 256"
+"""A legal shape for two ranks of context parallelism."""
+
+RING = "--lighthouse.context_parallel ring"
+RING4 = f"--{CP} 4 {RING} --lighthouse.stage1_steps 0"
 
 COMMAND_LINES = [
     # Misspelt fields, wrong sections, wrong types.
     run("--training.stepz 4", "--training.stepz is not a field", "mean --training.steps?"),
     run("--trainin.steps 4", "--trainin.steps is not a field", "mean --training.steps?"),
     run("--steps 4", "--steps is not a field", "mean --training.steps or --validation.steps?"),
+    run("--training 4", "--training is not a field", "mean --training.steps?"),
+    run("--quux.a 4", "--quux.a is not a field", "see --help for all"),
+    run("--lighthouse.top_k=4", "--lighthouse.top_k is not a field", "mean --lighthouse.topk?"),
     run("-training.steps 4", "Unrecognized options: -training.steps, 4", "see --help"),
     run("--training.steps 4 8", "Unrecognized options: 8", "see --help"),
     run("--training.steps four", "parsing --training.steps: ", "int() ", "'four'; see --help"),
@@ -99,9 +135,11 @@ COMMAND_LINES = [
     run("--training.steps ''", "parsing --training.steps: ", "int() ", "''; see --help"),
     run("--training.steps", "Missing value for argument '--training.steps'", "see --help"),
     run("--optimizer.lr 0,001", "parsing --optimizer.lr: ", "to float: '0,001'; see --help"),
+    run("--debug.seed x", "parsing --debug.seed: ", "int() ", "'x'; see --help"),
     run("--checkpoint.enable false", "--checkpoint.enable", "'false'", "--checkpoint.no_enable"),
     run("--checkpoint.enable=true", "--checkpoint.enable", "'true'", "write --checkpoint.enable"),
     Row("train", "", ("--job.config_file must name", "got no arguments", "debug.toml is a small")),
+    run("--job.config_file", "--job.config_file must be followed by a file", "name one"),
     run("--optimizer.steps 4", "--optimizer.steps is not", "mean --training.steps or --validation"),
     run("--no-checkpoint.enable", "--no-checkpoint.enable is not", "mean --checkpoint.enable?"),
     run("--lighthouse.full_attn_layers [0,1]", "attn_layers must be", "'[0,1]'", "layers 0 1"),
@@ -110,6 +148,8 @@ COMMAND_LINES = [
         run(f"{flag} {value}", f"choice '{value}' for argument '{flag.replace('_', '-')}'", choices)
         for flag, value, choices in (
             ("--lighthouse.sdpa_backend", "math", "one of ('cudnn', 'flash'"),
+            ("--lighthouse.context_parallel", "rings", "one of ('ulysses', 'ring'"),
+            ("--parallelism.context_parallel_rotate_method", "gather", "one of ('allgather', "),
             ("--activation_checkpoint.mode", "half", "one of ('selective', "),
             ("--checkpoint.async_mode", "maybe", "one of ('disabled', "),
             ("--checkpoint.export_dtype", "fp8", "one of ('float16', "),
@@ -120,69 +160,53 @@ COMMAND_LINES = [
     ),
     run("--job.custom_config_module no.such", "custom_config_module", "'no'", "remove it"),
     # Numbers out of range.
-    run("--training.steps -1", "training.steps must be at least 1", "got -1", "use 1 or more"),
+    wrong("training.steps", -1, "at least 1", "use 1 or more"),
     run(
         f"--training.steps {10**25}",
         *("training.steps must be a number of 64 bits", "got 2**83 or more", "a smaller one"),
     ),
-    run("--training.seq_len 0", "training.seq_len must be at least 1", "got 0", "use 1 or more"),
-    run("--training.seq_len -5", "training.seq_len must be at least 1", "got -5", "use 1 or more"),
+    wrong("training.seq_len", 0, "at least 1", "use 1 or more"),
+    wrong("training.seq_len", 10**12, "a multiple of", "nearest with topk 128: 1073741824"),
     run(
-        "--training.seq_len 1000000000000",
-        *("training.seq_len must be", "got 1000000000000", "nearest with topk 128: 1073741824"),
+        "--training.seq_len 2047", "training.seq_len must be", "= 16", "got 2047", "topk 128: 2048"
     ),
-    run(
-        "--training.local_batch_size -1",
-        *("training.local_batch_size must be at least 1", "got -1", "use 1 or more"),
-    ),
+    run("--training.seq_len 1024", "lighthouse.topk must divide", "seq_len 1024", "seq_len 2048"),
+    wrong("training.local_batch_size", -1, "at least 1", "use 1 or more"),
+    wrong("training.local_batch_size", 2**40, "less than 1048576 at this seq_len", "lower it"),
     run(
         "--training.local_batch_size 4 --training.global_batch_size 6",
         *("training.global_batch_size must be a multiple", "got 6", "nearest: 4, or -1"),
     ),
-    run(
-        f"--training.global_batch_size -{10**18}",
-        *("training.global_batch_size must be a multiple", f"got -{10**18}", "nearest: 1, or -1"),
-    ),
-    run("--training.max_norm 0", "training.max_norm must be above 0", "got 0", "1.0 is common"),
-    run("--training.max_norm -1.5", "training.max_norm must be above 0", "got -1.5", "1.0 is"),
-    run("--training.max_norm nan", "training.max_norm must be a number", "got nan", "write one"),
-    run(
-        f"--training.local_batch_size {2**40}",
-        *("training.local_batch_size must be less than 1048576", f"got {2**40}", "lower it"),
-    ),
-    run("--training.max_skipped_steps -1", "max_skipped_steps must be", "got -1", "use 0 or more"),
-    run("--optimizer.lr 1e39", "optimizer.lr must be a finite", "at most 1000, got 1e+39", "1e-3"),
-    run("--training.gc_freq 0", "training.gc_freq must be at least 1", "got 0", "use 1 or more"),
-    run("--metrics.log_freq -3", "metrics.log_freq must be at least 1", "got -3", "use 1 or more"),
-    run("--optimizer.lr 0", "optimizer.lr must be a finite number above 0", "got 0.0", "1e-3"),
+    wrong("training.global_batch_size", -(10**18), "a multiple of", "nearest: 1, or -1"),
+    wrong("training.global_batch_size", 3, "a multiple of", "nearest: 2, or -1", f"--{TP} 2", 4),
+    wrong("training.loss_chunk_size", -1, "at least 0", "use 0 or more"),
+    wrong("training.max_norm", 0.0, "above 0", "1.0 is common, inf turns clipping off"),
+    wrong("training.max_norm", -1.5, "above 0", "1.0 is common, inf turns clipping off"),
+    wrong("training.max_norm", math.nan, "a number", "write one"),
+    wrong("training.max_skipped_steps", -1, "at least 0", "use 0 or more"),
+    wrong("training.gc_freq", 0, "at least 1", "use 1 or more"),
+    wrong("metrics.log_freq", -3, "at least 1", "use 1 or more"),
+    wrong("optimizer.lr", 1e39, "a finite number above 0 and at most 1000", "1e-3 is common"),
+    wrong("optimizer.lr", 0.0, "a finite number above 0 and at most 1000", "1e-3 is common"),
     run("--optimizer.lr -1e-3", "optimizer.lr must be a finite number", "got -0.001", "1e-3"),
-    run("--optimizer.lr nan", "optimizer.lr must be a number", "got nan", "write one"),
-    run("--optimizer.lr inf", "optimizer.lr must be a finite number", "got inf", "1e-3"),
-    run("--optimizer.eps 0", "optimizer.eps must be a finite number", "got 0.0", "1e-8"),
-    run("--optimizer.beta1 1", "optimizer.beta1 must be at least 0", "got 1.0", "0.9 and 0.95"),
-    run("--optimizer.beta2 -0.1", "optimizer.beta2 must be", "got -0.1", "0.9 and 0.95"),
-    run("--optimizer.weight_decay -1", "optimizer.weight_decay must", "got -1.0", "0.1 is"),
-    run("--optimizer.name SGD", "optimizer.name must be one of Adam, AdamW", "'SGD'", "choose one"),
-    run(
-        "--optimizer.early_step_in_backward",
-        *("optimizer.early_step_in_backward must be false", "got true", "remove it"),
-    ),
-    run("--lr_scheduler.warmup_steps -1", "lr_scheduler.warmup_steps", "got -1", "use 0 or more"),
-    run(
-        "--lr_scheduler.warmup_steps 300",
-        *("lr_scheduler.warmup_steps must be at most the 60 steps", "got 300", "lower it"),
-    ),
-    run(
-        "--lr_scheduler.total_steps 30",
-        *("lr_scheduler.total_steps must be at least training.steps, 60", "got 30", "raise it"),
-    ),
-    run("--lr_scheduler.decay_ratio 1.5", "lr_scheduler.decay_ratio", "got 1.5", "a share of all"),
-    run("--lr_scheduler.min_lr_factor -1", "lr_scheduler.min_lr_factor", "got -1.0", "a share of"),
-    run("--debug.seed -1", "debug.seed must be from 0 to 2**64 - 1", "got -1", "leave it out"),
-    run(f"--debug.seed {2**64}", "debug.seed must be from 0", f"got {2**64}", "leave it out"),
-    run("--comm.init_timeout_seconds 0", "comm.init_timeout_seconds", "got 0", "use 1 or more"),
-    run("--comm.train_timeout_seconds -9", "comm.train_timeout_seconds", "got -9", "use 1 or"),
-    run("--comm.trace_buf_size -1", "comm.trace_buf_size", "got -1", "use 0 or more"),
+    wrong("optimizer.lr", math.nan, "a number", "write one"),
+    wrong("optimizer.lr", math.inf, "a finite number above 0 and at most 1000", "1e-3 is common"),
+    wrong("optimizer.eps", 0.0, "a finite number above 0 and at most 1000", "1e-8 is common"),
+    wrong("optimizer.beta1", 1.0, "at least 0 and less than 1", "0.9 and 0.95 are common"),
+    wrong("optimizer.beta2", -0.1, "at least 0 and less than 1", "0.9 and 0.95 are common"),
+    wrong("optimizer.weight_decay", -1.0, "a finite number of at least 0", "0.1 is common"),
+    wrong("optimizer.name", "SGD", "one of Adam, AdamW", "choose one of these"),
+    wrong("optimizer.early_step_in_backward", True, "false", "remove it: gradients would"),
+    wrong("lr_scheduler.warmup_steps", -1, "at least 0", "use 0 or more"),
+    wrong("lr_scheduler.warmup_steps", 300, "at most the 60 steps of the schedule", "lower it"),
+    wrong("lr_scheduler.total_steps", 30, "at least training.steps, 60", "raise it or leave it"),
+    wrong("lr_scheduler.decay_ratio", 1.5, "from 0 to 1", "give the decay as a share of all"),
+    wrong("lr_scheduler.min_lr_factor", -1.0, "from 0 to 1", "give the last learning rate as"),
+    wrong("debug.seed", -1, "from 0 to 2**64 - 1", "use such a number, or leave it out"),
+    wrong("debug.seed", 2**64, "from 0 to 2**64 - 1", "use such a number, or leave it out"),
+    wrong("comm.init_timeout_seconds", 0, "at least 1", "use 1 or more"),
+    wrong("comm.train_timeout_seconds", -9, "at least 1", "use 1 or more"),
+    wrong("comm.trace_buf_size", -1, "at least 0", "use 0 or more"),
     run(
         "--profiling.enable_profiling --profiling.profile_freq 0",
         *("profiling.profile_freq must be at least 1", "got 0", "use 1 or more"),
@@ -191,171 +215,138 @@ COMMAND_LINES = [
         "--profiling.enable_profiling --profiling.profile_freq 3",
         *("profiling.profile_freq must be at least 4", "got 3", "use 4 or more"),
     ),
-    run(
-        "--activation_checkpoint.memory_budget 1.5",
-        *("activation_checkpoint.memory_budget must be from 0 to 1", "got 1.5", "0.5 is"),
-    ),
-    run(
-        "--activation_checkpoint.selective_ac_option 0",
-        *("activation_checkpoint.selective_ac_option must be 'op' or", "got '0'", "use 2"),
-    ),
+    wrong("activation_checkpoint.memory_budget", 1.5, "from 0 to 1", "0.5 is the default"),
+    wrong("activation_checkpoint.selective_ac_option", "0", "'op' or a number", "use 2 for every"),
     # Validation.
-    run("--validation.enable --validation.steps 0", "validation.steps", "got 0", "use 1 or more"),
-    run("--validation.enable --validation.freq -1", "validation.freq", "got -1", "use 1 or more"),
-    run(
-        "--validation.enable --validation.seq_len 4096",
-        *("validation.seq_len must be from 1 to training.seq_len, 2048", "got 4096", "lower it"),
-    ),
-    run(
-        "--validation.enable --validation.seq_len 100",
-        *("validation.seq_len must be a multiple", "got 100", "nearest with topk 128: 2048"),
-    ),
+    wrong("validation.steps", 0, "at least 1", "use 1 or more", VALIDATES),
+    wrong("validation.steps", -1, "at least 1", "use 1 or more", VALIDATES),
+    wrong("validation.freq", -1, "at least 1", "use 1 or more", VALIDATES),
+    wrong("validation.local_batch_size", 0, "at least 1", "use 1 or more", VALIDATES),
+    wrong("validation.seq_len", 4096, "from 1 to training.seq_len, 2048", "lower it", VALIDATES),
+    wrong("validation.seq_len", 100, "a multiple of", "nearest with topk 128: 2048", VALIDATES),
+    run(f"{VALIDATES} --validation.seq_len 1024", "lighthouse.topk must divide", "seq_len 1024"),
     # Lighthouse, alone and together.
-    run("--lighthouse.num_levels 1", "lighthouse.num_levels must be", "got 1", "use 2 or more"),
-    run("--lighthouse.num_levels 99999999", "lighthouse.num_levels", "got 99999999", "use 30 or"),
-    run("--lighthouse.pooling_factor 3", "lighthouse.pooling_factor", "got 3", "nearest: 2"),
-    run(
-        "--lighthouse.pooling_factor 1000000000001",
-        *("lighthouse.pooling_factor", "got 1000000000001", "nearest: 1073741824"),
-    ),
-    run(
-        "--lighthouse.topk -1000000000000", "lighthouse.topk", "got -1000000000000", "nearest: 128"
-    ),
-    run("--lighthouse.topk 1500", "lighthouse.topk", "got 1500", "nearest: 128"),
+    wrong("lighthouse.num_levels", 1, "at least 2", "use 2 or more"),
+    wrong("lighthouse.num_levels", 99999999, "at most 30", "use 30 or fewer"),
+    wrong("lighthouse.pooling_factor", 3, "a power of two", "nearest: 2"),
+    wrong("lighthouse.pooling_factor", 10**12 + 1, "a power of two of at", "nearest: 1073741824"),
+    wrong("lighthouse.topk", -(10**12), "a positive multiple of 128", "nearest: 128"),
+    wrong("lighthouse.topk", 1500, "a positive multiple of 128", "nearest: 128"),
+    # This rule also applies to a dense run.
+    wrong("lighthouse.topk", 200, "a positive", "nearest: 256", "--lighthouse.stage1_steps 0"),
     run("--lighthouse.topk 256", "lighthouse.topk", "got topk 256", "topk 128, or seq_len 4096"),
     run(
         "--lighthouse.num_levels 8",
         *("training.seq_len", "num_levels=8", "got 2048", "nearest with topk 128: 2097152"),
     ),
-    run("--lighthouse.scorer loud", "lighthouse.scorer must be one of norm", "'loud'", "choose"),
-    run("--lighthouse.dilation 0", "lighthouse.dilation must be", "got 0", "use 1 or more"),
+    wrong("lighthouse.scorer", "loud", "one of norm, dilated, gla", "choose one"),
+    wrong("lighthouse.dilation", 0, "at least 1", "use 1 or more"),
     run("--lighthouse.full_attn_layers 0 4", "full_attn_layers must be", "got 4", "remove it"),
-    run("--lighthouse.stage1_steps 61", "lighthouse.stage1_steps must", "got 61", "raise training"),
-    run("--lighthouse.stage1_steps -2", "lighthouse.stage1_steps must", "got -2", "lower it"),
+    run("--lighthouse.full_attn_layers -5", "full_attn_layers must be from -4 to 3", "got -5"),
+    wrong("lighthouse.stage1_steps", 61, "from 0 to training.steps (60)", "lower it or raise"),
+    wrong("lighthouse.stage1_steps", -2, "from 0 to training.steps (60), or -1", "lower it"),
     run(
         "--lighthouse.full_attn_layers 0 1 2 -1",
         *("full_attn_layers must be fewer than all 4", "[0, 1, 2, -1]", "stage1_steps to 0 for"),
     ),
-    run(
-        "--lighthouse.stage2_seq_len 768", "stage2_seq_len must", "got 768", "nearest: 512 or 1024"
+    wrong(
+        "lighthouse.stage2_seq_len", 768, "0 or a divisor of training.seq_len, 2048", "512 or 1024"
     ),
-    run("--lighthouse.stage2_full_steps 2", "stage2_full_steps must be 0", "got 2", "set it to 0"),
+    wrong("lighthouse.stage2_seq_len", -1, "0 or a divisor of training.seq_len", "nearest: 1"),
+    wrong("lighthouse.stage2_seq_len", 4096, "0 or a divisor of training.seq_len", "nearest: 2048"),
+    wrong("lighthouse.stage2_full_steps", 2, "0 unless lighthouse.stage2_seq_len", "set it to 0"),
     run(
-        "--lighthouse.stage2_seq_len 512 --lighthouse.stage2_full_steps 21",
-        *("stage2_full_steps must be from 0", "got 21", "use 20"),
+        "--lighthouse.stage2_seq_len 2048 --lighthouse.stage2_full_steps 1",
+        *("stage2_full_steps must be 0 unless", "training.seq_len, 2048", "got 1", "set it to 0"),
     ),
-    run("--lighthouse.telemetry_freq -1", "lighthouse.telemetry_freq", "got -1", "use 0 or more"),
+    wrong(
+        "lighthouse.stage2_full_steps", 21, "from 0 to the steps of stage 2, 20", "use 20", PIECES
+    ),
+    wrong("lighthouse.stage2_full_steps", -1, "from 0 to the steps of stage 2", "use 0", PIECES),
+    run(
+        f"{PIECES} --lighthouse.stage1_steps -1 --lighthouse.stage2_full_steps 1",
+        *("stage2_full_steps must be from 0 to the steps of stage 2, 0, got 1", "use 0"),
+    ),
+    wrong("lighthouse.telemetry_freq", -1, "at least 0", "use 0 or more"),
     # Parallelism.
-    run("--parallelism.tensor_parallel_degree 0", "tensor_parallel_degree", "got 0", "use 1"),
-    run(
-        "--parallelism.tensor_parallel_degree 3",
-        *("parallelism.tensor_parallel_degree must be a divisor of the 2", "got 3", "use 1 or 2"),
-    ),
-    run(
-        "--parallelism.data_parallel_shard_degree 2",
-        *("data_parallel_shard_degree must be the 1 processes", "got 2", "set it to -1 or 1"),
-    ),
-    run(
-        "--parallelism.data_parallel_shard_degree 3 --parallelism.tensor_parallel_degree 2",
-        *("must be the 5 processes divided by the other degrees, 2", "got 3", "start 6 processes"),
-        WORLD_SIZE="5",
-    ),
+    wrong(TP, 0, "at least 1", "use 1 or more"),
+    wrong(CP, 0, "at least 1", "use 1 or more"),
+    wrong(REPLICATE, 0, "at least 1", "use 1 or more"),
+    wrong(TP, 3, "a divisor of the 2 key/value heads of debugmodel", "use 1 or 2"),
+    wrong(SHARD, 2, "the 1 processes divided by the other degrees, 1", "set it to -1 or 1"),
+    wrong(SHARD, 3, "the 4 processes divided by the other degrees, 1", "-1 or 4", num_ranks=4),
+    wrong(SHARD, 0, "the 4 processes divided by the other degrees, 1", "-1 or 4", num_ranks=4),
+    wrong(SHARD, 3, "the 5 processes divided by the other degrees, 2", "start 6", f"--{TP} 2", 5),
+    run(f"--{REPLICATE} 2", "the 1 processes", "degrees, 2, got -1", "start a multiple of 2"),
     run("", "WORLD_SIZE must be the number of processes", "got 'two'", "unset", WORLD_SIZE="two"),
     run("", "RANK must be the number of this", "got '5'", "unset it", RANK="5", LOCAL_RANK="5"),
     run("", "RANK must be the number of this process", "got '-1'", "unset it", RANK="-1"),
     run("", "LOCAL_RANK must be the number of this", "got 'one'", "unset it", LOCAL_RANK="one"),
     run("", "MASTER_PORT must be a port", "got 'http'", "unset it", MASTER_PORT="http"),
     run(
-        "--parallelism.context_parallel_degree 2",
-        *("lighthouse.topk must be a multiple of 256", "got 128", "topk 256 with seq_len 4096"),
+        f"--{CP} 2",
+        *("topk must be a multiple of 256", "2 chunks", "got 128", "topk 256 with seq_len 4096"),
         WORLD_SIZE="2",
     ),
     run(
-        "--parallelism.context_parallel_degree 4 --lighthouse.stage1_steps 0",
-        *(
-            "parallelism.context_parallel_degree must be a divisor of",
-            "got 4",
-            "use 1 or 2, or 'ring'",
-        ),
-        WORLD_SIZE="4",
-    ),
-    run(
-        "--parallelism.tensor_parallel_degree 2 --training.seq_len 2050",
-        *("training.seq_len must be a multiple of twice", "got 2050", "nearest: 2048"),
+        f"{CP2} {RING}",
+        *("lighthouse.topk must be a multiple of 512", "4 chunks", "got 256", "topk 512"),
         WORLD_SIZE="2",
     ),
+    wrong(CP, 4, "a divisor of", "use 1 or 2, or 'ring'", "--lighthouse.stage1_steps 0", 4),
     run(
-        "--parallelism.data_parallel_replicate_degree 2 --parallelism.tensor_parallel_degree 2",
-        *("parallelism.data_parallel_replicate_degree must be 1", "got 2", "more than 4 processes"),
+        f"{CP2} --{TP} 2",
+        *(f"{CP} must be a divisor", "of a rank, 1,", "got 2", "use 1, or 'ring'"),
         WORLD_SIZE="4",
     ),
     run(
-        "--parallelism.pipeline_parallel_degree 2",
-        *("parallelism.pipeline_parallel_degree must be 1", "got 2", "use data, context or"),
+        f"{RING4} --lighthouse.stage2_seq_len 1024",
+        *("stage2_seq_len", "batch of 1 into whole pieces for 4", "got 1024", "512 or 2048"),
+        WORLD_SIZE="4",
     ),
     run(
-        "--parallelism.expert_parallel_degree 2",
-        *("parallelism.expert_parallel_degree must be 1", "got 2", "remove it"),
+        f"--{TP} 2 --lighthouse.stage2_seq_len 1",
+        *("stage2_seq_len", "a multiple of the tensor-parallel degree, 2", "got 1", "nearest: 2"),
+        WORLD_SIZE="2",
     ),
+    wrong("training.seq_len", 2050, "a multiple of twice", "nearest: 2048", f"--{TP} 2", 2),
     run(
-        "--parallelism.enable_async_tensor_parallel",
-        *("parallelism.enable_async_tensor_parallel", "got true", "set compile.enable to true"),
+        f"{CP2} --training.seq_len 2050 --lighthouse.stage1_steps 0",
+        *("training.seq_len must be a multiple of twice", "4, got 2050", "nearest: 2048"),
+        WORLD_SIZE="2",
     ),
-    run(
-        "--training.enable_cpu_offload",
-        *("training.enable_cpu_offload must be false", "got true", "start more processes"),
-    ),
+    wrong("lighthouse.scorer", "dilated", "norm under context", f"{CP} to 1", CP2, num_ranks=2),
+    wrong("lighthouse.telemetry_freq", 10, "0 under context", f"{CP} to 1", CP2, num_ranks=2),
+    wrong("parallelism.context_parallel_load_balancer", "ptrr", "'headtail'", "leave it", CP2, 2),
+    wrong(REPLICATE, 2, "1 with tensor", "start more than 4 processes", f"--{TP} 2", num_ranks=4),
+    wrong("training.loss_chunk_size", 64, "0 with tensor", f"{TP} to 1", f"--{TP} 2", num_ranks=2),
+    wrong("parallelism.pipeline_parallel_degree", 2, "1", "use data, context or tensor"),
+    wrong("parallelism.expert_parallel_degree", 2, "1", "remove it"),
+    wrong("parallelism.enable_async_tensor_parallel", True, "false", "set compile.enable to true"),
+    wrong("training.enable_cpu_offload", True, "false where", "remove it, or start more processes"),
     # Features that this machine or this program does not have.
-    run("--model.converters float8", "model.converters must be one of", "got 'float8'", "choose"),
-    run(
-        "--model.converters quantize.linear.float8",
-        *("model.converters must be left out on a CPU", "got 'quantize.linear.float8'", "remove"),
-    ),
+    wrong("model.converters", "float8", "one of quantize.linear.float8", "choose one of these"),
+    wrong("model.converters", "quantize.linear.float8", "left out on a CPU", "remove it"),
     run("--compile.components loss,modle", "compile.components", "got 'modle'", "mean model?"),
     run(
         "--compile.enable --compile.backend inductr",
         *("compile.backend must be one of", "got 'inductr'", "did you mean inductor?"),
     ),
-    run(
-        "--activation_checkpoint.mode memory_budget",
-        *("activation_checkpoint.mode must be", "got 'memory_budget'", "set compile.enable to"),
-    ),
-    run(
-        "--activation_checkpoint.determinism_check maybe",
-        *("activation_checkpoint.determinism_check must be one of", "got 'maybe'", "choose one"),
-    ),
-    run(
-        "--profiling.enable_profiling",
-        *("profiling.enable_profiling must be false on a CPU", "got true", "remove it"),
-    ),
-    run(
-        "--profiling.enable_memory_snapshot",
-        *("profiling.enable_memory_snapshot must be false on a CPU", "got true", "remove it"),
-    ),
-    run(
-        "--checkpoint.enable --checkpoint.async_mode async_with_pinned_mem",
-        *("checkpoint.async_mode must be", "got 'async_with_pinned_mem'", "use async"),
-    ),
-    run("--training.gc_debug", "training.gc_debug must be false on a CPU", "got true", "remove it"),
-    run(
-        "--checkpoint.initial_load_in_hf_quantized",
-        *(
-            "checkpoint.initial_load_in_hf_quantized must be false",
-            "got true",
-            "initial_load_in_hf to true",
-        ),
-    ),
-    run("--comm.mode local_tensor", "comm.mode must be one of", "'local_tensor'", "choose one"),
-    run("--comm.mode fake_backend", "comm.mode must be", "got 'fake_backend'", "set the variable"),
-    run("--fault_tolerance.enable", "fault_tolerance.enable must", "got true", "remove it"),
-    run("--memory_estimation.enable", "memory_estimation.enable", "got true", "lighthouse plan"),
-    run(
-        "--experimental.custom_import no_such_module",
-        *("experimental.custom_import must be a module", "got 'no_such_module'", "correct the"),
-    ),
+    wrong("activation_checkpoint.mode", "memory_budget", "selective, full", "set compile.enable"),
+    wrong("activation_checkpoint.determinism_check", "maybe", "one of default, none", "choose one"),
+    wrong("profiling.enable_profiling", True, "false on a CPU, where torchtitan's", "remove it"),
+    wrong("profiling.enable_memory_snapshot", True, "false on a CPU, where", "remove it"),
+    wrong("checkpoint.async_mode", "async_with_pinned_mem", "disabled or", "use async", SAVES),
+    wrong("training.gc_debug", True, "false on a CPU, because it looks", "remove it"),
+    wrong("checkpoint.initial_load_in_hf_quantized", True, "false", "initial_load_in_hf to true"),
+    wrong("comm.mode", "local_tensor", "one of default, fake_backend", "choose one of these"),
+    wrong("comm.mode", "fake_backend", "default unless NGPU is the number", "set the variable"),
+    wrong("fault_tolerance.enable", True, "false, because it has no effect", "remove it"),
+    wrong("memory_estimation.enable", True, "false, because it has no effect", "lighthouse plan"),
+    wrong("experimental.custom_import", "no_such_module", "a module that can be", "correct the"),
     # Model and tokenizer.
-    run("--model.name llama3", "model.name must be one of", "got 'llama3'", "choose one"),
-    run("--model.flavor 530m", "model.flavor must be one of", "got '530m'", "did you mean 530M?"),
+    wrong("model.name", "llama3", "one of llama3_lighthouse", "choose one of these"),
+    wrong("model.flavor", "530m", "one of debugmodel", "did you mean 530M?"),
     run("--model.hf_assets_path {place}/no", "model.hf_assets_path", "/no'", "correct the path"),
     run("--model.hf_assets_path {place}/empty", "model.hf_assets_path", "/empty'", "download"),
     run("--model.hf_assets_path {place}/not_json", "model.hf_assets_path", "/not_json'", "again"),
@@ -372,78 +363,83 @@ COMMAND_LINES = [
     run("--training.dataset python_stdlib", "training.dataset_path must not", "/corpus'", "remove"),
     run(
         "--training.dataset tokenized",
-        *(
-            "training.dataset_path must be a folder with a prepared",
-            "/corpus'",
-            "lighthouse prepare",
-        ),
+        *("training.dataset_path must be a folder with a prepared", "/corpus'", "prepare --output"),
     ),
     run(
         "--training.dataset tokenized --training.dataset_path {place}/prepared",
         *("training.dataset_path must hold a readable manifest", "manifest.json'", "restore it"),
     ),
-    run("--training.dataloader.num_workers 2", "dataloader.num_workers", "got 2", "set it to 1"),
-    run(
-        "--training.dataloader.prefetch_factor 2",
-        *("training.dataloader.prefetch_factor", "got 2", "num_workers to 1"),
-    ),
+    wrong("training.dataloader.num_workers", 2, "0 or 1", "set it to 1"),
+    wrong("training.dataloader.prefetch_factor", 2, "left out without", "num_workers to 1"),
     # Output folders.
     run("--job.dump_folder ''", "job.dump_folder must be the name", "got ''", "./outputs"),
     run("--job.dump_folder {place}/file", "job.dump_folder must be a folder", "/file'", "another"),
     run("--job.dump_folder {place}/file/run", "job.dump_folder must be", "/file/run'", "another"),
     run("--job.dump_folder /dev/null/run", "job.dump_folder must be", "/dev/null/run'", "another"),
     run(f"--job.dump_folder {{place}}/{'a' * 300}", "job.dump_folder", "aaa", "name another"),
-    run("--job.save_config_file ../c.json", "job.save_config_file", "got '../c.json'", "without"),
-    run("--metrics.save_tb_folder /tmp/tb", "metrics.save_tb_folder", "got '/tmp/tb'", "without"),
-    run("--profiling.save_traces_folder ..", "profiling.save_traces_folder", "'..'", "without"),
-    run("--comm.save_traces_folder a/../../b", "comm.save_traces_folder", "a/../../b", "without"),
-    run("--checkpoint.folder /tmp/c", "checkpoint.folder must be", "got '/tmp/c'", "without a"),
-    run("--checkpoint.folder ../c", "checkpoint.folder must be", "got '../c'", "without a"),
-    run(
-        "--checkpoint.enable --checkpoint.folder metrics.jsonl",
-        *("checkpoint.folder must be another name", "got 'metrics.jsonl'", "name another folder"),
-    ),
-    run("--checkpoint.folder .", "checkpoint.folder must be", "got '.'", "without a leading"),
+    wrong("job.save_config_file", "../c.json", INSIDE, "without a leading"),
+    wrong("metrics.save_tb_folder", "/tmp/tb", INSIDE, "without a leading"),
+    wrong("profiling.save_traces_folder", "..", INSIDE, "without a leading"),
+    wrong("comm.save_traces_folder", "a/../../b", INSIDE, "without a leading"),
+    wrong("checkpoint.folder", "/tmp/c", INSIDE, "without a leading"),
+    wrong("checkpoint.folder", "../c", INSIDE, "without a leading"),
+    wrong("checkpoint.folder", "metrics.jsonl", "another name than", "another folder", SAVES),
+    wrong("checkpoint.folder", ".", INSIDE, "without a leading"),
     # Checkpoints.
-    run("--checkpoint.enable --checkpoint.interval 0", "checkpoint.interval", "got 0", "use 1"),
-    run("--checkpoint.enable --checkpoint.keep_latest_k 1", "keep_latest_k must", "got 1", "use 2"),
-    run("--checkpoint.enable --checkpoint.load_step 7", "checkpoint.load_step", "got 7", "use -1"),
+    wrong("checkpoint.interval", 0, "at least 1", "use 1 or more", SAVES),
+    wrong("checkpoint.keep_latest_k", 1, "0, for all, or at least 2", "use 2 or more", SAVES),
+    wrong("checkpoint.keep_latest_k", -1, "0, for all, or at least 2", "use 2 or more", SAVES),
+    wrong("checkpoint.load_step", 7, "-1 or the step of a whole", "use -1", SAVES),
     run("--checkpoint.create_seed_checkpoint", "checkpoint.enable must", "got false", "set it to"),
-    run(
-        "--checkpoint.enable --checkpoint.exclude_from_loading optimiser",
-        *("checkpoint.exclude_from_loading", "got 'optimiser'", "did you mean optimizer?"),
+    *(
+        run(
+            f"{SAVES} --checkpoint.last_save_model_only --lighthouse.stage1_steps {steps}",
+            *("checkpoint.last_save_model_only must be false", "optimizer", "got true", "set it"),
+        )
+        for steps in (-1, 60)
     ),
     run(
-        "--checkpoint.enable --checkpoint.initial_load_path {place}/no",
-        *("checkpoint.initial_load_path must be the folder", "/no'", "correct the path"),
+        f"{SAVES} --checkpoint.exclude_from_loading optimizer,dataloader",
+        *("checkpoint.exclude_from_loading must be without", "got 'optimizer'", "remove it"),
+    ),
+    wrong("checkpoint.exclude_from_loading", "lr_scheduler", "without", "remove it", SAVES),
+    wrong("checkpoint.exclude_from_loading", "train_state", "without", "remove it", SAVES),
+    wrong("checkpoint.exclude_from_loading", "optimiser", "one of", "mean optimizer?", SAVES),
+    run(
+        f"{SAVES} --checkpoint.last_save_in_hf",
+        *("last_save_model_only must be true with checkpoint.last_save_in_hf", "got false"),
     ),
     run(
-        "--checkpoint.enable --checkpoint.initial_load_path {place}/empty",
-        *("checkpoint.initial_load_path must hold a whole", "/empty'", "name an older one"),
+        f"{SAVES} --checkpoint.initial_load_in_hf",
+        *("initial_load_model_only must be true with checkpoint.initial_load_in_hf", "got false"),
     ),
     run(
-        f"--checkpoint.enable {HF} --checkpoint.initial_load_path {{place}}/empty",
+        f"{SAVES} --checkpoint.initial_load_path {{place}}/no",
+        *("checkpoint.initial_load_path must be the folder", "step number", "/no'", "correct the"),
+    ),
+    run(
+        f"{SAVES} --checkpoint.initial_load_path {{place}}/empty",
+        *("initial_load_path must hold a whole", "/empty': .metadata, which", "name an older one"),
+    ),
+    run(
+        f"{SAVES} {HF} --checkpoint.initial_load_path {{place}}/empty",
         *("config.json' must be the configuration of a model", "No such file", "name a folder"),
     ),
     run(
-        f"--checkpoint.enable {HF} --checkpoint.initial_load_path {{place}}/not_json",
+        f"{SAVES} {HF} --checkpoint.initial_load_path {{place}}/not_json",
         *("config.json' must be the configuration of a model", "Expecting", "name a folder"),
     ),
 ]
 """Calls of the trainer."""
 
+TOML_FILE = "job.config_file must be a readable TOML file"
+
 FILES = [
-    config(
-        "{place}/no.toml", "job.config_file must be a readable TOML file", "no.toml'", "correct the"
-    ),
-    config(
-        "{place}/empty", "job.config_file must be a readable TOML file", "/empty'", "correct the"
-    ),
-    config("{place}/pipe", "job.config_file must be a readable TOML file", "/pipe'", "correct the"),
-    config(
-        "/dev/zero", "job.config_file must be a readable TOML file", "/dev/zero'", "correct the"
-    ),
-    config("{place}/random.bin", "job.config_file must be a readable", "random.bin'", "correct"),
+    config("{place}/no.toml", TOML_FILE, "no.toml'", "correct the file"),
+    config("{place}/empty", TOML_FILE, "/empty'", "correct the file"),
+    config("{place}/pipe", TOML_FILE, "/pipe'", "correct the file"),
+    config("/dev/zero", TOML_FILE, "/dev/zero'", "correct the file"),
+    config("{place}/random.bin", TOML_FILE, "random.bin'", "correct the file"),
     config("''", "--job.config_file must be followed by a file", "name one"),
     config(
         "{place}/no.toml --job.config_file=a.toml",
@@ -451,23 +447,13 @@ FILES = [
     ),
     file("", "job.config_file must set a field", "run.toml'", "correct the path"),
     file("# nothing\n", "job.config_file must set a field", "run.toml'", "correct the path"),
-    file("steps: 60\n", "job.config_file must be a readable TOML file", "line 1", "correct the"),
-    file(
-        "[training\nsteps = 6",
-        "job.config_file must be a readable TOML file",
-        "line 1",
-        "correct the",
-    ),
-    file(
-        "[training]\nsteps = 6\nsteps = 7",
-        "must be a readable TOML file",
-        "Cannot overwrite a value",
-        "correct",
-    ),
+    file("steps: 60\n", TOML_FILE, "line 1", "correct the file"),
+    file("[training\nsteps = 6", TOML_FILE, "line 1", "correct the file"),
+    file("[training]\nsteps = 6\nsteps = 7", TOML_FILE, "Cannot overwrite a value", "correct the"),
+    file("a = " + 9000 * "[", TOML_FILE, "too deeply", "correct the file"),
     file("[training]\nstep = 60", "training.step is not a field", "did you mean steps?"),
     file("[training]\nsteps = 1e2", "training.steps must be int", "got 100.0", "write 100"),
     file("[optimizer]\nseq_len = 60", "optimizer.seq_len is not", "mean training.seq_len or"),
-    file("a = " + 9000 * "[", "job.config_file must be a readable TOML", "too deeply", "correct"),
     file("[trianing]\nsteps = 60", "trianing is not a field", "did you mean training?"),
     file("steps = 60", "steps is not a field", "mean training.steps or"),
     file("training = 60", "training must be a section", "got 60", "write [training]"),
@@ -480,22 +466,25 @@ FILES = [
     file("[checkpoint]\nenable = 1", "checkpoint.enable must be bool", "got 1", "change its type"),
     file("[model]\nflavor = 530", "model.flavor must be str", "got 530", "change its type"),
     file("[lighthouse]\nfull_attn_layers = 0", "full_attn_layers must be", "got 0", "change its"),
-    file(
-        '[lighthouse]\nfull_attn_layers = ["0"]',
-        *("lighthouse.full_attn_layers must be list[int]", "got ['0']", "change its type"),
-    ),
+    file('[lighthouse]\nfull_attn_layers = ["0"]', "must be list[int]", "got ['0']", "change its"),
     file('[compile]\ncomponents = "model"', "compile.components must", "got 'model'", "change its"),
     file('[lighthouse]\nsdpa_backend = "math"', "sdpa_backend must be one of", "'math'", "choose"),
     file('[training]\ndtype = "fp16"', "training.dtype must be one of", "got 'fp16'", "choose one"),
     file("[debug]\nseed = 'x'", "debug.seed must be int | None", "got 'x'", "change its type"),
-    file(
-        "[training.dataloader]\nnum_worker = 1", "dataloader.num_worker is not", "mean num_workers?"
-    ),
+    file("[training.dataloader]\nnum_worker = 1", "dataloader.num_worker is not", "num_workers?"),
     file('[job]\ncustom_config_module = "x"', "custom_config_module", "'x'", "remove it"),
 ]
 """Files given to the trainer."""
 
 MODEL = "{place}/run/checkpoint/step-1"
+plan = calls_of("plan", "{place}/ok.toml")
+sweep = calls_of("sweep", "{place}/ok.toml --output {dump}")
+export = calls_of("export", MODEL)
+eval_loss = calls_of("eval-loss", MODEL)
+eval_passkey = calls_of("eval-passkey", MODEL)
+passkey_data = calls_of("eval-passkey", "--make-data 4 {dump}/x.jsonl --lengths 256")
+report = calls_of("report", "--output {dump}")
+prepare = calls_of("prepare", "--output {dump} --dataset text --dataset-path {place}/corpus")
 
 SCRIPTS = [
     script("bench", "--seq-lens 8192 1000", "seq_len must be", "got 1000", "nearest with topk"),
@@ -509,259 +498,121 @@ SCRIPTS = [
     ),
     script("plan", "", "the following arguments are required: config", "see --help"),
     script("plan", "{toml} --world-size two", "--world-size", "'two'", "see --help", toml="a = 1"),
-    script("plan", "{place}/ok.toml --world-size 0", "--world-size must", "got 0", "use 1 or more"),
     script("plan", "{place}/no.toml --world-size 1", "job.config_file", "no.toml'", "correct the"),
-    script("plan", "{place}/ok.toml --world-size 1 --gpu H9", "--gpu must", "'H9'", "choose one"),
-    script("plan", "{place}/ok.toml --world-size 1 --jsn", "--jsn is not a field", "see --help"),
-    script(
-        "plan",
-        "{place}/ok.toml --world-size 3 --parallelism.context_parallel_degree 2",
+    plan("--world-size 0", "--world-size must be at least 1", "got 0", "use 1 or more"),
+    plan("--world-size 1 --gpu H9", "--gpu must be one of", "'H9'", "choose one"),
+    plan("--world-size 1 --jsn", "--jsn is not a field", "see --help"),
+    plan(
+        f"--world-size 3 --{CP} 2",
         *("data_parallel_shard_degree must be the 3", "got -1", "a multiple of 2 processes"),
     ),
-    script(
-        "plan",
-        "{place}/ok.toml --world-size 2 --parallelism.tensor_parallel_degree 2",
-        *("parallelism.tensor_parallel_degree must be 1", "got 2", ";"),
-    ),
+    plan(f"--world-size 2 --{TP} 2", f"{TP} must be 1 for a plan", "got 2", "set it to 1"),
     script("sweep", "{place}/ok.toml", "arguments are required: --output", "see --help"),
-    script(
-        "sweep", "{place}/no.toml --output {dump}", "job.config_file", "no.toml'", "correct the"
-    ),
-    script(
-        "sweep", "{place}/ok.toml --output {place}/file", "--output must be", "/file'", "another"
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --nproc 0",
-        "--world-size",
-        "got 0",
-        "use 1 or more",
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --grid {place}/no.toml",
-        *("--grid must be a TOML file", "no.toml'", "correct it"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --grid {place}/random.bin",
-        *("--grid must be a TOML file", "random.bin'", "correct it"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --grid '{{topk = }}'",
-        *("--grid must be an inline table", "{topk = }", "correct it"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --grid '{{}}'",
-        *("--grid must name a field", "'{}'", "leave it out"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --grid '{{topks = [128]}}'",
-        *("--grid: topks is not a field", "use scorer, pooling_factor"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --grid '{{topk = 128}}'",
-        *("--grid: topk must be a list", "got 128", "write one"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --grid '{{seed = [\"0\"]}}'",
-        *("--grid: seed must be a list of numbers", "got '0'", "change its type"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --grid '{{stage1_share = [1.5]}}'",
-        *("--grid: stage1_share must be from 0 to 1", "got 1.5", "as a part of training.steps"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --run --grid '{{topk = [100]}}'",
-        *("--grid must have a legal cell", "got none", "see --list"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --collect",
-        *("--output must hold cells", "got none", "use --run"),
-    ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {place}/grid --collect",
+    script("sweep", "{place}/no.toml --output {dump}", "job.config_file", "no.toml'", "correct"),
+    sweep("--output {place}/file", "--output must be a folder", "/file'", "another"),
+    sweep("--nproc 0", "--world-size must be at least 1", "got 0", "use 1 or more"),
+    sweep("--grid {place}/no.toml", "--grid must be a TOML file", "no.toml'", "correct it"),
+    sweep("--grid {place}/random.bin", "--grid must be a TOML file", "random.bin'", "correct it"),
+    sweep("--grid '{{topk = }}'", "--grid must be an inline table", "{topk = }", "correct it"),
+    sweep("--grid '{{}}'", "--grid must name a field", "'{}'", "leave it out"),
+    sweep("--grid '{{topks = [128]}}'", "--grid: topks is not a field", "use scorer"),
+    sweep("--grid '{{topk = 128}}'", "--grid: topk must be a list", "got 128", "write one"),
+    sweep("--grid '{{seed = [\"0\"]}}'", "seed must be a list of numbers", "got '0'", "change its"),
+    sweep("--grid '{{stage1_share = [1.5]}}'", "must be from 0 to 1", "got 1.5", "as a part of"),
+    sweep("--run --grid '{{topk = [100]}}'", "--grid must have a legal", "got none", "see --list"),
+    sweep("--collect", "--output must hold cells", "got none", "use --run"),
+    sweep(
+        "--output {place}/grid --collect",
         *("--output must hold undamaged cell.json files", "cell.json'", "remove the folder"),
     ),
-    script(
-        "sweep",
-        "{place}/ok.toml --output {dump} --run --job.dump_folder elsewhere",
+    sweep(
+        "--run --job.dump_folder elsewhere",
         *("--job.dump_folder must not be given", "since a cell sets it", "leave it out"),
     ),
-    script("export", MODEL, "--output FOLDER must be given", "see --help"),
     script(
-        "export",
-        "{place}/no --output {dump}",
-        "a model must be a whole",
-        "/no'",
-        "correct the path",
+        "export", "{place}/no --output {dump}", "a model must be a whole", "/no'", "correct the"
     ),
     script(
         "export",
         "{place}/run/checkpoint --output {dump}",
         *("a model must be a whole", "/run/checkpoint'", "name /", "/step-1"),
     ),
-    script(
-        "export",
-        f"{MODEL} --output {{place}}/file",
-        "--output must be a folder",
-        "/file'",
-        "another one",
-    ),
-    script(
-        "export",
-        f"{MODEL} --output {{place}}/corpus",
-        "--output must be a new",
-        "/corpus'",
-        "another",
-    ),
-    script(
-        "export",
-        f"{MODEL} --output {{dump}} --dtype float16",
-        "--dtype",
-        "'float16'",
-        "choose from",
-    ),
-    script(
-        "export", f"{MODEL} --output {{dump}} --flavor 53M", "--flavor must be", "'53M'", "choose"
-    ),
-    script(
-        "export",
-        f"{MODEL} --output {{dump}} --flavor 10M",
-        "--flavor must be",
-        "'10M'",
-        "use debug",
-    ),
-    script(
-        "export",
-        f"{MODEL} --output {{dump}} --max-seq-len 0",
-        *("--max-seq-len must", "got 0", "use 1"),
-    ),
-    script(
-        "export",
-        f"{MODEL} --output {{dump}} --tokenizer {{place}}/not_json",
+    export("", "--output FOLDER must be given", "see --help"),
+    export("--output {place}/file", "--output must be a folder", "/file'", "another one"),
+    export("--output {place}/corpus", "--output must be a new", "/corpus'", "another one"),
+    export("--output {dump} --dtype float16", "--dtype", "'float16'", "choose from"),
+    export("--output {dump} --flavor 53M", "--flavor must be one of", "'53M'", "choose the one"),
+    export("--output {dump} --flavor 10M", "--flavor must be that of", "'10M'", "use debugmodel"),
+    export("--output {dump} --max-seq-len 0", "--max-seq-len must be at", "got 0", "use 1 or more"),
+    export(
+        "--output {dump} --tokenizer {place}/not_json",
         *("--tokenizer must hold a readable tokenizer", "/not_json'", "download it again"),
     ),
     script("eval-loss", "", "the following arguments are required: MODEL", "see --help"),
     script("eval-loss", "{place}/no", "a model must be a whole", "/no'", "correct the path"),
-    script("eval-loss", f"{MODEL} --windows 0", "--windows must be", "got 0", "use 1 or more"),
-    script("eval-loss", f"{MODEL} --seq-len -4", "--seq-len must be", "got -4", "use 1 or more"),
-    script("eval-loss", f"{MODEL} --device gpu", "--device must be", "'gpu'", "use cpu"),
-    script("eval-loss", f"{MODEL} --device cuda:99", "--device must be", "'cuda:99'", "use cpu"),
-    script("eval-loss", f"{MODEL} --output {{place}}/file", "--output must", "/file'", "another"),
-    script("eval-loss", f"{MODEL} --dataset pile", "argument --dataset", "'pile'", "choose from"),
-    script(
-        "eval-loss", f"{MODEL} --dataset text", "dataset_path must be", "'text', got None", "the"
-    ),
-    script(
-        "eval-loss",
-        f"{MODEL} --lighthouse topk=12",
+    eval_loss("--windows 0", "--windows must be at least 1", "got 0", "use 1 or more"),
+    eval_loss("--seq-len -4", "--seq-len must be at least 1", "got -4", "use 1 or more"),
+    eval_loss("--device gpu", "--device must be one of", "'gpu'", "use cpu"),
+    eval_loss("--device cuda:99", "--device must be one of", "'cuda:99'", "use cpu"),
+    eval_loss("--output {place}/file", "--output must be a folder", "/file'", "another"),
+    eval_loss("--dataset pile", "argument --dataset", "'pile'", "choose from"),
+    eval_loss("--dataset text", "dataset_path must be set", "'text', got None", "name the folder"),
+    eval_loss(
+        "--lighthouse topk=12",
         *("--lighthouse for", "topk must be a positive multiple", "got 12", "nearest: 128"),
     ),
-    script("eval-loss", f"{MODEL} --lighthouse k=12", "--lighthouse must set", "'k=12'", "write"),
-    script("eval-loss", f"{MODEL} --lighthouse topk=a", "--lighthouse topk", "'a'", "a number"),
+    eval_loss("--lighthouse k=12", "--lighthouse must set one of", "'k=12'", "write FIELD=VALUE"),
+    eval_loss("--lighthouse topk=a", "--lighthouse topk", "'a'", "a number"),
     script("eval-loss", "{place}/not_json", "config.json' must be", "Expecting", "name a folder"),
     script("eval-passkey", "", "name either MODEL or --make-data N FILE", "see --help"),
     script("eval-passkey", "{place}/empty", "a model must be a whole", "/empty'", "correct the"),
-    script("eval-passkey", f"{MODEL} --lengths 9", "--lengths must be", "got 9", "use longer ones"),
-    script("eval-passkey", f"{MODEL} --lengths a", "argument --lengths", "'a'", "see --help"),
-    script("eval-passkey", f"{MODEL} --device tpu", "--device must be", "'tpu'", "use cpu"),
+    eval_passkey("--lengths 9", "--lengths must be at least 80", "got 9", "use longer ones"),
+    eval_passkey("--lengths a", "argument --lengths", "'a'", "see --help"),
+    eval_passkey("--device tpu", "--device must be one of", "'tpu'", "use cpu"),
     script(
         "eval-passkey",
         "--make-data 0 {dump}/x.jsonl --lengths 256",
         *("--make-data must be followed by a number and a file", "'0'", "give both"),
     ),
-    script(
-        "eval-passkey",
-        "--make-data 4 {dump}/x.jsonl --lengths 256 9",
-        *("--lengths must be at least", "got 9", "use longer ones"),
-    ),
-    script(
-        "eval-passkey",
-        "--make-data 4 {dump}/x.jsonl --lengths 256 --filler-words 2 -1",
-        *("--filler-words must be at least 0", "got -1", "use 0 for a new word"),
-    ),
-    script(
-        "eval-passkey",
-        "--make-data 4 {dump}/x.jsonl --lengths 256 --questions 0",
-        *("--questions must be at least 1", "got 0", "use 1 for the form"),
-    ),
-    script(
-        "eval-passkey",
-        "--make-data 4 {dump}/x.jsonl --lengths 256 --min-distance -1",
-        *("--min-distance must be at least 0", "got -1", "use 0 for any distance"),
-    ),
-    script(
-        "eval-passkey",
-        "--make-data 4 {dump}/x.jsonl --lengths 256 --min-distance 256",
+    passkey_data("--lengths 256 9", "--lengths must be at least 80", "got 9", "use longer ones"),
+    passkey_data("--filler-words 2 -1", "--filler-words must be at least 0", "got -1", "use 0 for"),
+    passkey_data("--questions 0", "--questions must be at least 1", "got 0", "use 1 for the form"),
+    passkey_data("--min-distance -1", "--min-distance must be at least 0", "got -1", "use 0 for"),
+    passkey_data(
+        "--min-distance 256",
         *("--lengths must be at least", "--min-distance", "got 256", "use longer ones"),
     ),
-    script(
-        "eval-passkey",
-        "--make-data 4 {place}/file/x.jsonl --lengths 256",
+    passkey_data(
+        "--make-data 4 {place}/file/x.jsonl",
         *("the folder of --make-data FILE must be", "/file'", "name another one"),
     ),
-    script(
-        "eval-passkey",
-        "--make-data 4 {dump}/x.jsonl --lengths 256 --tokenizer {place}/no",
-        *("--tokenizer must hold tokenizer.json", "/no'", "correct the path"),
+    passkey_data(
+        "--tokenizer {place}/no", "--tokenizer must hold tokenizer.json", "/no'", "correct"
     ),
     script("report", "", "the following arguments are required: RUN", "see --help"),
-    script("report", "{place}/no --output {dump}", "a run must be a folder", "/no'", "correct the"),
-    script(
-        "report", "{place}/silent --output {dump}", "a run must have", "/silent'", "leave it out"
-    ),
-    script("report", "{place}/garbled --output {dump}", "a run must have", "/garbled'", "leave it"),
-    script("report", "{place}/binary --output {dump}", "a run must have", "/binary'", "leave it"),
-    script(
-        "report", "{place}/partial --output {dump}", "metrics.jsonl", "/partial'", "remove that"
-    ),
-    script(
-        "report", "{place}/ran --output {place}/file", "--output must be", "/file'", "another one"
-    ),
-    script(
-        "report",
-        "{place}/ran {place}/ran --output {dump}",
-        *("every run must be a different folder", "got one twice", "remove it"),
-    ),
+    report("{place}/no", "a run must be a folder with metrics.jsonl", "/no'", "correct the path"),
+    report("{place}/silent", "a run must have trained a step", "/silent'", "leave it out"),
+    report("{place}/garbled", "a run must have trained a step", "/garbled'", "leave it out"),
+    report("{place}/binary", "a run must have trained a step", "/binary'", "leave it out"),
+    report("{place}/partial", "metrics.jsonl must hold", "/partial'", "remove that line"),
+    report("{place}/ran --output {place}/file", "--output must be a folder", "/file'", "another"),
+    report("{place}/ran {place}/ran", "every run must be a different folder", "twice", "remove it"),
     script("prepare", "", "the following arguments are required: --output", "see --help"),
     script("prepare", "--output {dump}", "--dataset must be one of", "got None", "choose one"),
     script("prepare", "--output {dump} --dataset c4", "--dataset must be", "'c4'", "choose one"),
-    script("prepare", "--output {dump} --dataset text", "--dataset-path must", "'text', got None"),
-    script("prepare", "--output {dump} --verify", "--output must hold", "'", "correct the path"),
-    script(
-        "prepare",
-        "--output {dump} --dataset text --dataset-path {place}/no",
-        *("--dataset-path must exist", "/no'", "correct the path"),
-    ),
-    script(
-        "prepare",
-        "--output {dump} --dataset text --dataset-path {place}/corpus --workers 0",
-        *("--workers must be at least 1", "got 0", "use 1 or more"),
-    ),
-    script(
-        "prepare",
-        "--output {dump} --dataset text --dataset-path {place}/corpus --shard-size -1",
-        *("--shard-size must be at least 1", "got -1", "use 1 or more"),
-    ),
-    script(
-        "prepare",
-        "--output {place}/file --dataset text --dataset-path {place}/corpus",
-        *("--output must be a folder", "/file'", "name another one"),
-    ),
-    script(
-        "prepare",
-        "--output {dump} --dataset text --dataset-path {place}/corpus --tokenizer {place}/not_json",
-        *("--tokenizer must hold a readable", "/not_json'", "download it"),
+    script("prepare", "--output {dump} --dataset text", "-path must be set", "'text', got None"),
+    script("prepare", "--output {dump} --verify", "must hold prepared data", "/dump'", "correct"),
+    prepare("--dataset-path {place}/no", "--dataset-path must exist", "/no'", "correct the path"),
+    prepare("--workers 0", "--workers must be at least 1", "got 0", "use 1 or more"),
+    prepare("--shard-size 0", "--shard-size must be at least 1", "got 0", "use 1 or more"),
+    prepare("--output {place}/file", "--output must be a folder", "/file'", "name another one"),
+    prepare("--tokenizer {place}/empty", "must hold tokenizer.json", "/empty'", "correct the path"),
+    *(
+        prepare(
+            f"--tokenizer {{place}}/{folder}",
+            *("--tokenizer must hold a readable tokenizer", f"/{folder}'", "download it again"),
+        )
+        for folder in ("not_json", "old")
     ),
     script("prepare", "--output {dump} --split half", "argument --split", "'half'", "choose from"),
 ]
@@ -836,7 +687,8 @@ def call(place, tmp_path):
         toml = tmp_path / "run.toml"
         if row.toml is not None:
             toml.write_text(row.toml)
-        return shlex.split(row.args.format(dump=dump, place=place, toml=toml))
+        paths = {"dump": dump, "place": place, "corpus": place / "corpus", "toml": toml}
+        return shlex.split(row.args.format(**paths))
 
     def files() -> dict[str, tuple[int, int]]:
         found = [*tmp_path.rglob("*"), *place.rglob("*")]

@@ -1,14 +1,15 @@
 """The data path: packing, ranks, held-out split, resuming at every step, and errors."""
 
+import contextlib
 import gzip
 import itertools
 import json
 import math
 import pickle
-import re
 import sysconfig
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
-from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
+from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID
 from torchtitan.experiments.lighthouse.data.datasets import (
     DATASETS,
     check_dataset,
@@ -31,8 +32,8 @@ from torchtitan.experiments.lighthouse.data.loaders import (
 )
 from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 
+TOKENIZER = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
 SEQ_LEN = 16
-EOS_ID = 256
 
 # Two ranks split two shards by file. They split three shards or one by row.
 KINDS = ["text", "jsonl", "jsonl-2shards", "parquet", "c4_local"]
@@ -50,11 +51,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     yield
     assert not hosts
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
 
 
 def make_texts(count: int, held_out: bool = False) -> list[str]:
@@ -105,8 +101,14 @@ def make_corpus(
     return name, str(folder)
 
 
-def make_dataset(name, path, tokenizer, **options) -> PackedTextDataset:
-    return PackedTextDataset(name, path, tokenizer, options.pop("seq_len", SEQ_LEN), **options)
+def make_dataset(
+    name, path, state=None, *, tokenizer=TOKENIZER, seq_len=SEQ_LEN, **options
+) -> PackedTextDataset:
+    """A dataset at its beginning, or at the position of a saved state."""
+    dataset = PackedTextDataset(name, path, tokenizer, seq_len, **options)
+    if state is not None:
+        dataset.load_state_dict(pickle.loads(pickle.dumps(state)))
+    return dataset
 
 
 def make_config(name, path, num_workers=0, section="training", **options) -> JobConfig:
@@ -142,14 +144,31 @@ def take(iterable, count: int) -> list:
     return list(itertools.islice(iterable, count))
 
 
+def assert_same(windows, expected):
+    for window, same in zip(windows, expected, strict=True):
+        assert torch.equal(window[0]["input"], same[0]["input"])
+        assert torch.equal(window[1], same[1])
+
+
+@contextlib.contextmanager
+def refused(*parts: str) -> Iterator[None]:
+    """Expect a `ValueError` of one line with these parts."""
+    with pytest.raises(ValueError) as error:
+        yield
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, f"{part!r} is not in {message!r}"
+
+
 # ---- packing and ranks
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_labels_are_the_corpus_without_its_first_token(tmp_path, tokenizer, kind):
+def test_labels_are_the_corpus_without_its_first_token(tmp_path, kind):
     train = make_texts(40)
     name, path = make_corpus(tmp_path, kind, train)
-    dataset = make_dataset(name, path, tokenizer, infinite=False)
+    dataset = make_dataset(name, path, infinite=False)
     windows = list(dataset)
 
     num_tokens = sum(len(text.encode()) + 1 for text in train)
@@ -162,20 +181,20 @@ def test_labels_are_the_corpus_without_its_first_token(tmp_path, tokenizer, kind
     position = {"epoch": 0, "documents": len(train), "tokens_buffered": left}
     assert dataset.position() == position
 
-    if DATASETS[name].streamed and name == "parquet":
+    if name == "parquet":
         corpus = [token for text in train for token in [*text.encode(), EOS_ID]]
         assert tokens == corpus[: len(tokens)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dp_world_size", [1, 2, 3])
-def test_ranks_share_each_epoch_without_overlap(tmp_path, tokenizer, kind, dp_world_size):
+def test_ranks_share_each_epoch_without_overlap(tmp_path, kind, dp_world_size):
     train = make_texts(31)
     name, path = make_corpus(tmp_path, kind, train)
     read = Counter()
     for dp_rank in range(dp_world_size):
         dataset = make_dataset(
-            name, path, tokenizer, dp_rank=dp_rank, dp_world_size=dp_world_size, infinite=False
+            name, path, dp_rank=dp_rank, dp_world_size=dp_world_size, infinite=False
         )
         documents = [text for text, _ in dataset._documents.read(0, 0, 0, None)]
         assert abs(len(documents) - len(train) / dp_world_size) < 4
@@ -183,21 +202,21 @@ def test_ranks_share_each_epoch_without_overlap(tmp_path, tokenizer, kind, dp_wo
     assert read == Counter(train)
 
 
-def test_an_epoch_goes_on_in_the_buffer_of_the_last(tmp_path, tokenizer):
+def test_an_epoch_goes_on_in_the_buffer_of_the_last(tmp_path):
     train = make_texts(10)
     name, path = make_corpus(tmp_path, "parquet", train)
     corpus = [token for text in train for token in [*text.encode(), EOS_ID]]
     count = 3 * len(corpus) // SEQ_LEN
-    tokens = stream_of(take(make_dataset(name, path, tokenizer), count))
+    tokens = stream_of(take(make_dataset(name, path), count))
     assert tokens == (corpus * 4)[: count * SEQ_LEN + 1]
 
 
-def test_the_order_depends_on_seed_and_epoch_alone(tmp_path, tokenizer):
+def test_the_order_depends_on_seed_and_epoch_alone(tmp_path):
     train = make_texts(30)
     name, path = make_corpus(tmp_path, "text", train)
 
     def order(seed, epoch):
-        documents = make_dataset(name, path, tokenizer, seed=seed)._documents
+        documents = make_dataset(name, path, seed=seed)._documents
         return [text for text, _ in documents.read(seed, epoch, 0, None)]
 
     assert order(0, 0) == order(0, 0) != order(0, 1) != order(1, 0)
@@ -209,16 +228,16 @@ def test_the_order_is_the_same_on_every_machine():
     assert permutation(8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
 
 
-def test_a_document_longer_than_many_windows(tmp_path, tokenizer):
+def test_a_document_longer_than_many_windows(tmp_path):
     train = [text * 200 for text in make_texts(200)[100:110]]
     train = [text for text in train if not is_held_out(text)]
     name, path = make_corpus(tmp_path, "jsonl", train, [])
-    tokens = stream_of(make_dataset(name, path, tokenizer, infinite=False))
+    tokens = stream_of(make_dataset(name, path, infinite=False))
     assert len(tokens) > 100 * SEQ_LEN
     assert Counter(documents_of(tokens)) <= Counter(train)
 
 
-def test_paths_with_glob_characters_nested_folders_and_empty_files(tmp_path, tokenizer):
+def test_paths_with_glob_characters_nested_folders_and_empty_files(tmp_path):
     train = make_texts(9)
     folder = tmp_path / "a[b]* {c}"
     name, path = make_corpus(folder, "text", train[:6], [])
@@ -229,37 +248,32 @@ def test_paths_with_glob_characters_nested_folders_and_empty_files(tmp_path, tok
     (folder / ".hidden" / "x.txt").write_text("hidden")
     (folder / "image.png").write_bytes(b"\x89PNG")
     (folder / "empty.txt").write_text("")
-    documents = make_dataset(name, path, tokenizer)._documents.read(0, 0, 0, None)
+    documents = make_dataset(name, path)._documents.read(0, 0, 0, None)
     assert sorted(text for text, _ in documents) == sorted(train)
 
 
-def test_json_lines_with_other_fields_null_texts_and_half_surrogates(tmp_path, tokenizer):
+def test_json_lines_with_other_fields_null_texts_and_half_surrogates(tmp_path):
     rows = [{"text": "a", "id": 1}, {"text": None}, {"id": [2], "text": "b\ud800"}, {"text": ""}]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "x.jsonl").write_text("\n\n".join(lines) + "\n")
-    documents = make_dataset("jsonl", str(tmp_path), tokenizer)._documents.read(0, 0, 0, None)
+    documents = make_dataset("jsonl", str(tmp_path))._documents.read(0, 0, 0, None)
     assert [text for text, _ in documents] == ["a", "b?"]
 
 
 # ---- resuming
 
 
-def assert_same(window, expected):
-    assert torch.equal(window[0]["input"], expected[0]["input"])
-    assert torch.equal(window[1], expected[1])
-
-
 @pytest.mark.parametrize("dp_world_size", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_resume_at_every_step_of_several_epochs(tmp_path, tokenizer, kind, dp_world_size):
+def test_resume_at_every_step_of_several_epochs(tmp_path, kind, dp_world_size):
     train = make_texts(12)
     name, path = make_corpus(tmp_path, kind, train)
     num_epochs = 3
     num_tokens = sum(len(text.encode()) + 1 for text in train)
     for dp_rank in range(dp_world_size):
 
-        def make(dp_rank=dp_rank):
-            return make_dataset(name, path, tokenizer, dp_rank=dp_rank, dp_world_size=dp_world_size)
+        def make(state=None, dp_rank=dp_rank):
+            return make_dataset(name, path, state, dp_rank=dp_rank, dp_world_size=dp_world_size)
 
         dataset = make()
         states, expected = [pickle.dumps(dataset.state_dict())], []
@@ -274,27 +288,27 @@ def test_resume_at_every_step_of_several_epochs(tmp_path, tokenizer, kind, dp_wo
         for step, state in enumerate(states[:-3]):
             resumed.load_state_dict(pickle.loads(state))
             assert resumed.state_dict() == pickle.loads(state)
-            windows = take(resumed, 3)
-            for window, same in zip(windows, expected[step : step + 3], strict=True):
-                assert_same(window, same)
+            assert_same(take(resumed, 3), expected[step : step + 3])
 
         # Resume again for every window, each time with a new dataset.
         state = states[0]
         for same in expected:
-            dataset = make()
-            dataset.load_state_dict(pickle.loads(state))
-            assert_same(next(iter(dataset)), same)
+            dataset = make(pickle.loads(state))
+            assert_same(take(dataset, 1), [same])
             state = pickle.dumps(dataset.state_dict())
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
-def test_dataloader_resumes_across_epochs(tmp_path, tokenizer, kind, num_workers):
+def test_dataloader_resumes_across_epochs(tmp_path, kind, num_workers):
     name, path = make_corpus(tmp_path, kind, make_texts(12))
     config = make_config(name, path, num_workers)
 
-    def load() -> ParallelAwareDataloader:
-        return build_dataloader(2, 1, tokenizer, config)
+    def load(state=None) -> ParallelAwareDataloader:
+        loader = build_dataloader(2, 1, TOKENIZER, config)
+        if state is not None:
+            loader.load_state_dict(state)
+        return loader
 
     num_steps, every = (20, 1) if num_workers == 0 else (12, 4)
     loader = load()
@@ -304,84 +318,64 @@ def test_dataloader_resumes_across_epochs(tmp_path, tokenizer, kind, num_workers
         expected.append(next(batches))
         states.append(loader.state_dict())
     assert expected[0][1].shape == (2, SEQ_LEN)
-    dataset = make_dataset(name, path, tokenizer, dp_rank=1, dp_world_size=2)
+    dataset = make_dataset(name, path, dp_rank=1, dp_world_size=2)
     take(dataset, 2 * num_steps)
     assert dataset.position()["epoch"] >= 2
     if num_workers == 0:
         assert loader.dataset.position() == dataset.position()
 
     for step in range(0, num_steps, every):
-        resumed = load()
-        resumed.load_state_dict(states[step])
-        for batch, same in zip(resumed, expected[step : step + 2], strict=False):
-            assert_same(batch, same)
+        following = expected[step : step + 2]
+        assert_same(take(load(states[step]), len(following)), following)
         # Save directly after a resume, and resume from that.
-        again = load()
-        again.load_state_dict(states[step])
-        again_state = again.state_dict()
-        again = load()
-        again.load_state_dict(again_state)
-        assert_same(next(iter(again)), expected[step])
+        again = load(load(states[step]).state_dict())
+        assert_same(take(again, 1), following[:1])
 
 
-def test_resume_within_the_last_document_of_a_finite_pass(tmp_path, tokenizer):
+def test_resume_within_the_last_document_of_a_finite_pass(tmp_path):
     (tmp_path / "long.txt").write_text("abcdefghij" * 20)
-    dataset = make_dataset("text", str(tmp_path), tokenizer, infinite=False)
+    dataset = make_dataset("text", str(tmp_path), infinite=False)
     expected = list(dataset)
     assert len(expected) == 12
     take(dataset, 3)
-    resumed = make_dataset("text", str(tmp_path), tokenizer, infinite=False)
-    resumed.load_state_dict(dataset.state_dict())
-    rest = list(resumed)
-    assert len(rest) == 9
-    for window, same in zip(rest, expected[3:], strict=True):
-        assert_same(window, same)
+    resumed = make_dataset("text", str(tmp_path), dataset.state_dict(), infinite=False)
+    assert_same(list(resumed), expected[3:])
 
 
-def test_a_resume_keeps_the_seed_of_the_position(tmp_path, tokenizer):
+def test_a_resume_keeps_the_seed_of_the_position(tmp_path):
     name, path = make_corpus(tmp_path, "text", make_texts(12))
-    dataset = make_dataset(name, path, tokenizer, seed=3)
+    dataset = make_dataset(name, path, seed=3)
     expected = take(dataset, 20)
-    dataset = make_dataset(name, path, tokenizer, seed=3)
     take(dataset, 2)
-    resumed = make_dataset(name, path, tokenizer, seed=4)
-    resumed.load_state_dict(dataset.state_dict())
-    for window, same in zip(resumed, expected[2:], strict=False):
-        assert_same(window, same)
+    resumed = make_dataset(name, path, dataset.state_dict(), seed=4)
+    assert_same(take(resumed, 18), expected[2:])
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
-def test_resume_refuses_other_documents(tmp_path, tokenizer, kind):
+def test_resume_refuses_other_documents(tmp_path, kind):
     name, path = make_corpus(tmp_path / "a", kind, make_texts(12))
     _, other = make_corpus(tmp_path / "b", kind, make_texts(13)[1:])
     _, copy = make_corpus(tmp_path / "c", kind, make_texts(12))
-    dataset = make_dataset(name, path, tokenizer)
+    dataset = make_dataset(name, path)
     expected = take(dataset, 5)
     next(iter(dataset))
     state = dataset.state_dict()
-
-    def go_on(path):
-        resumed = make_dataset(name, path, tokenizer)
-        resumed.load_state_dict(state)
-        return next(iter(resumed))
-
-    assert_same(go_on(copy), expected[1])
-    with pytest.raises(ValueError) as error:
-        go_on(other)
-    assert_one_line(error, "training.dataset", other, "exclude_from_loading")
+    assert_same(take(make_dataset(name, copy, state), 1), expected[1:2])
+    with refused("training.dataset", other, "exclude_from_loading"):
+        make_dataset(name, other, state)
 
 
 # ---- the held-out split
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_never_reads_a_held_out_document(tmp_path, tokenizer, kind):
+def test_training_never_reads_a_held_out_document(tmp_path, kind):
     train, validation = make_texts(30), make_texts(6, held_out=True)
     # A copy of a held-out document is also held out.
     name, path = make_corpus(tmp_path, kind, train, [*validation, validation[0]])
     read = {}
     for split in ("train", "validation"):
-        documents = make_dataset(name, path, tokenizer, split=split)._documents
+        documents = make_dataset(name, path, split=split)._documents
         read[split] = sorted(text for text, _ in documents.read(0, 0, 0, None))
     assert read["train"] == sorted(train)
     assert read["validation"] == sorted([*validation, validation[0]])
@@ -396,22 +390,21 @@ def test_held_out_is_a_function_of_the_bytes():
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("kind", ["text", "c4_local"])
-def test_each_evaluation_sees_the_same_windows(tmp_path, tokenizer, kind, num_workers):
+def test_each_evaluation_sees_the_same_windows(tmp_path, kind, num_workers):
     # The text is much shorter than requested, so it is repeated.
     name, path = make_corpus(tmp_path, kind, make_texts(5), make_texts(3, held_out=True))
     config = make_config(name, path, num_workers, section="validation", steps=8)
-    loader = build_validation_dataloader(1, 0, tokenizer, config)
+    loader = build_validation_dataloader(1, 0, TOKENIZER, config)
     first, second = take(loader, 8), take(loader, 8)
     assert len(first) == 8
-    for batch, same in zip(second, first, strict=True):
-        assert_same(batch, same)
+    assert_same(second, first)
 
 
-def test_evaluation_over_the_whole_split_stops(tmp_path, tokenizer):
+def test_evaluation_over_the_whole_split_stops(tmp_path):
     validation = make_texts(20, held_out=True)
     name, path = make_corpus(tmp_path, "text", make_texts(5), validation)
     config = make_config(name, path, section="validation", steps=-1)
-    batches = list(build_validation_dataloader(1, 0, tokenizer, config))
+    batches = list(build_validation_dataloader(1, 0, TOKENIZER, config))
     num_tokens = sum(len(text.encode()) + 1 for text in validation)
     assert sum(len(labels) for _, labels in batches) == (num_tokens - 1) // SEQ_LEN
 
@@ -419,15 +412,15 @@ def test_evaluation_over_the_whole_split_stops(tmp_path, tokenizer):
 # ---- the standard library
 
 
-def test_python_stdlib_is_text_enough(tokenizer):
+def test_python_stdlib_is_text_enough():
     files = find_files("python_stdlib", None)
     root = Path(sysconfig.get_path("stdlib"))
     assert all(file.suffix == ".py" for file in files)
     assert not {"site-packages", "test", "tests", "idle_test"} & {
         part for file in files for part in file.relative_to(root).parts
     }
-    train = make_dataset("python_stdlib", None, tokenizer)._documents.read(0, 0, 0, None)
-    held_out = make_dataset("python_stdlib", None, tokenizer, split="validation")
+    train = make_dataset("python_stdlib", None)._documents.read(0, 0, 0, None)
+    held_out = make_dataset("python_stdlib", None, split="validation")
     train = {text for text, _ in train}
     held_out = {text for text, _ in held_out._documents.read(0, 0, 0, None)}
     assert sum(len(text.encode()) for text in train) > 5e6
@@ -443,22 +436,12 @@ def test_python_stdlib_is_text_enough(tokenizer):
 # ---- refusals
 
 
-def assert_one_line(error, *parts: str) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, f"{part!r} is not in {message!r}"
-
-
 @pytest.mark.parametrize("section", ["training", "validation"])
 def test_refuses_an_unknown_name(section):
-    with pytest.raises(ValueError) as error:
+    with refused(f"{section}.dataset ", "'c4_locale'", "did you mean 'c4_local'?", *DATASETS):
         check_dataset("c4_locale", None, section)
-    assert_one_line(error, f"{section}.dataset ", "'c4_locale'", "did you mean 'c4_local'?")
-    assert_one_line(error, *DATASETS)
-    with pytest.raises(ValueError) as error:
+    with refused(f"{section}.dataset ", "'zzz'", "choose one of these"):
         check_dataset("zzz", None, section)
-    assert_one_line(error, f"{section}.dataset ", "'zzz'", "choose one of these")
 
 
 @pytest.mark.parametrize("section", ["training", "validation"])
@@ -466,68 +449,52 @@ def test_refuses_an_unknown_name(section):
 def test_refuses_a_path_that_is_missing_or_empty(tmp_path, name, section):
     field = f"{section}.dataset_path"
     for path in (None, ""):
-        with pytest.raises(ValueError) as error:
+        with refused(field, repr(name), repr(path), "name the folder with the"):
             check_dataset(name, path, section)
-        assert_one_line(error, field, repr(name), repr(path), "name the folder with the")
 
-    with pytest.raises(ValueError) as error:
+    with refused(field, str(tmp_path / "nowhere"), "correct the path"):
         check_dataset(name, str(tmp_path / "nowhere"), section)
-    assert_one_line(error, field, str(tmp_path / "nowhere"), "correct the path")
 
     (tmp_path / "notes.pdf").write_text("x")
-    with pytest.raises(ValueError) as error:
-        check_dataset(name, str(tmp_path), section)
     split = "validation" if section == "validation" else "train"
-    assert_one_line(error, field, *DATASETS[name].split_patterns(split), str(tmp_path), ": add ")
+    with refused(field, *DATASETS[name].split_patterns(split), str(tmp_path), ": add "):
+        check_dataset(name, str(tmp_path), section)
 
 
 def test_data_for_a_later_run_need_not_be_there_but_what_is_there_must_be_right(tmp_path):
     config = make_config("jsonl", str(tmp_path / "nowhere"))
     config.validation.enable = True
     config.validation.dataset, config.validation.dataset_path = "jsonl", str(tmp_path)
-    with pytest.raises(ValueError) as error:
+    with refused("validation.dataset_path", "*.jsonl", str(tmp_path)):
         check_data(config, must_exist=False)
-    assert_one_line(error, "validation.dataset_path", "*.jsonl", str(tmp_path))
     config.validation.dataset_path = str(tmp_path / "nowhere")
     check_data(config, must_exist=False)
     config.training.dataset = "jsonlines"
-    with pytest.raises(ValueError) as error:
+    with refused("training.dataset", "'jsonlines'", "did you mean 'jsonl'?"):
         check_data(config, must_exist=False)
-    assert_one_line(error, "training.dataset", "'jsonlines'", "did you mean 'jsonl'?")
 
 
 @pytest.mark.parametrize("name", ["python_stdlib", "c4"])
 def test_refuses_a_path_that_would_be_ignored(tmp_path, name):
-    with pytest.raises(ValueError) as error:
+    with refused("training.dataset_path", name, str(tmp_path), "remove it"):
         check_dataset(name, str(tmp_path))
-    assert_one_line(error, "training.dataset_path", name, str(tmp_path), "remove it")
     check_dataset(name, None)
 
 
 @pytest.mark.parametrize("name", ["text", "jsonl", "parquet", "c4_local"])
 def test_refuses_files_that_are_all_empty(tmp_path, name):
-    if name == "text":
-        (tmp_path / "a.txt").write_text("")
-    elif name == "jsonl":
-        (tmp_path / "a.jsonl").write_text("")
-        (tmp_path / "b.jsonl").write_text('\n{"text": null}\n')
-    elif name == "parquet":
-        write_parquet(tmp_path / "a.parquet", "text", [])
-    else:
-        write_shards(tmp_path, "train", [], 2)
-    with pytest.raises(ValueError) as error:
+    make_corpus(tmp_path, name, [], [])
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.jsonl").write_text('\n{"text": null}\n')
+    with refused("training.dataset_path", str(tmp_path), "empty", "fill them"):
         check_dataset(name, str(tmp_path))
-    assert_one_line(error, "training.dataset_path", str(tmp_path), "empty", "fill them")
 
 
 def test_refuses_validation_on_c4_shards_of_the_training_split(tmp_path):
     write_shards(tmp_path, "train", make_texts(3), 1)
     check_dataset("c4_local", str(tmp_path))
-    with pytest.raises(ValueError) as error:
+    with refused("validation.dataset_path", "c4-validation.*.json.gz", str(tmp_path), "add the"):
         check_dataset("c4_local", str(tmp_path), "validation")
-    assert_one_line(
-        error, "validation.dataset_path", "c4-validation.*.json.gz", str(tmp_path), "add the"
-    )
 
 
 @pytest.mark.parametrize(
@@ -535,44 +502,26 @@ def test_refuses_validation_on_c4_shards_of_the_training_split(tmp_path):
 )
 def test_refuses_json_without_text(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError) as error:
+    with refused("training.dataset_path", "'text'", "convert the files"):
         check_dataset("jsonl", str(tmp_path))
-    assert_one_line(error, "training.dataset_path", "'text'", "convert the files")
 
 
-def test_refuses_json_that_breaks_later(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\nnot json\n')
-    with pytest.raises(ValueError) as error:
-        list(make_dataset("jsonl", str(tmp_path), tokenizer, infinite=False))
-    assert_one_line(error, "training.dataset_path", "'not json'", "convert the files")
-
-
-def test_refuses_files_that_cannot_be_read(tmp_path, tokenizer):
+def test_refuses_files_that_cannot_be_read(tmp_path):
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:15])
     (tmp_path / "a.parquet").write_text("PAR")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     for name, file in (("jsonl", "torn.jsonl.gz"), ("parquet", "a.parquet")):
-        with pytest.raises(ValueError) as error:
+        with refused("training.dataset_path", file, "replace or remove"):
             check_dataset(name, str(tmp_path / file))
-        assert_one_line(error, "training.dataset_path", file, "replace or remove")
-    with pytest.raises(ValueError) as error:
-        make_dataset("text", str(tmp_path), tokenizer)
-    assert_one_line(error, "training.dataset_path", "latin.txt", "0xe9", "convert or remove")
-
-
-def test_refuses_tables_without_the_column(tmp_path):
-    write_parquet(tmp_path / "a.parquet", "content", ["x"])
-    with pytest.raises(ValueError) as error:
-        check_dataset("parquet", str(tmp_path))
-    assert_one_line(error, "training.dataset_path", "'text'", "a.parquet", "text_field")
+    with refused("training.dataset_path", "latin.txt", "0xe9", "convert or remove"):
+        make_dataset("text", str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
-def test_refuses_fewer_documents_than_ranks(tmp_path, tokenizer, kind):
+def test_refuses_fewer_documents_than_ranks(tmp_path, kind):
     name, path = make_corpus(tmp_path, kind, make_texts(2))
-    with pytest.raises(ValueError) as error:
-        list(make_dataset(name, path, tokenizer, dp_rank=7, dp_world_size=8))
-    assert_one_line(error, "training.dataset ", name, "add documents or lower")
+    with refused("training.dataset ", name, "add documents or lower"):
+        list(make_dataset(name, path, dp_rank=7, dp_world_size=8))
 
 
 def test_refuses_a_corpus_without_a_token(tmp_path):
@@ -581,38 +530,32 @@ def test_refuses_a_corpus_without_a_token(tmp_path):
             return []
 
     name, path = make_corpus(tmp_path, "text", make_texts(2))
-    with pytest.raises(ValueError) as error:
-        next(iter(make_dataset(name, path, Mute())))
-    assert_one_line(error, "training.dataset ", "no token", name, "fill the documents")
+    with refused("training.dataset ", "no token", name, "fill the documents"):
+        next(iter(make_dataset(name, path, tokenizer=Mute())))
 
 
-def test_refuses_an_evaluation_without_a_window(tmp_path, tokenizer):
+def test_refuses_an_evaluation_without_a_window(tmp_path):
     name, path = make_corpus(tmp_path, "text", make_texts(5))
     options = {"split": "validation", "seq_len": 4096}
-    assert len(take(make_dataset(name, path, tokenizer, **options), 2)) == 2
-    with pytest.raises(ValueError) as error:
-        list(make_dataset(name, path, tokenizer, infinite=False, **options))
-    assert_one_line(error, "validation.seq_len", "4096", "validation.steps")
+    assert len(take(make_dataset(name, path, **options), 2)) == 2
+    with refused("validation.seq_len", "4096", "validation.steps"):
+        list(make_dataset(name, path, infinite=False, **options))
 
 
 @pytest.mark.parametrize("section", ["training", "validation"])
-def test_refuses_several_workers(tmp_path, tokenizer, section):
+def test_refuses_several_workers(tmp_path, section):
     name, path = make_corpus(tmp_path, "text", make_texts(5))
     config = make_config(name, path, section=section, num_workers=2)
     build = {"training": build_dataloader, "validation": build_validation_dataloader}[section]
-    with pytest.raises(ValueError) as error:
-        build(1, 0, tokenizer, config)
-    assert_one_line(error, f"{section}.dataloader.num_workers", "got 2", "set it to 1")
+    with refused(f"{section}.dataloader.num_workers", "got 2", "set it to 1"):
+        build(1, 0, TOKENIZER, config)
 
 
 def test_config_check_covers_validation_where_it_is_enabled():
     config = make_config("python_stdlib", None)
     check_data(config)
     config.validation.enable, config.validation.dataset = True, "c4_validation"
-    with pytest.raises(ValueError, match=re.escape("validation.dataset must be one of")):
+    with refused("validation.dataset must be one of"):
         check_data(config)
     config.validation.dataset = "python_stdlib"
     check_data(config)
-    config.training.dataloader.num_workers = 4
-    with pytest.raises(ValueError, match=re.escape("training.dataloader.num_workers must be")):
-        check_data(config)

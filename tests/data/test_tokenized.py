@@ -16,8 +16,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from ranks import launch
 from runs import command_line, losses_of, train, write_corpus
-from test_data import assert_one_line, assert_same, make_config, make_corpus, make_texts, take
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from test_data import (
+    SEQ_LEN,
+    TOKENIZER,
+    assert_same,
+    make_config,
+    make_corpus,
+    make_texts,
+    refused,
+    take,
+)
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.data import tokenized
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
@@ -43,8 +51,6 @@ from torchtitan.experiments.lighthouse.data.tokenized import (
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.models.llama3 import Transformer
-
-SEQ_LEN = 16
 
 
 def write_tokenized(
@@ -74,14 +80,10 @@ def write_tokenized(
     return str(folder)
 
 
-def make_loaders(
-    path: str, dp_world_size: int, batch_size: int = 1, seq_len: int = SEQ_LEN, **options
-) -> list[TokenizedDataloader]:
+def make_loaders(path: str, dp_world_size: int, batch_size: int = 1) -> list[TokenizedDataloader]:
     """A loader for each rank."""
     return [
-        TokenizedDataloader(
-            TokenizedDataset(path, seq_len), rank, dp_world_size, batch_size, **options
-        )
+        TokenizedDataloader(TokenizedDataset(path, SEQ_LEN), rank, dp_world_size, batch_size)
         for rank in range(dp_world_size)
     ]
 
@@ -230,22 +232,19 @@ def test_a_resume_of_a_resume_of_a_resume(tmp_path):
 
 def test_workers_read_ahead_and_the_position_does_not(tmp_path):
     config = make_config("tokenized", write_tokenized(tmp_path, 1000))
-    tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
-    expected = take(build_dataloader(2, 1, tokenizer, config), 30)
+    expected = take(build_dataloader(2, 1, TOKENIZER, config), 30)
     for num_workers in (1, 3):
         config.training.dataloader.num_workers = num_workers
         check_data(config)
-        loader = build_dataloader(2, 1, tokenizer, config)
-        for batch, same in zip(take(loader, 9), expected[:9], strict=True):
-            assert_same(batch, same)
+        loader = build_dataloader(2, 1, TOKENIZER, config)
+        assert_same(take(loader, 9), expected[:9])
         state = loader.state_dict()
         assert state["windows"] == 9 * 2 * config.training.local_batch_size
         # A run can also resume with another number of workers.
         config.training.dataloader.num_workers = 4 - num_workers
-        resumed = build_dataloader(2, 1, tokenizer, config)
+        resumed = build_dataloader(2, 1, TOKENIZER, config)
         resumed.load_state_dict(state)
-        for batch, same in zip(take(resumed, 21), expected[9:], strict=True):
-            assert_same(batch, same)
+        assert_same(take(resumed, 21), expected[9:])
 
 
 def test_a_resume_keeps_the_seed_of_the_position(tmp_path):
@@ -298,9 +297,8 @@ def test_resume_refuses_another_corpus_tokenizer_or_window(tmp_path, changed):
     if changed == "seq_len":
         seq_len, parts = 8, ("training.seq_len must be 16", "got 8", "set it to that")
     dataset = TokenizedDataset(other, seq_len)
-    with pytest.raises(ValueError) as error:
+    with refused(*parts, 'checkpoint.exclude_from_loading = ["dataloader"]'):
         dataset.load_state_dict(state)
-    assert_one_line(error, *parts, 'checkpoint.exclude_from_loading = ["dataloader"]')
 
 
 # ---- validation
@@ -316,13 +314,10 @@ def test_each_evaluation_sees_the_same_held_out_windows(tmp_path, num_workers):
     for seed in (0, 5):
         config = make_config("tokenized", out, num_workers, section="validation", steps=8)
         config.debug.seed = seed
-        loader = build_validation_dataloader(
-            1, 0, HuggingFaceTokenizer(BYTE_TOKENIZER_PATH), config
-        )
+        loader = build_validation_dataloader(1, 0, TOKENIZER, config)
         seen += [take(loader, 8), take(loader, 8)]
     for batches in seen[1:]:
-        for batch, same in zip(batches, seen[0], strict=True):
-            assert_same(batch, same)
+        assert_same(batches, seen[0])
     tokens = {token for text in held_out for token in [*text.encode(), 256]}
     assert {int(token) for _, labels in seen[0] for token in labels.flatten()} == tokens
     assert all(map(is_held_out, held_out))
@@ -334,10 +329,9 @@ def test_an_evaluation_over_the_whole_split_stops(tmp_path, dp_world_size):
     round of all ranks."""
     path = write_tokenized(tmp_path, 200, split="validation")
     config = make_config("tokenized", path, section="validation", steps=-1)
-    tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
     starts = []
     for rank in range(dp_world_size):
-        batches = list(build_validation_dataloader(dp_world_size, rank, tokenizer, config))
+        batches = list(build_validation_dataloader(dp_world_size, rank, TOKENIZER, config))
         starts.append([int(first) for inputs, _ in batches for first in inputs["input"][:, 0]])
     num_windows = 199 // SEQ_LEN // dp_world_size * dp_world_size
     assert {len(each) for each in starts} == {num_windows // dp_world_size}
@@ -345,9 +339,8 @@ def test_an_evaluation_over_the_whole_split_stops(tmp_path, dp_world_size):
     assert len(found) == num_windows and found <= set(range(0, 200 - SEQ_LEN, SEQ_LEN))
 
     config.validation.seq_len = 200
-    with pytest.raises(ValueError) as error:
-        build_validation_dataloader(1, 0, tokenizer, config)
-    assert_one_line(error, "validation.seq_len", "got 200 with 200 tokens", "validation.steps")
+    with refused("validation.seq_len", "got 200 with 200 tokens", "validation.steps"):
+        build_validation_dataloader(1, 0, TOKENIZER, config)
 
 
 # ---- before training
@@ -369,13 +362,11 @@ def test_refuses_a_folder_without_the_whole_split(place, section):
     check(place, section)
     folder = place / {"training": "train", "validation": "validation"}[section]
     (folder / "manifest.json").rename(folder / "manifest.partial.json")
-    with pytest.raises(ValueError) as error:
+    with refused(f"{section}.dataset_path", str(place), "has not ended", "start the same"):
         check(place, section)
-    assert_one_line(error, f"{section}.dataset_path", str(place), "has not ended", "start the same")
     (folder / "manifest.partial.json").unlink()
-    with pytest.raises(ValueError) as error:
+    with refused(f"{section}.dataset_path", f"{folder.name}/manifest.json", "--output"):
         check(place, section)
-    assert_one_line(error, f"{section}.dataset_path", f"{folder.name}/manifest.json", "--output")
 
 
 @pytest.mark.parametrize("size", [None, 3, 1000], ids=["missing", "shorter", "longer"])
@@ -385,10 +376,9 @@ def test_refuses_a_shard_of_another_size(place, section, size):
     shard.unlink()
     if size:
         shard.write_bytes(bytes(size))
-    with pytest.raises(ValueError) as error:
-        check(place, section)
     found = f"got {size} bytes" if size else "got none"
-    assert_one_line(error, f"{section}.dataset_path", str(shard), found, "134 bytes", "restore")
+    with refused(f"{section}.dataset_path", str(shard), found, "134 bytes", "restore"):
+        check(place, section)
     check(place, "validation" if section == "training" else "training")
 
 
@@ -405,39 +395,26 @@ def test_refuses_a_shard_of_another_size(place, section, size):
 def test_refuses_a_manifest_that_is_not_of_this_format(place, old, new, parts):
     file = place / "train" / "manifest.json"
     file.write_text(file.read_text().replace(old, new))
-    with pytest.raises(ValueError) as error:
+    with refused("training.dataset_path", str(file), *parts):
         check(place)
-    assert_one_line(error, "training.dataset_path", str(file), *parts)
-
-
-def test_refuses_another_tokenizer(place):
-    file = place / "train" / "manifest.json"
-    file.write_text(file.read_text().replace(tokenizer_digest(BYTE_TOKENIZER_PATH), "0"))
-    with pytest.raises(ValueError) as error:
-        check(place)
-    assert_one_line(
-        error, "training.dataset_path", "model.hf_assets_path", BYTE_TOKENIZER_PATH, str(place)
-    )
 
 
 def test_refuses_ids_beyond_the_vocabulary(place):
     check(place, vocab_size=200)
-    with pytest.raises(ValueError) as error:
+    with refused("training.dataset_path", "less than the 199", "got 199", "flavor"):
         check(place, vocab_size=199)
-    assert_one_line(error, "training.dataset_path", "less than the 199", "got 199", "flavor")
 
 
 def test_refuses_a_path_that_is_missing(tmp_path):
     for path, part in ((None, "manifest.json"), (str(tmp_path / "no"), "correct the path")):
-        with pytest.raises(ValueError) as error:
+        with refused("training.dataset_path", part):
             check_data(make_config("tokenized", path))
-        assert_one_line(error, "training.dataset_path", part)
 
 
-def test_refuses_a_negative_number_of_workers(place):
-    with pytest.raises(ValueError) as error:
-        check_data(make_config("tokenized", str(place), num_workers=-1))
-    assert_one_line(error, "training.dataloader.num_workers", "from 0 to", "got -1")
+@pytest.mark.parametrize("num_workers", [-1, 100_000])
+def test_refuses_a_number_of_workers_out_of_range(place, num_workers):
+    with refused("training.dataloader.num_workers must be from 0 to", f"got {num_workers}"):
+        check_data(make_config("tokenized", str(place), num_workers=num_workers))
 
 
 # ---- the trainer
@@ -458,10 +435,9 @@ def test_refuses_the_data_position_of_streamed_text(tmp_path, place):
         "lighthouse__full_attn_layers": [0],
     }
     args = command_line(tmp_path / "run", place, **options)
-    with pytest.raises(ValueError) as error:
-        check_config(load_config(args), world_size=1)
     parts = ("training.dataset must be a corpus of documents", str(whole), "got 'tokenized'")
-    assert_one_line(error, *parts, "set it back", "exclude_from_loading")
+    with refused(*parts, "set it back", "exclude_from_loading"):
+        check_config(load_config(args), world_size=1)
 
 
 def test_a_plan_compares_with_the_tokenizer_once_it_is_there(tmp_path, place):
@@ -473,9 +449,8 @@ def test_a_plan_compares_with_the_tokenizer_once_it_is_there(tmp_path, place):
     check_config(config, world_size=1, is_start=False)
     with (tokenizer / "tokenizer.json").open("a") as file:
         file.write("\n")
-    with pytest.raises(ValueError) as error:
+    with refused("training.dataset_path", "model.hf_assets_path", repr(str(tokenizer)), str(place)):
         check_config(config, world_size=1, is_start=False)
-    assert_one_line(error, "training.dataset_path", "model.hf_assets_path", str(tokenizer))
 
 
 STEPS, STAGE1_STEPS = 6, 3
@@ -538,9 +513,8 @@ def test_a_run_goes_on_under_another_data_parallel_degree(tmp_path, corpora):
     ):
         args = command_line(tmp_path / "run", out, **{**OPTIONS, **options})
         args += ["--checkpoint.accept_changes", "training.seq_len,lighthouse.stage1_steps"]
-        with pytest.raises(ValueError) as error:
+        with refused(*parts, 'exclude_from_loading = ["dataloader"]'):
             check_config(load_config(args), world_size=1)
-        assert_one_line(error, *parts, 'exclude_from_loading = ["dataloader"]')
         args += ["--checkpoint.exclude_from_loading", "dataloader"]
         args += ["--lighthouse.stage1_steps", "0"]
         check_config(load_config(args), world_size=1)

@@ -17,13 +17,6 @@ from torchtitan.tools.logging import logger
 
 from lighthouse_cli.parser import did_you_mean
 
-_NO_CUSTOM_CONFIG = (
-    "job.custom_config_module must be empty, since the configuration is this package's own, "
-    "got {}; remove it"
-)
-
-_OLD_DATASETS = {"prepared": "tokenized"}
-
 
 def load_config(args: list[str]) -> JobConfig:
     """Load the configuration from command-line arguments and the TOML file that they name.
@@ -49,7 +42,10 @@ def load_config(args: list[str]) -> JobConfig:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             config = manager.parse_args(args)
     except ImportError as error:
-        raise ValueError(_NO_CUSTOM_CONFIG.format(error)) from None
+        raise ValueError(
+            "job.custom_config_module must be empty, since the configuration is this package's "
+            f"own, got {error}; remove it"
+        ) from None
     except Exception as error:
         # torchtitan raises a plain Exception for old tokenizers.
         if type(error) is not Exception:
@@ -63,19 +59,15 @@ def load_config(args: list[str]) -> JobConfig:
         words = " ".join(re.sub(r"[^\x20-\x7e]+", " ", message.getvalue()).split())
         _, *parts = re.split(r" ?-{10,} ?", words)
         raise ValueError(f"command line: {parts[0] if parts else words}; see --help") from None
-    _rename_old_values(config)
-    return _follow_training(config)
-
-
-def _rename_old_values(config: JobConfig) -> None:
-    """Replace outdated dataset names and log a warning."""
     for name, section in (("training", config.training), ("validation", config.validation)):
-        if new := _OLD_DATASETS.get(section.dataset):
-            logger.warning(f"{name}.dataset = {section.dataset!r} is now called {new!r}; rename it")
-            section.dataset = new
+        if section.dataset == "prepared":
+            logger.warning(f"{name}.dataset = 'prepared' is now called 'tokenized'; rename it")
+            section.dataset = "tokenized"
+    _follow_training(config)
+    return config
 
 
-def _follow_training(config: JobConfig) -> JobConfig:
+def _follow_training(config: JobConfig) -> None:
     """Use the training dataset for validation unless another one is named."""
     training, validation = config.training, config.validation
     if validation.dataset is None:
@@ -83,17 +75,15 @@ def _follow_training(config: JobConfig) -> JobConfig:
         validation.text_field = training.text_field
         if validation.dataset_path is None:
             validation.dataset_path = training.dataset_path
-    return config
 
 
 def _check_flags(args: list[str]) -> None:
-    known = {"--help"}
-    for name, annotation in leaves(JobConfig):
-        section, _, leaf = name.rpartition(".")
-        known.add(f"--{name}")
-        if annotation is bool:
-            known.add(f"--{section}.no_{leaf}")
     annotations = dict(leaves(JobConfig))
+    known = {"--help", *(f"--{name}" for name in annotations)}
+    for name, annotation in annotations.items():
+        if annotation is bool:
+            section, _, leaf = name.rpartition(".")
+            known.add(f"--{section}.no_{leaf}")
     for arg, following in zip(args, [*args[1:], "--"], strict=False):
         flag = arg.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if arg.startswith("--") and flag not in known:

@@ -32,8 +32,9 @@ def check_sizes(config: JobConfig) -> None:
     Raises:
         ValueError: a size is too small, or sizes do not fit each other.
     """
-    for rule in _rules():
-        rule.check(config, "")
+    for rule in SIZE_RULES:
+        if value_of(config, rule.field) is not None:
+            rule.check(config, "")
     sizes = sizes_of(model_args(config))
     dim, n_heads, n_kv_heads = (sizes[name] for name in ("dim", "n_heads", "n_kv_heads"))
     require(
@@ -55,7 +56,7 @@ def check_sizes(config: JobConfig) -> None:
         "model.override.n_kv_heads",
         f"a divisor of n_heads, {n_heads}",
         n_kv_heads,
-        f"use {' or '.join(str(n) for n in range(1, n_heads + 1) if n_heads % n == 0)}",
+        f"use {divisors(n_heads)}",
     )
     low, high = sizes["rope_low_freq_factor"], sizes["rope_high_freq_factor"]
     require(
@@ -67,29 +68,29 @@ def check_sizes(config: JobConfig) -> None:
     )
 
 
-def _rules() -> list[Rule]:
-    def is_set(field: str):
-        return {"applies": lambda config, _: value_of(config, field) is not None}
+def divisors(number: int) -> str:
+    return " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
-    rules = []
-    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
-        field = f"model.override.{name}"
-        rules.append(at_least(field, 1, **is_set(field)))
-    for name, least in (("rope_scaling_factor", 1), ("rope_original_seq_len", 1)):
-        field = f"model.override.{name}"
-        rules.append(at_least(field, least, **is_set(field)))
-    for name, common in (
-        *(("norm_eps", "1e-5"), ("rope_theta", "10000 to 500000")),
-        *(("rope_low_freq_factor", "1"), ("rope_high_freq_factor", "4")),
-    ):
-        field = f"model.override.{name}"
-        rules.append(
-            Rule(
-                field,
-                lambda x, _: 0 < x < float("inf"),
-                "a finite number above 0",
-                f"{common} is common",
-                **is_set(field),
-            )
+
+SIZE_RULES = [
+    *(
+        at_least(f"model.override.{name}", 1)
+        for name in (
+            *("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size"),
+            *("rope_scaling_factor", "rope_original_seq_len"),
         )
-    return rules
+    ),
+    *(
+        Rule(
+            f"model.override.{name}",
+            lambda x, _: 0 < x < float("inf"),
+            "a finite number above 0",
+            f"{common} is common",
+        )
+        for name, common in (
+            *(("norm_eps", "1e-5"), ("rope_theta", "10000 to 500000")),
+            *(("rope_low_freq_factor", "1"), ("rope_high_freq_factor", "4")),
+        )
+    ),
+]
+"""Rules for each size that is set."""

@@ -6,7 +6,7 @@ The tables have the format of those in `rules.py`. A rule relies on the ones bef
 from dataclasses import replace
 
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
-from torchtitan.experiments.lighthouse.config.model_args import model_args, model_name
+from torchtitan.experiments.lighthouse.config.model_args import divisors, model_args, model_name
 from torchtitan.experiments.lighthouse.config.rule_helpers import (
     Rule,
     at_least,
@@ -27,10 +27,6 @@ def num_kv_heads(config: JobConfig) -> int:
 
 def num_layers(config: JobConfig) -> int:
     return model_args(config).n_layers
-
-
-def divisors(number: int) -> str:
-    return " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 DEGREE_RULES = [

@@ -82,6 +82,11 @@ def of_loading(section: str) -> list[Rule]:
     ]
 
 
+def share(field: str, remedy: str) -> Rule:
+    """A rule that the value is from 0 to 1, or not set."""
+    return Rule(field, lambda x, _: x is None or 0 <= x <= 1, "from 0 to 1", remedy)
+
+
 TRAINING_RULES = [
     Rule(
         "job.custom_config_module",
@@ -143,29 +148,20 @@ TRAINING_RULES = [
 
 OPTIMIZER_RULES = [
     one_of("optimizer.name", ["Adam", "AdamW"]),
-    Rule(
-        "optimizer.lr",
-        lambda x, _: 0 < x <= LARGEST_FACTOR,
-        f"a finite number above 0 and at most {LARGEST_FACTOR:g}",
-        "1e-3 is common",
+    *(
+        Rule(
+            field,
+            lambda x, _: 0 < x <= LARGEST_FACTOR,
+            f"a finite number above 0 and at most {LARGEST_FACTOR:g}",
+            f"{common} is common",
+        )
+        for field, common in (("optimizer.lr", "1e-3"), ("optimizer.eps", "1e-8"))
     ),
-    Rule(
-        "optimizer.eps",
-        lambda x, _: 0 < x <= LARGEST_FACTOR,
-        f"a finite number above 0 and at most {LARGEST_FACTOR:g}",
-        "1e-8 is common",
-    ),
-    Rule(
-        "optimizer.beta1",
-        lambda x, _: 0 <= x < 1,
-        "at least 0 and less than 1",
-        "0.9 and 0.95 are common",
-    ),
-    Rule(
-        "optimizer.beta2",
-        lambda x, _: 0 <= x < 1,
-        "at least 0 and less than 1",
-        "0.9 and 0.95 are common",
+    *(
+        Rule(
+            field, lambda x, _: 0 <= x < 1, "at least 0 and less than 1", "0.9 and 0.95 are common"
+        )
+        for field in ("optimizer.beta1", "optimizer.beta2")
     ),
     Rule(
         "optimizer.weight_decay",
@@ -193,18 +189,8 @@ OPTIMIZER_RULES = [
         lambda config: f"at most the {total_steps(config)} steps of the schedule",
         "lower it, or set lr_scheduler.total_steps to those of the whole schedule",
     ),
-    Rule(
-        "lr_scheduler.decay_ratio",
-        lambda x, _: x is None or 0 <= x <= 1,
-        "from 0 to 1",
-        "give the decay as a share of all steps",
-    ),
-    Rule(
-        "lr_scheduler.min_lr_factor",
-        lambda x, _: 0 <= x <= 1,
-        "from 0 to 1",
-        "give the last learning rate as a share of optimizer.lr",
-    ),
+    share("lr_scheduler.decay_ratio", "give the decay as a share of all steps"),
+    share("lr_scheduler.min_lr_factor", "give the last learning rate as a share of optimizer.lr"),
 ]
 """Rules for the optimizer and its schedule."""
 
@@ -229,12 +215,7 @@ COMPUTING_RULES = [
         "'op' or a number of at least 1",
         "use 2 for every second layer",
     ),
-    Rule(
-        "activation_checkpoint.memory_budget",
-        lambda x, _: 0 <= x <= 1,
-        "from 0 to 1",
-        "0.5 is the default",
-    ),
+    share("activation_checkpoint.memory_budget", "0.5 is the default"),
     Rule(
         "activation_checkpoint.mode",
         lambda x, config: x != "memory_budget" or compiles_model(config),
@@ -282,6 +263,13 @@ def profiled_steps(config: JobConfig) -> int:
     return config.profiling.profiler_active + config.profiling.profiler_warmup
 
 
+INSIDE_FIELDS = (
+    *("checkpoint.folder", "comm.save_traces_folder", "job.save_config_file"),
+    *("metrics.save_tb_folder", "profiling.save_memory_snapshot_folder"),
+    "profiling.save_traces_folder",
+)
+"""Paths that torchtitan appends to job.dump_folder."""
+
 OUTPUT_RULES = [
     Rule(
         "job.dump_folder",
@@ -289,19 +277,11 @@ OUTPUT_RULES = [
         "the name of a folder",
         "name one, or leave it out for ./outputs",
     ),
-    # Paths that torchtitan appends to job.dump_folder.
     *(
         Rule(
             field, is_inside, "a path inside job.dump_folder", "name one without a leading / or .."
         )
-        for field in (
-            "checkpoint.folder",
-            "comm.save_traces_folder",
-            "job.save_config_file",
-            "metrics.save_tb_folder",
-            "profiling.save_memory_snapshot_folder",
-            "profiling.save_traces_folder",
-        )
+        for field in INSIDE_FIELDS
     ),
     *(
         Rule(
@@ -310,13 +290,8 @@ OUTPUT_RULES = [
             f"another name than {', '.join(RUN_FILES)}, which are files of the run",
             "name another folder",
         )
-        for field in (
-            "checkpoint.folder",
-            "comm.save_traces_folder",
-            "metrics.save_tb_folder",
-            "profiling.save_memory_snapshot_folder",
-            "profiling.save_traces_folder",
-        )
+        for field in INSIDE_FIELDS
+        if field != "job.save_config_file"
     ),
     at_least(
         "profiling.profile_freq",
@@ -334,15 +309,9 @@ OUTPUT_RULES = [
         lambda _, config: f"use {profiled_steps(config)} or more",
         applies=is_profiled,
     ),
-    unset(
-        "profiling.enable_profiling",
-        " on a CPU, where torchtitan's profiler fails",
-        applies=on_cpu,
-    ),
-    unset(
-        "profiling.enable_memory_snapshot",
-        " on a CPU, where torchtitan's profiler fails",
-        applies=on_cpu,
+    *(
+        unset(field, " on a CPU, where torchtitan's profiler fails", applies=on_cpu)
+        for field in ("profiling.enable_profiling", "profiling.enable_memory_snapshot")
     ),
     Rule(
         "checkpoint.async_mode",

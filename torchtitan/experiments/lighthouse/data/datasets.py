@@ -14,13 +14,12 @@ import fnmatch
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN, SourceFile, stat_files
-from torchtitan.experiments.lighthouse.data.retry import retrying
+from torchtitan.experiments.lighthouse.data.retry import retried
 
 # About 3 % of the documents are held out. That is enough for a stable loss, and not much for a
 # small corpus.
@@ -53,11 +52,6 @@ class Corpus:
 
     needs_path: bool = True
     """Whether `dataset_path` must be set. Otherwise it must not be set."""
-
-    @property
-    def streamed(self) -> bool:
-        """Whether documents are read in file order during training, not loaded and shuffled."""
-        return self.reader != "documents"
 
     @property
     def held_out_by_content(self) -> bool:
@@ -213,11 +207,7 @@ def _holds_a_document(file: SourceFile) -> bool:
     """Whether a file is not empty. Also checks the form of its first document."""
     if file.size == 0 or file.reader == "documents":
         return file.size > 0
-
-    def read(_: None) -> Iterator[tuple[bool, None]]:
-        yield any(file.text(number, row) for number, row in file.rows()), None
-
-    return next(retrying(read, None))[0]
+    return retried(lambda: any(file.text(number, row) for number, row in file.rows()))
 
 
 def check_text_field(name: str, text_field: str, field: str) -> None:

@@ -80,39 +80,29 @@ def _build(
 ) -> ParallelAwareDataloader:
     options = getattr(job_config, SECTIONS[split])
     _check_num_workers(options.dataloader.num_workers, SECTIONS[split], options.dataset)
-    seed = job_config.debug.seed or 0
-    # torchtitan's own configuration has no `accept_changes`.
-    accepts_changes = ACCEPT_FILES in getattr(job_config.checkpoint, "accept_changes", ())
-    loading = {
-        "dp_rank": dp_rank,
-        "dp_world_size": dp_world_size,
-        "batch_size": options.local_batch_size,
-        **asdict(options.dataloader),
+    reading = {
+        "split": split,
+        "seed": job_config.debug.seed or 0,
+        "infinite": infinite,
+        "accepts_changes": ACCEPT_FILES in job_config.checkpoint.accept_changes,
     }
+    rank = {"dp_rank": dp_rank, "dp_world_size": dp_world_size}
+    loading = {**rank, "batch_size": options.local_batch_size, **asdict(options.dataloader)}
     if options.dataset == "tokenized":
-        # Losses of runs with different seeds are compared, so their held-out windows must be equal.
-        seed = 0 if split == "validation" else seed
-        tokenized = TokenizedDataset(
-            options.dataset_path,
-            options.seq_len,
-            split=split,
-            seed=seed,
-            infinite=infinite,
-            accepts_changes=accepts_changes,
-        )
+        if split == "validation":
+            # Losses of runs with different seeds are compared, so their held-out windows must be
+            # equal.
+            reading["seed"] = 0
+        tokenized = TokenizedDataset(options.dataset_path, options.seq_len, **reading)
         return TokenizedDataloader(tokenized, **loading)
     dataset = PackedTextDataset(
         options.dataset,
         options.dataset_path,
         tokenizer,
         options.seq_len,
-        split=split,
-        seed=seed,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        infinite=infinite,
         text_field=options.text_field,
-        accepts_changes=accepts_changes,
+        **rank,
+        **reading,
     )
     return TextDataloader(dataset, **loading)
 

@@ -12,7 +12,6 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torchtitan.experiments.lighthouse.data.datasets import SECTIONS
@@ -25,9 +24,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
 """The manifest of a split in preparation, with its finished shards."""
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-"""The files of torchtitan's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ def has_size(folder: Path, shard: Shard, itemsize: int) -> bool:
 def tokenizer_digest(path: str | Path) -> str:
     """SHA-256 of the files of a tokenizer, in hexadecimal."""
     sha = hashlib.sha256()
-    for name in TOKENIZER_FILES:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         content = Path(path, name).read_bytes() if Path(path, name).is_file() else b""
         sha.update(len(content).to_bytes(8, "little") + content)
     return sha.hexdigest()
@@ -242,5 +238,4 @@ def _file_sha256(path: Path, bar: tqdm) -> str | None:
 
 def progress_bar(name: str, total: int, done: int = 0) -> tqdm:
     """A progress bar in bytes, shown only on a terminal."""
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1000}
-    return tqdm(desc=name, total=total, initial=done, disable=None, **options)
+    return tqdm(desc=name, total=total, initial=done, disable=None, unit="B", unit_scale=True)

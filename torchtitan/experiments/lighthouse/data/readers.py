@@ -11,10 +11,11 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torchtitan.experiments.lighthouse.data.long_documents import MAX_DOCUMENT_BYTES, check_length
-from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retrying
+from torchtitan.experiments.lighthouse.data.retry import TransientReadError, retried
 from torchtitan.experiments.lighthouse.runtime.read_files import check_regular, parse_json
 
 TEXT_COLUMN = "text"
@@ -97,20 +98,17 @@ def stat_files(
     Raises:
         ValueError: a file does not exist, or could not be accessed in five attempts.
     """
-    paths = list(paths)
 
-    def read(start: int) -> Iterator[tuple[SourceFile, int]]:
-        for number, path in enumerate(paths[start:], start + 1):
-            try:
-                status = check_regular(path)
-            except OSError as error:
-                raise read_error(error, field, f" in {str(path)!r}") from error
-            except ValueError as error:
-                raise ValueError(f"{field} must hold regular files: {error}: remove it") from None
-            size, mtime_ns = status.st_size, status.st_mtime_ns
-            yield SourceFile(path, reader, field, size, mtime_ns, text_field), number
+    def stat(path: Path) -> SourceFile:
+        try:
+            status = check_regular(path)
+        except OSError as error:
+            raise read_error(error, field, f" in {str(path)!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{field} must hold regular files: {error}: remove it") from None
+        return SourceFile(path, reader, field, status.st_size, status.st_mtime_ns, text_field)
 
-    return [file for file, _ in retrying(read, 0)]
+    return [retried(partial(stat, path)) for path in paths]
 
 
 def read_error(error: Exception, field: str, place: str) -> TransientReadError | ValueError:

@@ -58,6 +58,12 @@ def retrying(
             sleep(delay)
 
 
+def retried(read: Callable[[], Value]) -> Value:
+    """The value of `read()`, with retries. Raises the same errors."""
+    value, _ = next(retrying(lambda _: iter([(read(), None)]), None))
+    return value
+
+
 def in_one_line(open_batches: Callable[[], Iterator]) -> Iterator:
     """Yield the batches of a data loader. Strip the traceback from the error of a worker.
 

@@ -6,11 +6,11 @@ first, middle and last 64 KiB. Any change of a compressed file or table changes 
 """
 
 import zlib
-from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from torchtitan.experiments.lighthouse.data.readers import SourceFile, read_error
-from torchtitan.experiments.lighthouse.data.retry import retrying
+from torchtitan.experiments.lighthouse.data.retry import retried
 from torchtitan.tools.logging import logger
 
 ACCEPT_FILES = "training.dataset_path"
@@ -27,15 +27,7 @@ def file_prints(files: list[SourceFile]) -> bytes:
     Raises:
         ValueError: a file cannot be read, or could not be read in five attempts.
     """
-
-    def read(start: int) -> Iterator[tuple[int, int]]:
-        for number, file in enumerate(files[start:], start + 1):
-            try:
-                yield _print(file), number
-            except OSError as error:
-                raise read_error(error, file.field, f" in {str(file.path)!r}") from error
-
-    return pack_prints([crc for crc, _ in retrying(read, 0)])
+    return pack_prints([retried(partial(_print, file)) for file in files])
 
 
 def pack_prints(prints: list[int]) -> bytes:
@@ -44,12 +36,15 @@ def pack_prints(prints: list[int]) -> bytes:
 
 def _print(file: SourceFile) -> int:
     crc = zlib.crc32(str(file.size).encode())
-    with open(file.path, "rb") as opened:
-        if file.size <= 3 * SAMPLE_BYTES:
-            return zlib.crc32(opened.read(3 * SAMPLE_BYTES), crc)
-        for begin in (0, (file.size - SAMPLE_BYTES) // 2, file.size - SAMPLE_BYTES):
-            opened.seek(begin)
-            crc = zlib.crc32(opened.read(SAMPLE_BYTES), crc)
+    try:
+        with open(file.path, "rb") as opened:
+            if file.size <= 3 * SAMPLE_BYTES:
+                return zlib.crc32(opened.read(3 * SAMPLE_BYTES), crc)
+            for begin in (0, (file.size - SAMPLE_BYTES) // 2, file.size - SAMPLE_BYTES):
+                opened.seek(begin)
+                crc = zlib.crc32(opened.read(SAMPLE_BYTES), crc)
+    except OSError as error:
+        raise read_error(error, file.field, f" in {str(file.path)!r}") from error
     return crc
 
 

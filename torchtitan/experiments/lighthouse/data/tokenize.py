@@ -135,7 +135,7 @@ def prepare(
     files = source_files(dataset, dataset_path, split)
     check_text_field(dataset, text_field, "--text-field")
     _check_arguments(dataset, dataset_path, out, shard_size, workers)
-    max_id, vocab_size = _vocabulary(tokenizer_path)
+    tokenizer = open_tokenizer("--tokenizer", tokenizer_path).tokenizer
     root = corpus_root(dataset, dataset_path)
     folder = Path(out).expanduser() / split
     manifest = Manifest(
@@ -144,8 +144,8 @@ def prepare(
         dataset=dataset if text_field == TEXT_COLUMN else f"{dataset}:{text_field}",
         split=split,
         tokenizer_sha256=tokenizer_digest(tokenizer_path),
-        vocab_size=vocab_size,
-        dtype="<u2" if max_id < 2**16 else "<u4",
+        vocab_size=tokenizer.get_vocab_size(),
+        dtype="<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4",
         shard_size=shard_size,
         sources={_name(file, root): _size(file) for file in files},
         shards=[],
@@ -287,12 +287,6 @@ def _unreadable(where: str, error: Exception) -> ValueError:
         f"--dataset-path must hold readable files, got an error{where}: {reason}: replace or "
         "remove the file and start the same command again"
     )
-
-
-def _vocabulary(tokenizer_path: str) -> tuple[int, int]:
-    """The largest token id and the number of tokens."""
-    tokenizer = open_tokenizer("--tokenizer", tokenizer_path).tokenizer
-    return max(tokenizer.get_vocab().values()), tokenizer.get_vocab_size()
 
 
 @functools.cache

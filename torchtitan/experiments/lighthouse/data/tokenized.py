@@ -37,7 +37,7 @@ from torchtitan.experiments.lighthouse.data.manifest import (
     tokenizer_digest,
 )
 from torchtitan.experiments.lighthouse.data.readers import read_error, stat_files
-from torchtitan.experiments.lighthouse.data.retry import in_one_line, retrying
+from torchtitan.experiments.lighthouse.data.retry import in_one_line, retried
 from torchtitan.experiments.lighthouse.data.source_changes import check_prints, file_prints
 
 # Four rounds suffice for a random permutation of a large domain. Small domains need more.
@@ -232,7 +232,7 @@ class TokenizedDataset(Dataset, Stateful):
         file, itemsize = self._files[number], self._manifest.itemsize
         offset = (self._manifest.shards[number].tokens - from_end) * itemsize
 
-        def read(_: None) -> Iterator[tuple[bytes, None]]:
+        def read() -> bytes:
             try:
                 with open(file.path, "rb") as shard:
                     shard.seek(offset)
@@ -240,9 +240,9 @@ class TokenizedDataset(Dataset, Stateful):
                 file.check_unchanged()
             except OSError as error:
                 raise read_error(error, file.field, f" in {str(file.path)!r}") from error
-            yield content, None
+            return content
 
-        content, _ = next(retrying(read, None))
+        content = retried(read)
         if len(content) < length * itemsize:
             raise ValueError(
                 f"{file.field} must hold every shard whole, got {file.size} bytes for the "
