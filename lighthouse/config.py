@@ -82,8 +82,10 @@ class LighthouseConfig:
             multiple_of: the length that an error suggests is a multiple of this, in tokens.
         """
         span = self.span(self.num_levels - 1)
+        step = self.num_strata * span
         is_aligned = self.num_strata % num_chunks == 0
-        if self._is_long_enough(seq_len) and seq_len % (self.num_strata * span) == 0 and is_aligned:
+        is_in_bounds = SELECTED_PER_STRATUM * step <= seq_len <= LONGEST
+        if is_in_bounds and seq_len % step == 0 and is_aligned:
             return
         fields = f"num_levels={self.num_levels}, pooling_factor={self.pooling_factor}"
         by_len = self.nearest_seq_len(seq_len, num_chunks, multiple_of)
@@ -103,23 +105,18 @@ class LighthouseConfig:
                 f"seq_len {seq_len}) into topk/128 equal strata of at least 128, got topk "
                 f"{self.topk}; nearest: {', or '.join(nearest)}"
             )
+        per_chunk = SELECTED_PER_STRATUM * num_chunks
         if not by_topk:
             # Another length is needed as well.
-            step = SELECTED_PER_STRATUM * num_chunks
-            other = replace(self, topk=nearest_multiple(self.topk, step, most=LONGEST))
+            other = replace(self, topk=nearest_multiple(self.topk, per_chunk, most=LONGEST))
             if by_len := other.nearest_seq_len(seq_len, num_chunks, multiple_of):
                 nearest.append(f"topk {other.topk} with seq_len {by_len}")
         raise ValueError(
-            f"topk must be a multiple of {SELECTED_PER_STRATUM * num_chunks}, which is "
-            f"{SELECTED_PER_STRATUM} for each of the {num_chunks} chunks of context "
-            f"parallelism, and divide the coarsest level of {seq_len // span} entries "
-            f"({fields}, seq_len {seq_len}), got {self.topk}; nearest: "
-            f"{', or '.join(nearest)}"
+            f"topk must be a multiple of {per_chunk}, which is {SELECTED_PER_STRATUM} for each "
+            f"of the {num_chunks} chunks of context parallelism, and divide the coarsest level "
+            f"of {seq_len // span} entries ({fields}, seq_len {seq_len}), got {self.topk}; "
+            f"nearest: {', or '.join(nearest)}"
         )
-
-    def _is_long_enough(self, seq_len: int) -> bool:
-        span = self.span(self.num_levels - 1)
-        return self.num_strata * SELECTED_PER_STRATUM * span <= seq_len <= LONGEST
 
     def nearest_seq_len(
         self, seq_len: int, num_chunks: int = 1, multiple_of: int = 1
@@ -129,12 +126,12 @@ class LighthouseConfig:
         Args:
             multiple_of: the length is also a multiple of this, in tokens.
         """
-        span = self.span(self.num_levels - 1)
-        least, step = self.num_strata * SELECTED_PER_STRATUM * span, self.num_strata * span
         if self.num_strata % num_chunks:
             return None
+        step = self.num_strata * self.span(self.num_levels - 1)
+        least = SELECTED_PER_STRATUM * step
         nearest = nearest_multiple(seq_len, lcm(step, multiple_of), least, LONGEST)
-        return nearest if self._is_long_enough(nearest) else None
+        return nearest if nearest <= LONGEST else None
 
     def nearest_topk(self, seq_len: int, num_chunks: int = 1) -> int | None:
         """The legal `topk` nearest to this one at `seq_len` tokens; None if there is none."""

@@ -185,12 +185,8 @@ class UlyssesAttention(nn.Module):
         return all_to_all(by_rank, group_name).movedim(0, 1).flatten(1, 2)  # [B, H, n, D]
 
 
-def all_to_all(x: torch.Tensor, group_name: str) -> torch.Tensor:
-    """Send `x[r]` to rank r and receive as many: [W, ...], any strides, to contiguous [W, ...]."""
-    return _all_to_all(x, group_name)
-
-
 def all_to_all_reference(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    """Send `x[r]` to rank r and receive as many: [W, ...], any strides, to contiguous [W, ...]."""
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
     group = _resolve_process_group(group_name)
     dist.all_to_all_single(received, x.contiguous(), group=group)
@@ -206,10 +202,10 @@ def _all_to_all_setup(ctx, inputs, output):
 
 
 def _all_to_all_autograd(ctx, dreceived):
-    return _all_to_all(dreceived, ctx.group_name), None
+    return all_to_all(dreceived, ctx.group_name), None
 
 
-_all_to_all = register(
+all_to_all = register(
     "all_to_all",
     all_to_all_reference,
     _all_to_all_fake,

@@ -134,7 +134,7 @@ def gather_backward_reference(
 
 
 def _gather_backward_fake(dsub_q, dsub_k, dsub_v, slot, num_levels, pooling_factor, seq_len, *_):
-    return tuple(_empty_bnhd(dsub, seq_len) for dsub in (dsub_q, dsub_k, dsub_v))
+    return tuple(empty_bnhd(dsub, seq_len) for dsub in (dsub_q, dsub_k, dsub_v))
 
 
 _gather_backward = register(
@@ -195,7 +195,7 @@ def scatter_back_reference(
 
 
 def _scatter_back_fake(sub_out, edges, entry, slot, num_levels, pooling_factor, seq_len):
-    return _empty_bnhd(sub_out, seq_len)
+    return empty_bnhd(sub_out, seq_len)
 
 
 def scatter_back_backward_reference(
@@ -283,7 +283,8 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.transpose(1, 2).is_contiguous() else x.contiguous()
 
 
-def _empty_bnhd(x: torch.Tensor, seq_len: int) -> torch.Tensor:
+def empty_bnhd(x: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """Uninitialised [B, H, N, D] with the strides of a contiguous [B, N, H, D]."""
     batch, n_heads, _, head_dim = x.shape
     return x.new_empty((batch, seq_len, n_heads, head_dim)).transpose(1, 2)
 
@@ -374,7 +375,7 @@ def _spread_to_tokens(
     # All entries of the coarsest level are in the sub-sequence.
     grad = _rows(dsub)[_row_ids(dsub, slots[-1].long())].to(accumulate)  # [B, H, N/p**(L-1), D]
     for level in range(len(slots) - 2, -1, -1):
-        children = _empty_bnhd(grad, grad.shape[2] * pooling_factor)
+        children = empty_bnhd(grad, grad.shape[2] * pooling_factor)
         spread = children.unflatten(2, (-1, pooling_factor))
         shares = (grad / pooling_factor)[..., None, :]
         if cos is None:

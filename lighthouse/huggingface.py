@@ -18,7 +18,8 @@ This is the only module of the library that imports transformers.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 from transformers.trainer_callback import TrainerCallback
 
 from lighthouse.attention import lighthouse_attention
@@ -92,8 +93,10 @@ def register_lighthouse(
             f"the scheme must be ulysses for a Hugging Face model, got {context.scheme!r}; use it"
         )
     layers = tuple(full_attn_layers)
+    attend = causal_sdpa if context is None else UlyssesAttention(causal_sdpa, context)
     for suffix in ("", _DENSE_SUFFIX):
-        attention = _Attention(config, layers, pool_rotary, context, always_dense=bool(suffix))
+        always_dense = suffix == _DENSE_SUFFIX
+        attention = _Attention(config, layers, pool_rotary, context, attend, always_dense)
         AttentionInterface.register(name + suffix, attention)
         AttentionMaskInterface.register(name + suffix, _causal_mask)
 
@@ -108,7 +111,11 @@ def use_lighthouse(model: PreTrainedModel, name: str = "lighthouse") -> None:
     attention = AttentionInterface().get(name)
     if not isinstance(attention, _Attention):
         raise ValueError(f"{name!r} must be registered, got none; call register_lighthouse before")
-    all_layers = [*_attention_layers(model)]
+    all_layers = [
+        module
+        for module in model.modules()
+        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
+    ]
     layers = [layer for layer in all_layers if not attention.is_dense(layer)]
     if not layers and not attention.always_dense:
         raise ValueError(
@@ -188,23 +195,16 @@ class LighthouseSwitch(TrainerCallback):
             use_dense(model)
 
 
+@dataclass(eq=False)
 class _Attention:
     """The function registered under one name, which transformers calls for each layer."""
 
-    def __init__(
-        self,
-        config: LighthouseConfig,
-        full_attn_layers: tuple[int, ...],
-        pool_rotary: str,
-        context: ContextParallel | None,
-        always_dense: bool,
-    ):
-        self.config = config
-        self.full_attn_layers = full_attn_layers
-        self.pool_rotary = pool_rotary
-        self.context = context
-        self.always_dense = always_dense
-        self.attend = causal_sdpa if context is None else UlyssesAttention(causal_sdpa, context)
+    config: LighthouseConfig
+    full_attn_layers: tuple[int, ...]
+    pool_rotary: str
+    context: ContextParallel | None
+    attend: Callable[..., torch.Tensor]
+    always_dense: bool
 
     def __call__(
         self,
@@ -347,50 +347,30 @@ def _require(condition: torch.Tensor, message: str) -> None:
         raise ValueError(message)
 
 
-def _causal_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs,
-) -> torch.Tensor | None:
+def _causal_mask(**kwargs) -> torch.Tensor | None:
     """The mask of a batch: None in training, where other masks raise; the mask of `sdpa` elsewhere.
 
     A mask [B, 1, N, N] of a long sequence would not fit into memory, so training never builds it. A
     batch counts as a training batch if gradients are enabled.
+
+    Args:
+        kwargs: the arguments of `sdpa_mask`, which transformers passes by name.
     """
-    is_training = torch.is_grad_enabled() and q_length == kv_length
-    is_window = local_size is not None and local_size < kv_length
-    if not is_training or is_window:
-        return sdpa_mask(
-            *(batch_size, q_length, kv_length),
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            use_vmap=use_vmap,
-            device=device,
-            **kwargs,
-        )
+    seq_len, local_size = kwargs["q_length"], kwargs.get("local_size")
+    is_training = torch.is_grad_enabled() and seq_len == kwargs["kv_length"]
+    if not is_training or (local_size is not None and local_size < seq_len):
+        return sdpa_mask(**kwargs)
+    attention_mask, mask_function = kwargs.get("attention_mask"), kwargs["mask_function"]
     if attention_mask is not None:
         _require(attention_mask.all(), _PADDED)
-    if use_vmap:
+    if kwargs.get("use_vmap"):
         raise ValueError(_NOT_CAUSAL)
-    rows = torch.arange(batch_size, device=device)[:, None]
-    tokens = torch.arange(q_length, device=device)
+    rows = torch.arange(kwargs["batch_size"], device=kwargs.get("device"))[:, None]
+    tokens = torch.arange(seq_len, device=kwargs.get("device"))
     # Every token attends to the first token of its sequence. No token attends to the next one.
     _require(mask_function(rows, 0, tokens, tokens[:1]).all(), _PACKED)
     _require(~mask_function(rows, 0, tokens[:-1], tokens[1:]).any(), _NOT_CAUSAL)
     return None
-
-
-def _attention_layers(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx"):
-            yield module
 
 
 def _set_attention(model: PreTrainedModel, name: str) -> None:

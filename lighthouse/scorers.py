@@ -230,10 +230,9 @@ def _both_ways(
         (squared_norms(attend(x, k, v), n_kv_heads), squared_norms(attend(k, x, v), n_kv_heads))
         for x in q.unflatten(1, (n_kv_heads, -1)).unbind(2)
     ]
-    q_scores, k_scores = (torch.stack(scores).amax(0) for scores in zip(*by_head, strict=True))
-    return (
-        pool_scores(q_scores, num_levels, pooling_factor),
-        pool_scores(k_scores, num_levels, pooling_factor),
+    return tuple(
+        pool_scores(torch.stack(scores).amax(0), num_levels, pooling_factor)
+        for scores in zip(*by_head, strict=True)
     )
 
 

@@ -116,10 +116,10 @@ def attention_on_level_0(
     return parts
 
 
-def sample_rows(seq_len: int, num_rows: int = NUM_ROWS) -> torch.Tensor:
+def sample_rows(seq_len: int) -> torch.Tensor:
     """Random positions, ascending, [R], the same each time. The global generator is not used."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(seq_len, (num_rows,), generator=generator).sort().values
+    return torch.randint(seq_len, (NUM_ROWS,), generator=generator).sort().values
 
 
 def _is_present(selection: Selection, level: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lighthouse.gather import empty_bnhd
 from lighthouse.kernels.rotary import (
     NO_PAIRS,
     load_pairs,
@@ -33,7 +34,6 @@ from lighthouse.kernels.rows import (
     add_rows,
     block_batch_head,
     decode,
-    empty_bnhd,
     launch_sizes,
     load_slots,
     store_rows,

@@ -128,8 +128,3 @@ def launch_sizes(
         "BLOCK_D": block_d,
         "num_warps": num_warps,
     }
-
-
-def empty_bnhd(x: torch.Tensor, seq_len: int) -> torch.Tensor:
-    batch, n_heads, _, head_dim = x.shape
-    return x.new_empty((batch, seq_len, n_heads, head_dim)).transpose(1, 2)

@@ -17,11 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
+from lighthouse.gather import empty_bnhd
 from lighthouse.kernels.rows import (
     add_rows,
     block_batch_head,
     decode,
-    empty_bnhd,
     launch_sizes,
     load_slots,
     store_rows,

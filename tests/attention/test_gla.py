@@ -5,20 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from layer_inputs import random_qkv
 
 from lighthouse import gla
 from lighthouse.gla import gated_linear_attention
 from lighthouse.reference import _gated_linear_attention
-
-
-def inputs_of(seq_len, dtype=torch.float64, head_dim=8):
-    """q, k, v with the strides of a model: views of [B, N, H, D]."""
-    generator = torch.Generator().manual_seed(0)
-    size = (2, seq_len, 3, head_dim)
-    return [
-        torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
-        for _ in range(3)
-    ]
 
 
 def by_token(q, k, v):
@@ -28,14 +19,14 @@ def by_token(q, k, v):
 
 @pytest.mark.parametrize("seq_len", [1, 2, 63, 64, 65, 128, 300])
 def test_equals_the_recurrence(seq_len):
-    q, k, v = inputs_of(seq_len)
+    q, k, v = random_qkv(2, 3, 3, seq_len, 8)
     assert (gated_linear_attention(q, k, v) - by_token(q, k, v)).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_computes_in_fp32(dtype):
     """The error is at most twice that of the recurrence in fp32."""
-    q, k, v = inputs_of(1024, dtype, 32)
+    q, k, v = random_qkv(2, 3, 3, 1024, 32, dtype)
     out = gated_linear_attention(q, k, v)
     assert out.dtype == torch.float32
     state = torch.zeros(2, 3, 32, 32)
@@ -50,7 +41,7 @@ def test_computes_in_fp32(dtype):
 
 
 def test_autocast_changes_nothing():
-    q, k, v = inputs_of(130, torch.float32)
+    q, k, v = random_qkv(2, 3, 3, 130, 8, torch.float32)
     expected = gated_linear_attention(q, k, v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(gated_linear_attention(q, k, v), expected)
@@ -58,7 +49,7 @@ def test_autocast_changes_nothing():
 
 def test_what_has_faded_leaves_no_trace():
     """Values of 1e30 do not overflow, and have no effect 3,000 tokens later."""
-    q, k, v = inputs_of(4096, torch.float32)
+    q, k, v = random_qkv(2, 3, 3, 4096, 8, torch.float32)
     expected = gated_linear_attention(q, k, v)
     k[:, :, 0] = 1e30
     out = gated_linear_attention(q, k, v)
@@ -79,5 +70,5 @@ def test_flash_linear_attention_is_called_as_it_asks_to_be(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "fla.ops", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", module)
-    q, k, v = inputs_of(65)
+    q, k, v = random_qkv(2, 3, 3, 65, 8)
     torch.testing.assert_close(gla._by_fla(q, k, v), gated_linear_attention(q, k, v))

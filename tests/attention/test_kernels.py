@@ -6,9 +6,11 @@ pyramids are tested with trees of a few selected entries instead of whole select
 
 import pytest
 import torch
-import torch.nn.functional as F
+from layer_inputs import frequencies, rotary_table
+from test_selection import KINDS, scores_of
+from torch.utils._pytree import tree_leaves
 
-from lighthouse import LighthouseConfig, RotaryPhases, lighthouse_attention
+from lighthouse import LighthouseConfig, lighthouse_attention
 from lighthouse import gather as gather_ops
 from lighthouse import scorers as scorer_ops
 from lighthouse import selection as selection_ops
@@ -86,24 +88,30 @@ def assert_as_exact(actual, plain, exact):
     assert error <= 2 * plain_error + rounding * exact.abs().max().item()
 
 
+def check(kernel, reference, tensors, *arguments):
+    """Compare the outputs of a kernel with those of its PyTorch function. Returns them."""
+    actual = kernel(*tensors, *arguments)
+    plain = reference(*tensors, *arguments)
+    exact = reference(*(None if x is None else x.double() for x in tensors), *arguments)
+    for outputs in zip(*map(tree_leaves, (actual, plain, exact)), strict=True):
+        assert_as_exact(*outputs)
+    return actual
+
+
 def phases(rotary_dim, num_rows, interleaved):
     """cos, sin, interleaved. Rows after the last legal one are NaN."""
-    frequencies = 100.0 ** -(torch.arange(0, rotary_dim, 2, device=DEVICE) / rotary_dim)
-    angles = torch.arange(num_rows, device=DEVICE)[:, None] * frequencies
-    behind = torch.full((2, len(frequencies)), torch.nan, device=DEVICE)
-    return torch.cat([angles.cos(), behind]), torch.cat([angles.sin(), behind]), interleaved
+    table = rotary_table(rotary_dim, num_rows, interleaved, torch.float32)
+    behind = torch.full((2, rotary_dim // 2), torch.nan)
+    cos, sin = (torch.cat([x, behind]).to(DEVICE) for x in (table.cos, table.sin))
+    return cos, sin, interleaved
 
 
 # ---- norm_score_pool
 
 
 def check_norm_score_pool(q, k, v, num_levels, p, rotary=()):
-    inputs, sizes = (q, k, v), (num_levels, p, *rotary)
-    actual = scorers.norm_score_pool(*inputs, *sizes)
-    plain = scorer_ops.norm_score_pool_reference(*inputs, *sizes)
-    exact = scorer_ops.norm_score_pool_reference(*(x.double() for x in inputs), *sizes)
-    for outputs in zip(actual, plain, exact, strict=True):
-        assert_as_exact(*outputs)
+    reference = scorer_ops.norm_score_pool_reference
+    check(scorers.norm_score_pool, reference, (q, k, v), num_levels, p, *rotary)
 
 
 @pytest.mark.parametrize(("p", "num_levels"), SHAPES, ids=SHAPE_IDS)
@@ -145,24 +153,6 @@ CASCADES = [
 CASCADE_IDS = [f"L{levels}-p{p}-k{topk}-C{count}" for levels, p, topk, count in CASCADES]
 
 
-def scores_of(kind, shape):
-    if kind == "random":
-        return torch.rand(shape, device=DEVICE)
-    if kind == "negative":
-        return torch.randn(shape, device=DEVICE) - 2
-    if kind == "few":
-        return torch.randint(0, 3, shape, device=DEVICE).float()
-    if kind == "equal":
-        return torch.full(shape, 2.5, device=DEVICE)
-    if kind == "one-hot":
-        return (
-            F.one_hot(torch.tensor(shape[-1] - 2, device=DEVICE), shape[-1]).expand(shape).float()
-        )
-    extremes = [-torch.inf, -3e38, -1e-38, -1e-45, -0.0, 0.0, 1e-45, 1e-38, 1.0, 3e38, torch.inf]
-    extremes = torch.tensor(extremes, device=DEVICE)
-    return extremes[torch.randint(0, len(extremes), shape, device=DEVICE)]
-
-
 def check_select(q_scores, k_scores, num_levels, p, topk, seq_len):
     for is_start in (False, True):
         arguments = q_scores, k_scores, num_levels, p, topk, seq_len, is_start
@@ -174,13 +164,13 @@ def check_select(q_scores, k_scores, num_levels, p, topk, seq_len):
     return actual
 
 
-@pytest.mark.parametrize("kind", ["random", "negative", "few", "equal", "one-hot", "extreme"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_select_of_scores(kind):
     num_levels, p, topk, count = 3, 2, 128, 131
     seq_len = count * p ** (num_levels - 1)
     num_scores = sum(seq_len // p**level for level in range(1, num_levels))
     # The two kinds of scores are drawn separately, so that each selection has its own ties.
-    q_scores, k_scores = (scores_of(kind, (1, 2, num_scores)) for _ in range(2))
+    q_scores, k_scores = (scores_of(kind, (1, 2, num_scores)).to(DEVICE) for _ in range(2))
     check_select(q_scores, k_scores, num_levels, p, topk, seq_len)
 
 
@@ -216,50 +206,28 @@ def test_select_of_strided_scores_of_batches_and_heads():
 def check_gather_and_scatter_back(q, k, v, entry, slot, num_levels, p, grads=None, rotary=()):
     """Run all four kernels. Gradients have the given values, or random values."""
     seq_len = q.shape[2]
-    bodies = gather_ops
     exact_levels = scorer_ops.norm_score_pool_reference(
         q.double(), k.double(), v.double(), num_levels, p, *rotary
     )[2:]  # fmt: skip
-    coarsest = [x.to(q.dtype) for x in exact_levels]
-
+    inputs = q, k, v, *(x.to(q.dtype) for x in exact_levels)
     arguments = entry, slot, num_levels, p, *rotary
-    exact_inputs = [x.double() for x in (q, k, v, *coarsest)]
-    actual = gather.gather(q, k, v, *coarsest, *arguments)
-    plain = bodies.gather_reference(q, k, v, *coarsest, *arguments)
-    exact = bodies.gather_reference(*exact_inputs, *arguments)
-    for outputs in zip(actual, plain, exact, strict=True):
-        assert_as_exact(*outputs)
-
-    dsubs = grads or [torch.randn_like(x) for x in actual]
+    subs = check(gather.gather, gather_ops.gather_reference, inputs, *arguments)
+    dsubs = grads or [torch.randn_like(x) for x in subs]
     arguments = slot, num_levels, p, seq_len, *rotary
-    actual = gather.gather_backward(*dsubs, *arguments)
-    plain = bodies.gather_backward_reference(*dsubs, *arguments)
-    exact = bodies.gather_backward_reference(*(x.double() for x in dsubs), *arguments)
-    for outputs in zip(actual, plain, exact, strict=True):
-        assert_as_exact(*outputs)
-
+    check(gather.gather_backward, gather_ops.gather_backward_reference, dsubs, *arguments)
     if rotary:
         return
-    sub_out = dsubs[0]
-    dout = q
     # One sequence with the maximum number of chunks, one per entry of the coarsest level.
     for num_chunks in (1, seq_len // p ** (num_levels - 1)):
-        edges = exact_edges = None
+        edges = None
         if num_chunks > 1:
-            edges = torch.randn(*sub_out.shape[:2], num_chunks, num_levels - 1, q.shape[-1])
-            edges = edges.to(sub_out)
-            exact_edges = edges.double()
+            edges = torch.randn(*q.shape[:2], num_chunks, num_levels - 1, q.shape[-1]).to(dsubs[0])
         arguments = entry, slot, num_levels, p, seq_len
-        actual = scatter_back.scatter_back(sub_out, edges, *arguments)
-        plain = bodies.scatter_back_reference(sub_out, edges, *arguments)
-        exact = bodies.scatter_back_reference(sub_out.double(), exact_edges, *arguments)
-        assert_as_exact(actual, plain, exact)
-
+        reference = gather_ops.scatter_back_reference
+        check(scatter_back.scatter_back, reference, (dsubs[0], edges), *arguments)
         arguments = entry, num_levels, p, num_chunks
-        actual = scatter_back.scatter_back_backward(dout, *arguments)
-        plain = bodies.scatter_back_backward_reference(dout, *arguments)
-        exact = bodies.scatter_back_backward_reference(dout.double(), *arguments)
-        assert_as_exact(actual, plain, exact)
+        reference = gather_ops.scatter_back_backward_reference
+        check(scatter_back.scatter_back_backward, reference, (q,), *arguments)
 
 
 @pytest.mark.parametrize(("p", "num_levels"), SHAPES, ids=SHAPE_IDS)
@@ -338,14 +306,16 @@ def test_any_strides(kind):
 # ---- the whole layer
 
 
-def cuda_ops():
-    """The ops with the functions registered for CUDA."""
-    modules = (scorer_ops, ["norm_score_pool"]), (selection_ops, ["select"])
-    gathers = ["gather", "gather_backward", "scatter_back", "scatter_back_backward"]
-    for module, names in (*modules, (gather_ops, gathers)):
-        for name in names:
-            op = getattr(module, f"_{name}")
-            yield name, op, op._backend_fns["cuda"]
+OPS = [
+    scorer_ops._norm_score_pool,
+    selection_ops._select,
+    gather_ops._gather,
+    gather_ops._gather_backward,
+    gather_ops._scatter_back,
+    gather_ops._scatter_back_backward,
+]
+CUDA = {op._name: op._backend_fns["cuda"] for op in OPS}
+"""The functions registered for CUDA, by the names of their ops."""
 
 
 @pytest.mark.parametrize("is_rotary", [False, True], ids=["averaged", "aligned"])
@@ -355,10 +325,8 @@ def test_layer_and_gradients_match_the_reference(n_kv_heads, is_rotary):
     seq_len, head_dim = 4 * 129, 16
     inputs = [random_bnhd(1, heads, seq_len, head_dim) for heads in (2, n_kv_heads, n_kv_heads)]
     dout = random_bnhd(1, 2, seq_len, head_dim)
-    frequencies = torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64)
-    angles = torch.arange(4, device=DEVICE)[:, None] * frequencies.to(DEVICE)
-    rotary = RotaryPhases(angles.cos(), angles.sin(), interleaved=True) if is_rotary else None
-    rope = rope_of(frequencies, interleaved=True) if is_rotary else None
+    rotary = rotary_table(6, 4, interleaved=True).to(torch.device(DEVICE)) if is_rotary else None
+    rope = rope_of(frequencies(6), interleaved=True) if is_rotary else None
 
     def reference(q, k, v):
         if is_rotary:
@@ -373,7 +341,7 @@ def test_layer_and_gradients_match_the_reference(n_kv_heads, is_rotary):
 
     launched = []
     with torch.library._scoped_library("lighthouse", "IMPL") as library:
-        for name, _, implementation in cuda_ops():
+        for name, implementation in CUDA.items():
 
             def launch(*args, name=name, implementation=implementation):
                 launched.append(name)
@@ -383,7 +351,7 @@ def test_layer_and_gradients_match_the_reference(n_kv_heads, is_rotary):
         actual = out_and_gradients(
             lambda *x: lighthouse_attention(*x, config, rotary=rotary), DEVICE, torch.float32
         )
-    assert sorted(launched) == sorted(name for name, *_ in cuda_ops())
+    assert sorted(launched) == sorted(CUDA)
     exact = out_and_gradients(reference, "cpu", torch.float64)
     for ours, theirs in zip(actual, exact, strict=True):
         torch.testing.assert_close(ours.double().cpu(), theirs, rtol=1e-5, atol=1e-5)
@@ -392,14 +360,13 @@ def test_layer_and_gradients_match_the_reference(n_kv_heads, is_rotary):
 def test_fp64_takes_the_pytorch_body(monkeypatch):
     q, k, v = (random_bnhd(1, 1, 20, 16).double() for _ in range(3))
     entry, slot = random_maps(1, 1, 5, 3, 2, 2)
-    cuda = {name: implementation for name, _, implementation in cuda_ops()}
     # Every launch passes through here.
     monkeypatch.setattr(torch.cuda, "device_of", None)
-    *scores, coarsest_q, coarsest_k, coarsest_v = cuda["norm_score_pool"](q, k, v, 3, 2)
-    subs = cuda["gather"](q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, 3, 2)
-    grads = cuda["gather_backward"](*subs, slot, 3, 2, 20)
-    out = cuda["scatter_back"](subs[0], None, entry, slot, 3, 2, 20)
-    dsub = cuda["scatter_back_backward"](out, entry, 3, 2, 1)
+    *scores, coarsest_q, coarsest_k, coarsest_v = CUDA["norm_score_pool"](q, k, v, 3, 2)
+    subs = CUDA["gather"](q, k, v, coarsest_q, coarsest_k, coarsest_v, entry, slot, 3, 2)
+    grads = CUDA["gather_backward"](*subs, slot, 3, 2, 20)
+    out = CUDA["scatter_back"](subs[0], None, entry, slot, 3, 2, 20)
+    dsub = CUDA["scatter_back_backward"](out, entry, 3, 2, 1)
     span_scores = torch.rand(1, 1, 384, device=DEVICE, dtype=torch.float64)
-    cuda["select"](span_scores, span_scores, 3, 2, 128, 512, True)
+    CUDA["select"](span_scores, span_scores, 3, 2, 128, 512, True)
     assert {x.dtype for x in (*scores, *subs, *grads, out, dsub)} == {torch.float64}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compiled import GroupedSdpa, assert_compiles_in_one_graph
+from layer_inputs import entries_of, frequencies, random_qkv, rotary_table
 
 from lighthouse import (
     LighthouseAttention,
@@ -34,27 +34,12 @@ IDS = [
 SCORER_CASE = (2, 1, 512, 8, 8, 2, 2, 128, False)
 
 
-def frequencies(rotary_dim: int) -> torch.Tensor:
-    return 100.0 ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
-
-
-def table(rotary_dim: int, num_rows: int, interleaved: bool, dtype=torch.float64) -> RotaryPhases:
-    angles = torch.arange(num_rows, dtype=torch.float64)[:, None] * frequencies(rotary_dim)
-    return RotaryPhases(angles.cos().to(dtype), angles.sin().to(dtype), interleaved)
-
-
 def setup(case, dtype=torch.float64):
     """Config, table, rotary embedding, and unrotated q, k, v with the strides of a model."""
     n_heads, n_kv_heads, seq_len, head_dim, rotary_dim, *fields, interleaved = case
     config = LighthouseConfig(*fields)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(1, seq_len, heads, head_dim, generator=generator, dtype=torch.float64)
-        .transpose(1, 2)
-        .requires_grad_()
-        for heads in (n_heads, n_kv_heads, n_kv_heads)
-    ]
-    rotary = table(rotary_dim, config.span(config.num_levels - 1), interleaved, dtype)
+    inputs = random_qkv(1, n_heads, n_kv_heads, seq_len, head_dim, requires_grad=True)
+    rotary = rotary_table(rotary_dim, config.span(config.num_levels - 1), interleaved, dtype)
     return config, rotary, rope_of(frequencies(rotary_dim), interleaved), inputs
 
 
@@ -66,6 +51,7 @@ def rotated(x: torch.Tensor, rope, first_position: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_equals_loops_from_unrotated_q_and_k(case):
     config, rotary, rope, (q, k, v) = setup(case)
+    # The layer does not know it. Only differences of positions count.
     first = 70
     out = lighthouse_attention(
         rotated(q, rope, first), rotated(k, rope, first), v, config, rotary=rotary
@@ -113,30 +99,15 @@ def test_equal_unrotated_vectors_pool_to_a_vector_of_their_norm():
     assert (mean_pool(x, 16).norm(dim=-1) < 0.9 * norm).all()
 
 
-@pytest.mark.parametrize("case", [CASES[4], CASES[5]], ids=[IDS[4], IDS[5]])
-def test_only_differences_of_positions_count(case):
-    config, rotary, rope, (q, k, v) = setup(case)
-    outs = [
-        lighthouse_attention(
-            rotated(q, rope, first), rotated(k, rope, first), v, config, rotary=rotary
-        )
-        for first in (0, 12345)
-    ]
-    assert (outs[0] - outs[1]).abs().max() < 1e-9
-
-
-@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
+@pytest.mark.parametrize("pairs", [None, "interleaved", "halves"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_error_in_low_precision_is_that_of_plain_pytorch(dtype, interleaved):
+def test_error_in_low_precision_is_that_of_plain_pytorch(dtype, pairs):
     """Errors of outputs and gradients are at most twice those of PyTorch in the same dtype."""
-    case = (4, 2, 2048, 32, 24, 3, 4, 128, interleaved)
-    config, rotary, _, inputs = setup(case, torch.float32)
-    inputs = [x.detach().to(dtype) for x in inputs]
+    config = LighthouseConfig(3, 4, 128)
+    rotary = None if pairs is None else rotary_table(24, 16, pairs == "interleaved", torch.float32)
+    inputs = random_qkv(1, 4, 2, 2048, 32, dtype)
     selection = select(*(squared_norms(x, 2) for x in inputs[:2]), config)
-    entries = [
-        list(zip(selection.level[0, g].tolist(), selection.index[0, g].tolist(), strict=True))
-        for g in range(2)
-    ]
+    entries = [entries_of(selection, 0, g) for g in range(2)]
     dout = torch.randn(inputs[0].shape, dtype=torch.float64)
 
     def run(layer, dtype):
@@ -188,36 +159,6 @@ def turn_to_last(x, rotary):
     return torch.cat([turned, x[:, 2 * num_pairs :]], -1)
 
 
-@pytest.mark.parametrize("layout", ["bhnd", "sliced", "odd"])
-@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
-def test_strides(layout, interleaved):
-    config, rotary, _, inputs = setup((2, 1, 512, 8, 6, 3, 2, 128, interleaved))
-    inputs = [x.detach() for x in inputs]
-    expected = lighthouse_attention(*inputs, config, rotary=rotary)
-    if layout == "bhnd":
-        inputs = [x.contiguous() for x in inputs]
-    elif layout == "sliced":
-        inputs = [torch.cat([x, x], -1)[..., 8:] for x in inputs]
-    else:
-        # Rows with an odd start and an odd stride.
-        inputs = [torch.nn.functional.pad(x, (1, 0))[..., 1:] for x in inputs]
-    out = lighthouse_attention(*inputs, config, rotary=rotary)
-    assert (out - expected).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_in_one_graph(scorer, dynamic):
-    config = LighthouseConfig(3, 2, 128, scorer)
-    module = LighthouseAttention(GroupedSdpa(), config, table(8, 4, True, torch.float32))
-
-    def inputs(seq_len):
-        torch.manual_seed(0)
-        return [torch.randn(1, h, seq_len, 8, requires_grad=True) for h in (4, 2, 2)]
-
-    assert_compiles_in_one_graph(module, dynamic, lambda: inputs(512), lambda: inputs(1024))
-
-
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
 def test_ops(interleaved):
     config, rotary, _, inputs = setup((4, 2, 512, 8, 6, 3, 2, 128, interleaved), torch.float32)
@@ -239,11 +180,11 @@ def test_scores_do_not_depend_on_the_table():
         assert torch.equal(plain, turned)
 
 
-def test_module_keeps_the_dtype_of_its_table():
-    module = LighthouseAttention(
-        GroupedSdpa(), LighthouseConfig(2, 2, 128), table(8, 2, True, torch.float32)
-    )
-    assert not module.state_dict() and not list(module.buffers())
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_module_adds_nothing_to_a_model_and_keeps_the_dtype_of_its_table(scorer):
+    rotary = rotary_table(8, 2, True, torch.float32)
+    module = LighthouseAttention(torch.nn.Identity(), LighthouseConfig(scorer=scorer), rotary)
+    assert not module.state_dict() and not [*module.parameters(), *module.buffers()]
     assert module.bfloat16().rotary.cos.dtype == torch.float32
     assert module.to("meta").rotary.cos.device.type == "meta"
 
@@ -274,5 +215,5 @@ def test_an_odd_head_is_refused():
     q = torch.randn(1, 1, 512, 7)
     with pytest.raises(ValueError, match="head_dim must be even, got 2 columns and head_dim 7"):
         lighthouse_attention(
-            q, q, q, LighthouseConfig(3, 2, 128), rotary=table(4, 4, True, torch.float32)
+            q, q, q, LighthouseConfig(3, 2, 128), rotary=rotary_table(4, 4, True, torch.float32)
         )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_inputs import entries_of
 
 from lighthouse import LighthouseConfig, select
 from lighthouse.reference import reference_selection
@@ -22,41 +23,44 @@ CASES = [
 IDS = [f"L{num_levels}-p{p}-k{k}-N{n}" for num_levels, p, k, n in CASES]
 
 
-def scores_of(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Token scores of one kind, fp32."""
+KINDS = ["random", "negative", "few", "equal", "zeros", "one-hot", "powers", "extreme"]
+EXTREMES = [-torch.inf, -3e38, -1e-38, -1e-45, -0.0, 0.0, 1e-45, 1e-38, 1.0, 3e38, torch.inf]
+
+
+def scores_of(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Scores of one kind, fp32."""
     if kind == "random":
-        return torch.rand(shape, generator=generator)
-    if kind == "ties":
-        return torch.randint(0, 3, shape, generator=generator).float()
-    if kind == "constant":
-        return torch.ones(shape)
-    if kind == "one-hot":
-        scores = torch.zeros(shape)
-        scores[..., shape[-1] * 2 // 3] = 1
-        return scores
+        return torch.rand(shape)
     if kind == "negative":
-        return -torch.rand(shape, generator=generator)
+        return torch.randn(shape) - 2
+    if kind == "few":
+        return torch.randint(0, 3, shape).float()
+    if kind == "equal":
+        return torch.full(shape, 2.5)
+    if kind == "zeros":
+        # Both zeros tie.
+        return torch.tensor([-0.0, 0.0])[torch.randint(0, 2, shape)]
+    if kind == "one-hot":
+        return (torch.arange(shape[-1]) == shape[-1] - 2).float().expand(shape)
+    if kind == "powers":
+        return torch.ldexp(torch.ones(shape), torch.randint(-126, 127, shape))
     assert kind == "extreme"
-    powers = torch.randint(-126, 127, shape, generator=generator)
-    return torch.ldexp(torch.ones(shape), powers)
+    return torch.tensor(EXTREMES)[torch.randint(0, len(EXTREMES), shape)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-@pytest.mark.parametrize("kind", ["random", "ties", "constant", "one-hot", "negative", "extreme"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_equals_loops(case, kind):
     num_levels, p, topk, seq_len = case
-    generator = torch.Generator().manual_seed(0)
-    q_scores, k_scores = (scores_of(kind, (2, 2, seq_len), generator) for _ in range(2))
+    torch.manual_seed(0)
+    q_scores, k_scores = (scores_of(kind, (2, 2, seq_len)) for _ in range(2))
     selection = select(q_scores, k_scores, LighthouseConfig(num_levels, p, topk))
     for b in range(2):
         for g in range(2):
             expected = reference_selection(
                 q_scores[b, g].tolist(), k_scores[b, g].tolist(), num_levels, p, topk
             )
-            found = list(
-                zip(selection.level[b, g].tolist(), selection.index[b, g].tolist(), strict=True)
-            )
-            assert found == expected
+            assert entries_of(selection, b, g) == expected
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -88,28 +92,21 @@ def test_order_is_causal(case):
     assert (start >= 0).all() and (end <= seq_len).all()
 
 
-def test_entry_zero_is_selected_on_every_level_with_the_lowest_scores():
-    config = LighthouseConfig(4, 2, 128)
-    scores = torch.rand(1, 1, 4096) + 1
-    scores[..., :64] = 0
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_every_position_has_a_contributor_since_entry_zero_is_always_selected(case):
+    num_levels, p, topk, seq_len = case
+    config = LighthouseConfig(num_levels, p, topk)
+    scores = torch.rand(1, 1, seq_len) + 1
+    # The first spans have the lowest scores. Only the rule for entry 0 selects them.
+    scores[..., : p ** (num_levels - 1)] = 0
     selection = select(scores, scores, config)
-    for level in range(4):
-        assert selection.entry_to_slot[0, 0, config.level_offset(level, 4096)] >= 0
-
-
-def test_every_position_has_a_contributor():
-    for num_levels, p, topk, seq_len in CASES:
-        config = LighthouseConfig(num_levels, p, topk)
-        scores = torch.rand(1, 1, seq_len)
-        # The first spans have the lowest scores. Only the rule for entry 0 selects them.
-        scores[..., : p ** (num_levels - 1)] = 0
-        selection = select(scores, scores, config)
-        covered = torch.zeros(seq_len, dtype=torch.bool)
-        for level, i in zip(selection.level[0, 0], selection.index[0, 0], strict=True):
-            span = p ** int(level)
-            first = int(i) * span + span - 1
-            covered[first : first + span] = True
-        assert covered.all()
+    covered = torch.zeros(seq_len, dtype=torch.bool)
+    for level, i in entries_of(selection, 0, 0):
+        first = i * p**level + p**level - 1
+        covered[first : first + p**level] = True
+    assert covered.all()
+    for level in range(num_levels):
+        assert selection.entry_to_slot[0, 0, config.level_offset(level, seq_len)] >= 0
 
 
 def test_finest_entries_are_all_tokens_when_every_span_is_selected():

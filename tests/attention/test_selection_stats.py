@@ -1,7 +1,10 @@
 """Selection statistics: comparison with loops over the entries, and memory below N * N."""
 
+import itertools
+
 import pytest
 import torch
+from layer_inputs import entries_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lighthouse import LighthouseConfig, select
@@ -40,12 +43,9 @@ def setup(case):
 def entries(selection) -> dict[tuple[int, int], dict[int, set[int]]]:
     """Indices of the entries in the sub-sequence, by level, for each sequence and kv head."""
     found = {}
-    for b, g in torch.cartesian_prod(
-        *map(torch.arange, selection.slot_to_entry.shape[:2])
-    ).tolist():
+    for b, g in itertools.product(*map(range, selection.slot_to_entry.shape[:2])):
         levels = found[b, g] = {level: set() for level in range(selection.config.num_levels)}
-        pairs = zip(selection.level[b, g].tolist(), selection.index[b, g].tolist(), strict=True)
-        for level, index in pairs:
+        for level, index in entries_of(selection, b, g):
             levels[level].add(index)
     return found
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hf_models import CONFIG, N_LAYERS, QK_NORM, SEQ_LEN, make_model, make_tokens
+from hf_models import CONFIG, N_LAYERS, QK_NORM, SEQ_LEN, SIZES, make_model, make_tokens
 from transformers import (
     AttentionInterface,
     BertConfig,
@@ -169,16 +169,7 @@ def test_dropout():
 
 
 def test_sinks():
-    config = GptOssConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=64,
-        num_local_experts=2,
-    )
+    config = GptOssConfig(**SIZES, head_dim=8, num_local_experts=2)
     model = GptOssForCausalLM(config).train()
     with pytest.raises(ValueError, match="does not support attention sinks"):
         use_lighthouse(model)
@@ -189,9 +180,7 @@ def test_sinks():
 
 
 def test_attention_that_is_not_causal():
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
-    model = BertModel(BertConfig(**sizes, num_hidden_layers=1, attention_probs_dropout_prob=0))
-    model = model.train()
+    model = BertModel(BertConfig(**SIZES, attention_probs_dropout_prob=0)).train()
     model.config._attn_implementation = "lighthouse"
     with pytest.raises(ValueError, match="the mask must be causal"):
         model(input_ids=TOKENS)
@@ -217,19 +206,6 @@ def test_arguments_of_the_attention(arguments, message, model):
         attention(layer, q, q, q, None, **arguments)
 
 
-def test_layers_that_do_not_exist(model):
-    for layer in (N_LAYERS, -N_LAYERS - 1):
-        register_lighthouse(CONFIG, full_attn_layers=[layer])
-        with pytest.raises(ValueError, match=f"full_attn_layers must be from -3 to 2, got {layer}"):
-            use_lighthouse(model)
-
-
-def test_a_model_whose_layers_all_stay_dense(model):
-    register_lighthouse(CONFIG, full_attn_layers=[0, -1, 1])
-    with pytest.raises(ValueError, match=r"full_attn_layers must leave .* got \[0, -1, 1\] for 3"):
-        use_lighthouse(model)
-
-
 def test_a_model_that_does_not_use_the_interface(model, monkeypatch):
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *_: False)
     with pytest.raises(ValueError, match="must use the attention interface of transformers"):
@@ -250,26 +226,36 @@ def test_aligned_pooling_without_a_table():
         model(input_ids=TOKENS)
 
 
-ROPE = {
-    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-    "longrope": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "factor": 2.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [2.0] * 4,
-        "original_max_position_embeddings": 1024,
-    },
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 1024,
 }
 
 
-@pytest.mark.parametrize("rope_type", ROPE)
-def test_frequencies_that_depend_on_the_length(rope_type):
-    register_lighthouse(CONFIG, pool_rotary="aligned")
-    model = make_model(rope_parameters=ROPE[rope_type])
-    with pytest.raises(
-        ValueError, match=f"pool_rotary must be averaged for rope_type '{rope_type}"
-    ):
+@pytest.mark.parametrize(
+    ("options", "rope_parameters", "message"),
+    [
+        ({"full_attn_layers": [3]}, None, "full_attn_layers must be from -3 to 2, got 3"),
+        ({"full_attn_layers": [-4]}, None, "full_attn_layers must be from -3 to 2, got -4"),
+        (
+            {"full_attn_layers": [0, -1, 1]},
+            None,
+            r"full_attn_layers must leave .* got \[0, -1, 1\] for 3",
+        ),
+        # Frequencies that depend on the length.
+        ({"pool_rotary": "aligned"}, DYNAMIC, "must be averaged for rope_type 'dynamic'"),
+        ({"pool_rotary": "aligned"}, LONGROPE, "must be averaged for rope_type 'longrope'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(options, rope_parameters, message):
+    register_lighthouse(CONFIG, **options)
+    model = make_model(rope_parameters=rope_parameters)
+    with pytest.raises(ValueError, match=message):
         use_lighthouse(model)
 
 
