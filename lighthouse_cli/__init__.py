@@ -88,15 +88,11 @@ def refuse(message: str) -> None:
 
 
 def usage() -> str:
-    lines = [f"  {name:<14}{summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: lighthouse COMMAND [arguments ...]",
-            "",
-            "Long-context pre-training with Lighthouse Attention: sparse first, dense at the end.",
-            "",
-            *lines,
-            "",
-            "lighthouse COMMAND --help describes one command.",
-        ]
-    )
+    lines = "\n".join(f"  {name:<14}{summary}" for name, (_, summary) in COMMANDS.items())
+    return f"""usage: lighthouse COMMAND [arguments ...]
+
+Long-context pre-training with Lighthouse Attention: sparse first, dense at the end.
+
+{lines}
+
+lighthouse COMMAND --help describes one command."""

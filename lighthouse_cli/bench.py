@@ -21,6 +21,7 @@ import platform
 import statistics
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 
 def main() -> None:
     options = parse()
-    print(describe(options.device))
+    device = describe(options.device)
+    print(device)
     rows = []
     backends = options.backends if options.device == "cuda" else ["flash"]
     for seq_len, backend in itertools.product(options.seq_lens, backends):
@@ -54,11 +56,9 @@ def main() -> None:
     print(table)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "bench_attention.md").write_text(
-            f"```\n{describe(options.device)}\n```\n\n{table}"
-        )
+        (options.output / "bench_attention.md").write_text(f"```\n{device}\n```\n\n{table}")
         plot(rows, options.output / "bench_attention.png")
-    print(json.dumps({"device": describe(options.device), "rows": rows}))
+    print(json.dumps({"device": device, "rows": rows}))
 
 
 def parse() -> argparse.Namespace:
@@ -282,14 +282,11 @@ def time_steps(
     q, k, v = qkv = random_inputs(shape, options)
     attend = attention(shape, backend, options.device)
 
+    timed = partial(measure, options=options)
+    backward = partial(measure_backward, options=options)
+
     def layer():
         return lighthouse_attention(q, k, v, config, rotary=rotary, attend=attend)
-
-    def timed(run) -> Time:
-        return measure(run, options)
-
-    def backward(outputs, inputs) -> Time:
-        return measure_backward(outputs, inputs, options)
 
     whole = {"forward": timed(layer), "backward": backward(layer(), qkv)}
     scores, coarsest = score(q, k, v, config, rotary)
@@ -416,12 +413,10 @@ def break_even(rows: list[dict]) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Plot the times of the layer and of dense attention against length, and their ratio."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     series = {}
     for row in rows:
         series.setdefault(f"{row['pool_rotary']}, {row['backend']}", []).append(row)
@@ -446,4 +441,3 @@ def plot(rows: list[dict], path: Path) -> None:
     for axes in (left, right):
         axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -155,13 +155,6 @@ def test_smoothing_is_the_mean_of_the_lines_before():
     assert smooth(values) == pytest.approx(expected)
 
 
-def test_what_is_no_run(tmp_path):
-    with pytest.raises(ValueError, match=r"a folder with metrics\.jsonl"):
-        read_run(tmp_path)
-    with pytest.raises(ValueError, match="must have trained a step"):
-        read_run(write(tmp_path, validated(1, 1, 3.0)))
-
-
 # ---- the script
 
 
@@ -204,14 +197,3 @@ def test_a_report_of_one_run_lies_in_its_folder(script, tmp_path):
     text = (tmp_path / "run" / "report" / "report.md").read_text()
     assert "| speed-up of stage 1 | 2.00 |" in text and "stage 2 of the same run" in text
     assert "dense run" not in text
-
-
-@pytest.mark.parametrize("args", [["nothing"], ["run", "run"]], ids=["no-run", "twice"])
-def test_a_wrong_call_ends_with_one_line(script, tmp_path, capsys, monkeypatch, args):
-    two_stages(tmp_path / "run", HELD_OUT)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        script(*args)
-    assert (
-        capsys.readouterr().err.startswith("error: ") and not (tmp_path / "run" / "report").exists()
-    )

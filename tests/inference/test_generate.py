@@ -12,7 +12,6 @@ from torchtitan.experiments.lighthouse.inference.generate import (
     generate,
     hidden_states,
     key_value_cache,
-    load_dense_model,
     main,
     next_token_logits,
 )
@@ -74,12 +73,6 @@ def test_a_cold_sample_is_the_likeliest_one(model):
 def test_a_prompt_that_does_not_fit(model, prompt, num_tokens):
     with pytest.raises(ValueError, match=f"^prompt and num_tokens must be .* {MAX_SEQ_LEN} tokens"):
         generate(model, prompt, num_tokens, temperature=0)
-
-
-def test_a_checkpoint_is_loaded(tmp_path):
-    model = random_model(FLAVORS["quickstart"], MAX_SEQ_LEN)
-    loaded = load_dense_model("quickstart", save(model, tmp_path, None), MAX_SEQ_LEN)
-    assert generate(loaded, PROMPT, 8, 0) == generate(model, PROMPT, 8, 0)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -36,11 +36,11 @@ def gqa_flavor():
 
 
 @pytest.fixture(scope="module", params=["debugmodel", "gqa"])
-def trained(request, tmp_path_factory):
+def run(request, tmp_path_factory):
     """The checkpoints of a run of seven steps, in stages 1 and 2."""
     folder = tmp_path_factory.mktemp(request.param)
     train(command_line(folder, write_corpus(folder / "text"), model__flavor=request.param))
-    return open_trained(folder / "checkpoint" / "step-7")
+    return folder / "checkpoint"
 
 
 @pytest.fixture(scope="module", params=["debugmodel", "gqa"])
@@ -50,20 +50,16 @@ def random(request, tmp_path_factory):
     return open_trained(save(model, folder, request.param))
 
 
-def test_transformers_computes_the_same_after_training(trained, tmp_path):
+@pytest.mark.parametrize(("step", "is_warned"), [(3, True), (7, False)])
+def test_transformers_computes_the_same_after_training(run, tmp_path, caplog, step, is_warned):
+    trained = open_trained(run / f"step-{step}")
     export(trained, tmp_path / "out", "float32")
+    line = f"{trained.folder} was saved in stage 1. Its loss with dense attention is clearly"
+    assert any(line in message for message in caplog.messages) == is_warned
     result = check_export(trained, tmp_path / "out")
     assert result.num_tokens == 768
     assert result.logit_difference < 1e-4 < result.logit_magnitude
     assert result.is_equal
-
-
-@pytest.mark.parametrize(("step", "is_warned"), [(3, True), (7, False)])
-def test_a_model_of_stage_1_is_exported_with_a_warning(trained, tmp_path, caplog, step, is_warned):
-    stage = open_trained(trained.folder.with_name(f"step-{step}"))
-    export(stage, tmp_path / "out", "float32")
-    line = f"{stage.folder} was saved in stage 1. Its loss with dense attention is clearly"
-    assert any(line in message for message in caplog.messages) == is_warned
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -81,11 +77,7 @@ def test_transformers_computes_the_same_with_random_weights(random, tmp_path, dt
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"rope_scaling": None},
-        {"rope_theta": 10000.5e3},
-        {"rms_norm_eps": 1e-2},
-    ],
+    [{"rope_scaling": None}, {"rope_theta": 10000.5e3}, {"rms_norm_eps": 1e-2}],
     ids=lambda change: next(iter(change)),
 )
 def test_another_function_is_noticed(random, tmp_path, change):
@@ -121,8 +113,9 @@ def test_large_models_come_in_several_files(random, tmp_path):
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2 and {*index["weight_map"].values()} == {file.name for file in files}
     assert check_export(random, tmp_path).is_equal
+    expected = random.load().state_dict()
     for name, parameter in open_trained(tmp_path).load().named_parameters():
-        assert torch.equal(parameter, random.load().get_parameter(name)), name
+        assert torch.equal(parameter, expected[name]), name
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
@@ -189,16 +182,6 @@ def test_transformers_generates_with_its_settings(random, tmp_path):
     assert tokens.shape[1] <= 10 and torch.equal(tokens[:, :5], prompt)
 
 
-def test_a_folder_that_holds_something_is_left_alone(random, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(
-        ValueError, match=r"^--output must be a new or an empty folder, got"
-    ) as error:
-        export(random, tmp_path, "float32")
-    assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_the_command(tmp_path):
     checkpoint = save(random_model(FLAVORS["debugmodel"], SEQ_LEN), tmp_path, "debugmodel")
     command = [sys.executable, "-m", "lighthouse_cli", "export", checkpoint, "--output"]
@@ -220,15 +203,6 @@ def script(monkeypatch):
     return main
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(random, script, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
-        script(random.folder, tmp_path / "out", "--flavor", "quickstart")
-    assert exit.value.code == 2 and not (tmp_path / "out").exists()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --flavor must be that of ")
-    assert line.endswith(f"; use {random.flavor}")
-
-
 def test_a_difference_is_exit_code_1(random, script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torchtitan.experiments.lighthouse.inference.hf_export.TOLERANCE", 0.0)
     with pytest.raises(SystemExit) as exit:
@@ -237,6 +211,6 @@ def test_a_difference_is_exit_code_1(random, script, tmp_path, monkeypatch, caps
     assert "is not the model of the checkpoint" in capsys.readouterr().err
 
 
-def test_without_the_comparison(random, script, tmp_path, monkeypatch, capsys):
+def test_without_the_comparison(random, script, tmp_path, capsys):
     script(random.folder, "--output", tmp_path / "out", "--no-verify")
     assert capsys.readouterr().out.endswith("Not compared with transformers.\n")

@@ -112,13 +112,9 @@ def test_the_logits_of_a_chunk_at_a_time_are_all_there_is(checkpoint, script, mo
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--lighthouse", "top=1"], ("--lighthouse", "topk", "'top=1'")),
-        (["--lighthouse", "topk=x"], ("--lighthouse topk", "'x'")),
-        (["--lighthouse", "topk=100"], ("topk must be", "128")),
         (["--lighthouse", "full_attn_layers=4"], ("full_attn_layers", "-4 to 3")),
         (["--lighthouse", *FIELDS, "--seq-len", "200"], ("seq_len 256",)),
         (["--seq-len", "5000"], ("less than the tokens", "5000")),
-        (["--windows", "0"], ("--windows must be at least 1",)),
         (["--flavor", "8B"], ("--flavor", "use debugmodel")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -21,6 +21,8 @@ from lighthouse import LighthouseConfig
 
 MAX_SEQ_LEN = 300
 WINDOW = 512
+NEEDLE = "\nThe pass key is #7. Keep it in mind.\n"
+QUESTION = "\nWhat is the pass key? The pass key is #"
 
 
 @pytest.fixture
@@ -51,9 +53,9 @@ def test_a_document_is_what_it_claims(maker, length, depth):
     document = maker.make(length, depth, 7, "key")
     assert len(document.prompt) == length - 2
     text = bytes(document.prompt).decode()
-    filler, asked = text.split("\nWhat is the pass key? The pass key is #")
+    filler, asked = text.split(QUESTION)
     assert asked == ""
-    before, after = filler.split("\nThe pass key is #7. Keep it in mind.\n")
+    before, after = filler.split(NEEDLE)
     assert abs(len(before) - depth * len(before + after)) <= 1
     assert {*before, *after} <= {*string.ascii_letters, *string.digits, " "}
     assert maker.text(document) == text + "7"
@@ -67,7 +69,7 @@ def test_a_document_is_what_it_claims(maker, length, depth):
 @pytest.mark.parametrize("num_words", [1, 4])
 def test_filler_of_few_words(maker, num_words):
     text = bytes(maker.make(1000, 0.5, 7, "key", num_words).prompt).decode()
-    before, after = text.split("\nWhat")[0].split("\nThe pass key is #7. Keep it in mind.\n")
+    before, after = text.split(QUESTION)[0].split(NEEDLE)
     # A word may be cut at both ends and at the needle.
     words = (before + after).split()[:-1]
     assert len({*words}) == num_words and {*map(len, words)} == {5}
@@ -76,26 +78,24 @@ def test_filler_of_few_words(maker, num_words):
 
 
 def test_documents_that_ask_more_than_once(maker):
-    question = "\nWhat is the pass key? The pass key is #"
     text = bytes(maker.make(1000, 0.5, 7, "key", questions=5).prompt).decode()
-    assert len(text) == 998 and text.count(question) == 5 and text.endswith(question)
-    before, after = text.split("\nThe pass key is #7. Keep it in mind.\n")
-    assert question not in before and after.count(question + "7\n") == 4
-    filler = after.replace(question + "7\n", "").removesuffix(question)
+    assert len(text) == 998 and text.count(QUESTION) == 5 and text.endswith(QUESTION)
+    before, after = text.split(NEEDLE)
+    assert QUESTION not in before and after.count(QUESTION + "7\n") == 4
+    filler = after.replace(QUESTION + "7\n", "").removesuffix(QUESTION)
     assert abs(len(before) - len(filler)) <= 1
     # As many questions as fit.
     short = bytes(maker.make(130, 0.5, 7, "key", questions=5).prompt).decode()
-    assert len(short) == 128 and short.count(question) == 2
+    assert len(short) == 128 and short.count(QUESTION) == 2
 
 
 @pytest.mark.parametrize("depth", [0, 0.5, 1])
 def test_no_question_is_nearer_than_the_distance(maker, depth):
-    needle, question = "Keep it in mind.\n", "\nWhat is the pass key?"
     document = maker.make(1000, depth, 7, "key", questions=8, min_distance=300)
     text = bytes(document.prompt).decode()
     assert len(text) == 998
-    end = text.index(needle) + len(needle)
-    places = [found.start() for found in re.finditer(re.escape(question), text)]
+    end = text.index(NEEDLE) + len(NEEDLE)
+    places = [found.start() for found in re.finditer(re.escape(QUESTION), text)]
     assert len(places) == 8 and places[0] - end >= 300
     # The needle stands at the share `depth` of the filler that leaves room for the distance.
     assert end == pytest.approx(38 + depth * (998 - 38 - 40 - 7 * 42 - 300), abs=8)
@@ -109,10 +109,8 @@ def test_documents_follow_from_their_key_alone(maker):
 
 
 def test_a_document_too_short_for_its_parts(maker):
-    shortest = len("\nThe pass key is #7. Keep it in mind.\n")
-    shortest += len("\nWhat is the pass key? The pass key is #") + 2
     for distance in (0, 50):
-        fits = shortest + distance
+        fits = len(NEEDLE) + len(QUESTION) + 2 + distance
         assert len(maker.make(fits, 0.5, 7, "key", min_distance=distance).prompt) == fits - 2
         with pytest.raises(ValueError, match=rf"^--lengths must be at least {fits}, .*; use long"):
             maker.make(fits - 1, 0.5, 7, "key", min_distance=distance)
@@ -259,7 +257,6 @@ def test_data_to_train_on(maker, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--lengths", "20"], ("--lengths must be at least", "got 20")),
         (["--lighthouse", "topk=128"], ("--lighthouse for", "seq_len")),
         (["--flavor", "8B"], ("--flavor", "use quickstart")),
     ],

@@ -11,7 +11,6 @@ an unfinished run resumes, and a run with other settings starts again.
 """
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -24,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.analysis.layer_times import (
     LayerTimes,
     measure_layer_times,
@@ -32,15 +30,16 @@ from torchtitan.experiments.lighthouse.analysis.layer_times import (
 )
 from torchtitan.experiments.lighthouse.analysis.run_metrics import Run, read_run, switch_of
 from torchtitan.experiments.lighthouse.config.job_config import FULL, LIGHTHOUSE, PIECES
-from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
-from torchtitan.experiments.lighthouse.inference.generate import generate, load_dense_model
+from torchtitan.experiments.lighthouse.inference.generate import generate
+from torchtitan.experiments.lighthouse.inference.load_model import open_trained
 from torchtitan.experiments.lighthouse.metrics import (
     FILE_NAME,
     LOSS,
     TOKENS_PER_SECOND,
     read_metrics,
 )
+from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser
 from torchtitan.experiments.lighthouse.runtime.plots import (
     DENSE_COLOR,
@@ -82,7 +81,7 @@ def main(args: list[str] | None = None) -> None:
     times = layer_times(config)
     dense = read_run(folders["dense"])
     summary = summarize(two, dense, times, config)
-    (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(options.output / "summary.json", summary)
     sample = sample_text(folders["two_stages"], config)
     (options.output / "report.md").write_text(report(summary, sample))
     plot(two, dense, summary, options.output / "loss.png")
@@ -121,10 +120,10 @@ def train(
         sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
         "--job.config_file", str(config), "--job.dump_folder", str(folder), *overrides,
     ]  # fmt: skip
-    steps = read_toml(config)["training"]["steps"]
+    progress = Progress(name, read_toml(config)["training"]["steps"])
     with (
         (folder / "log.txt").open("a") as log,
-        Progress(name, steps) as progress,
+        progress.bar,
         subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process,
     ):
         try:
@@ -153,12 +152,6 @@ class Progress:
         self.bar = tqdm(
             total=steps, desc=name, unit="step", disable=not sys.stdout.isatty(), file=sys.stdout
         )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
 
     def show(self, line: dict) -> None:
         """Show a line of the metrics that has a training loss."""
@@ -250,9 +243,8 @@ def summarize(two: Run, dense: Run, times: LayerTimes, config: dict) -> dict:
 
 def sample_text(folder: Path, config: dict) -> str:
     """`PROMPT` with its continuation by the final dense model."""
-    checkpoint = folder / "checkpoint" / f"step-{config['training']['steps']}"
-    model = load_dense_model(config["model"]["flavor"], checkpoint, max_seq_len=512)
-    tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
+    trained = open_trained(folder / "checkpoint" / f"step-{config['training']['steps']}")
+    model, tokenizer = trained.load(max_seq_len=512), trained.tokenizer()
     tokens = generate(model, tokenizer.encode(PROMPT), num_tokens=300, temperature=0.7, seed=0)
     return PROMPT + tokenizer.decode(tokens)
 

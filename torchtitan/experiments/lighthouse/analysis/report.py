@@ -18,6 +18,7 @@ from torchtitan.experiments.lighthouse.analysis.run_metrics import (
     read_run,
     smooth,
     summarize_run,
+    written,
 )
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
@@ -124,10 +125,6 @@ stage 2 at or below the loss with Lighthouse Attention. A dash marks what did no
 measured. Speeds are medians over the logged steps of a stage. The speed-up of stage 1 is relative
 to {over}.
 """
-
-
-def written(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def sentence(name: str, c: dict) -> str:

@@ -31,7 +31,6 @@ class Run:
     """The metrics of a run. Arrays have an element for each line with a training loss."""
 
     steps: np.ndarray
-    stages: np.ndarray
     phases: np.ndarray
     """`lighthouse`, `pieces` or `full`; see `metrics.py`."""
 
@@ -131,7 +130,6 @@ def read_run(folder: str | Path) -> Run:
         name: np.array([line[metric] for line in lines])
         for name, metric in {
             "steps": "step",
-            "stages": "stage",
             "phases": "phase",
             "losses": LOSS,
             "rates": TOKENS_PER_SECOND,
@@ -211,6 +209,11 @@ def summarize_run(run: Run, dense: Run | None = None) -> dict[str, Any]:
         "whole_run_speed_up": mean_rates[0] / mean_rates[1] if all(mean_rates) else None,
         "device_hours": run.device_seconds() / 3600,
     }
+
+
+def written(value: float | None, form: str) -> str:
+    """A figure in a table. A dash if it was not measured."""
+    return "-" if value is None else format(value, form)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

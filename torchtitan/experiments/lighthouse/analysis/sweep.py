@@ -38,6 +38,7 @@ from torchtitan.experiments.lighthouse import launch
 from torchtitan.experiments.lighthouse.analysis.run_metrics import read_run, summarize_run
 from torchtitan.experiments.lighthouse.analysis.sweep_tables import COLUMNS, FIELDS, write_tables
 from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.config.rule_helpers import require
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from torchtitan.experiments.lighthouse.runtime.command_line import (
@@ -98,10 +99,8 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     exit_code = 0
     with exit_on_value_error():
-        if options.world_size < 1:
-            raise ValueError(
-                f"--world-size must be at least 1, got {options.world_size}; use 1 or more"
-            )
+        size = options.world_size
+        require(size >= 1, "--world-size", "at least 1", size, "use 1 or more")
         check_output_folder("--output", options.output)
         grid = PAPER_GRID if options.grid is None else read_grid(options.grid)
         cells = cells_of(options.config, overrides, grid, options.output, options.world_size)
@@ -148,11 +147,8 @@ def read_grid(text: str) -> dict[str, list]:
                     f"--grid: {name} must be a list of {expected}, got {value!r}; change its type"
                 )
     for share in grid.get("stage1_share", []):
-        if not 0 <= share <= 1:
-            raise ValueError(
-                f"--grid: stage1_share must be from 0 to 1, got {share!r}; give stage 1 as a part "
-                "of training.steps"
-            )
+        remedy = "give stage 1 as a part of training.steps"
+        require(0 <= share <= 1, "--grid: stage1_share", "from 0 to 1", share, remedy)
     return grid
 
 

@@ -5,10 +5,11 @@ A row is a dict that describes one cell. It holds `cell` (its name), the setting
 """
 
 import csv
-import json
 import statistics
 from pathlib import Path
 
+from torchtitan.experiments.lighthouse.analysis.run_metrics import written
+from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from torchtitan.experiments.lighthouse.runtime.plots import (
     DENSE_COLOR,
     LIGHTHOUSE_COLOR,
@@ -49,7 +50,7 @@ def write_tables(rows: list[dict], out: Path) -> list[Path]:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-    paths[2].write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(paths[2], rows)
     if finished := [row for row in rows if row["state"] == "finished"]:
         paths.append(out / "fields.png")
         plot(finished, paths[-1])
@@ -67,12 +68,9 @@ def table(rows: list[dict]) -> str:
     header = [*FIELDS, "state", *(label for label, _ in COLUMNS.values())]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for row in rows:
-        written = [
-            "-" if row[name] is None else format(row[name], form)
-            for name, (_, form) in COLUMNS.items()
-        ]
         settings = [str(row[name]) for name in (*FIELDS, "state")]
-        lines.append(f"| {' | '.join([*settings, *written])} |")
+        figures = [written(row[name], form) for name, (_, form) in COLUMNS.items()]
+        lines.append(f"| {' | '.join([*settings, *figures])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -88,18 +86,18 @@ def table_over_seeds(rows: list[dict]) -> str:
     header = [*settings, "seeds", *(label for label, _ in COLUMNS.values())]
     lines = ["", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for values, group in groups.items():
-        written = []
+        figures = []
         for name, (_, form) in COLUMNS.items():
             found = [row[name] for row in group if row[name] is not None]
             if len(found) < len(group):
                 # A mean over only some of the cells would mislead.
-                written.append(f"in {len(found)} of {len(group)}" if found else "-")
+                figures.append(f"in {len(found)} of {len(group)}" if found else "-")
                 continue
             mean, low, high = (
                 format(value, form) for value in (statistics.mean(found), min(found), max(found))
             )
-            written.append(f"{mean} ({low} to {high})")
-        lines.append(f"| {' | '.join([*map(str, values), str(len(group)), *written])} |")
+            figures.append(f"{mean} ({low} to {high})")
+        lines.append(f"| {' | '.join([*map(str, values), str(len(group)), *figures])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,19 +15,15 @@ Attention never stores S * S logits. The head is applied to the last position on
 
 import argparse
 import contextlib
+import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchtitan.config import TORCH_DTYPE_MAP
-from torchtitan.experiments.lighthouse.flavors import FLAVORS
-from torchtitan.experiments.lighthouse.inference.load_model import (
-    add_arguments,
-    load_model,
-    open_trained,
-)
+from torchtitan.experiments.lighthouse.config.rule_helpers import require
+from torchtitan.experiments.lighthouse.inference.load_model import add_arguments, open_trained
 from torchtitan.experiments.lighthouse.runtime.command_line import (
     Parser,
     check_device,
@@ -56,40 +52,24 @@ def main() -> None:
 def continued(options: argparse.Namespace) -> str:
     """The prompt and its continuation. Raises ValueError for illegal options."""
     check_device(options.device)
-    if options.num_tokens < 1:
-        raise ValueError(
-            f"--num-tokens must be at least 1, got {options.num_tokens}; use 1 or more"
-        )
-    if not 0 <= options.temperature < float("inf"):
-        raise ValueError(
-            f"--temperature must be at least 0, got {options.temperature}; use 0 for the likeliest "
-            "token"
-        )
+    num_tokens, temperature = options.num_tokens, options.temperature
+    require(num_tokens >= 1, "--num-tokens", "at least 1", num_tokens, "use 1 or more")
+    remedy = "use 0 for the likeliest token"
+    require(0 <= temperature < math.inf, "--temperature", "at least 0", temperature, remedy)
     trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
     tokenizer = trained.tokenizer()
     prompt = tokenizer.encode(options.prompt, add_eos=False)
     longest = trained.args.max_seq_len
-    if not prompt or len(prompt) + options.num_tokens > longest:
+    if not prompt or len(prompt) + num_tokens > longest:
         raise ValueError(
             f"--prompt and --num-tokens must be at least 1 and at most {longest} tokens together, "
-            f"got {len(prompt)} and {options.num_tokens}; shorten the prompt"
+            f"got {len(prompt)} and {num_tokens}; shorten the prompt"
         )
     model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype])
-    tokens = generate(model, prompt, options.num_tokens, options.temperature, options.seed)
+    tokens = generate(model, prompt, num_tokens, temperature, options.seed)
     if tokenizer.eos_id in tokens:
         tokens = tokens[: tokens.index(tokenizer.eos_id)]
     return options.prompt + tokenizer.decode(tokens)
-
-
-def load_dense_model(flavor: str, checkpoint: str | Path, max_seq_len: int) -> Transformer:
-    """The model of a training checkpoint with dense attention, in fp32 on the CPU.
-
-    Args:
-        flavor: `model.flavor` of the run.
-        checkpoint: a checkpoint's folder, `.../step-N`.
-        max_seq_len: the longest sequence the model will see, in tokens.
-    """
-    return load_model(FLAVORS[flavor], checkpoint, max_seq_len)
 
 
 @torch.inference_mode()

@@ -10,7 +10,6 @@ with the exported weights, and the tokens of both tokenizers.
 
 import argparse
 import inspect
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.checkpoint import hf_llama
 from torchtitan.experiments.lighthouse.data.bpe_tokenizer import PAD_TOKEN
 from torchtitan.experiments.lighthouse.inference.load_model import ModelSource
+from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from torchtitan.experiments.lighthouse.runtime.read_files import read_json
-from torchtitan.models.llama3 import Transformer
 from torchtitan.tools.logging import logger
 
 TOLERANCE = 1e-4
@@ -38,7 +37,6 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
-
 
 _PAD_TOKENS = (PAD_TOKEN, "<|finetune_right_pad_id|>", "<pad>", "[PAD]")
 """Names of pad tokens in common tokenizers."""
@@ -85,9 +83,9 @@ def export(
         **special_ids,
         "torch_dtype": dtype,
     }
-    _write(folder / hf_llama.CONFIG, config)
+    write_json(folder / hf_llama.CONFIG, config)
     known_ids = {name: value for name, value in special_ids.items() if value is not None}
-    _write(folder / "generation_config.json", known_ids)
+    write_json(folder / "generation_config.json", known_ids)
     _write_tokenizer(trained, folder)
 
 
@@ -107,7 +105,7 @@ def _write_tokenizer(trained: ModelSource, folder: Path) -> None:
             # will do.
             completed["pad_token"] = config.get("eos_token")
     if completed != config:
-        _write(path, completed)
+        write_json(path, completed)
 
 
 def _pad_token(path: Path, vocab_size: int) -> str | None:
@@ -169,28 +167,12 @@ def check_export(trained: ModelSource, folder: str | Path) -> Comparison:
         theirs = LlamaForCausalLM.from_pretrained(folder).float().eval()
         # One model in memory at a time.
         their_logits = theirs(inputs).logits
-        dtype = _dtype_of(folder)
         del theirs
-        ours = _in_fp32(trained.load(dtype=dtype))
-        our_logits = ours(inputs)
+        dtype = TORCH_DTYPE_MAP[read_json(Path(folder) / hf_llama.CONFIG)["torch_dtype"]]
+        our_logits = trained.load(dtype=dtype).float()(inputs)
     return Comparison(
         num_tokens=length,
         logit_difference=(our_logits - their_logits).abs().max().item(),
         logit_magnitude=our_logits.abs().max().item(),
         same_tokens=tokens == their_tokens,
     )
-
-
-def _dtype_of(folder: str | Path) -> torch.dtype:
-    config = read_json(Path(folder) / hf_llama.CONFIG)
-    return TORCH_DTYPE_MAP[config["torch_dtype"]]
-
-
-def _in_fp32(model: Transformer) -> Transformer:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-    return model
-
-
-def _write(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

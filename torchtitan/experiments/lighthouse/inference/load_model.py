@@ -39,6 +39,7 @@ from torchtitan.experiments.lighthouse.config.job_config import (
     SAVED_CONFIG,
     Lighthouse,
 )
+from torchtitan.experiments.lighthouse.config.rule_helpers import require
 from torchtitan.experiments.lighthouse.flavors import FLAVORS, with_sizes
 from torchtitan.experiments.lighthouse.runtime.command_line import open_tokenizer
 from torchtitan.experiments.lighthouse.runtime.read_files import is_a, read_json
@@ -88,45 +89,30 @@ class ModelSource:
         dtype: torch.dtype = torch.float32,
         max_seq_len: int | None = None,
     ) -> Transformer:
-        """Load the model (`load_model`). The default `max_seq_len` is that of training."""
-        is_hf = self.flavor is None
+        """Load the model for inference, with fused dense attention.
+
+        Args:
+            dtype: dtype of parameters and activations. RoPE stays in fp32.
+            max_seq_len: the longest sequence that the model will see, in tokens. The default is
+                that of training.
+        """
         max_seq_len = max_seq_len or self.args.max_seq_len
-        return load_model(self.args, self.folder, max_seq_len, device, dtype, is_hf)
-
-
-def load_model(
-    args: TransformerModelArgs,
-    folder: str | Path,
-    max_seq_len: int,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    is_hf: bool = False,
-) -> Transformer:
-    """Load the model in `folder` for inference, with fused dense attention.
-
-    Args:
-        args: sizes of the model.
-        max_seq_len: the longest sequence that the model will see, in tokens.
-        dtype: dtype of parameters and activations. RoPE stays in fp32.
-        is_hf: whether the folder is in Hugging Face's format. Otherwise it is a checkpoint.
-    """
-    with torch.device("meta"):
-        model = Transformer(dataclasses.replace(args, max_seq_len=max_seq_len))
-    model.to_empty(device="cpu")
-    with warnings.catch_warnings():
-        # The warning is expected with a single process.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        if is_hf:
-            hf_llama.load_weights(model, folder)
-        else:
-            state_dict = model.state_dict()
-            dcp.load(state_dict, checkpoint_id=folder, no_dist=True)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, dtype)
-    # `model.to(dtype)` would make these complex numbers real.
-    model.freqs_cis = model._precompute_freqs_cis().to(device)
-    use_fused_attention(model, dtype, max_seq_len, prefer="cudnn")
-    return model.eval().requires_grad_(False)
+        with torch.device("meta"):
+            model = Transformer(dataclasses.replace(self.args, max_seq_len=max_seq_len))
+        model.to_empty(device="cpu")
+        with warnings.catch_warnings():
+            # The warning is expected with a single process.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            if self.flavor is None:
+                hf_llama.load_weights(model, self.folder)
+            else:
+                dcp.load(model.state_dict(), checkpoint_id=self.folder, no_dist=True)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(device, dtype)
+        # `model.to(dtype)` would make these complex numbers real.
+        model.freqs_cis = model._precompute_freqs_cis().to(device)
+        use_fused_attention(model, dtype, max_seq_len, prefer="cudnn")
+        return model.eval().requires_grad_(False)
 
 
 def open_trained(
@@ -189,8 +175,7 @@ def open_trained(
                 f"{name} must be given for {str(folder)!r}, whose run kept no {SAVED_CONFIG}, got "
                 f"none; add {name} with {field} of the run"
             )
-    if max_seq_len < 1:
-        raise ValueError(f"--max-seq-len must be at least 1, got {max_seq_len}; use 1 or more")
+    require(max_seq_len >= 1, "--max-seq-len", "at least 1", max_seq_len, "use 1 or more")
     open_tokenizer("--tokenizer", tokenizer_path)
     saved = {"pool_rotary": POOL_ROTARY_BEFORE, **settings.get("lighthouse", {})}
     known = dataclasses.fields(Lighthouse)
@@ -206,7 +191,7 @@ def open_trained(
 
 def _steps_in(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder."""
-    return [folder / f"step-{step}" for step in (whole_steps(folder) if folder.is_dir() else ())]
+    return [folder / f"step-{step}" for step in whole_steps(folder)]
 
 
 def _stage_of(checkpoint: Path, settings: dict[str, Any]) -> int | None:
@@ -277,11 +262,8 @@ def _model_of(
 
 def _flavor_of(checkpoint: Path, flavor: str | None) -> str:
     """`flavor`, or the only flavor whose parameters have the shapes of the checkpoint."""
-    if flavor is not None and flavor not in FLAVORS:
-        raise ValueError(
-            f"--flavor must be one of {', '.join(FLAVORS)}, got {flavor!r}; choose the one of the "
-            "run"
-        )
+    rule = f"one of {', '.join(FLAVORS)}"
+    require(flavor in {None, *FLAVORS}, "--flavor", rule, flavor, "choose the one of the run")
     differences = {name: shape_difference(checkpoint, args) for name, args in FLAVORS.items()}
     fitting = [name for name, difference in differences.items() if difference is None]
     remedy = f"use {' or '.join(fitting)}" if fitting else "add its flavor to FLAVORS"
@@ -327,18 +309,12 @@ def given_fields(model: ModelSource, assignments: list[str], seq_len: int) -> Li
                 "several with commas between"
             ) from None
     lighthouse = dataclasses.replace(model.lighthouse, **changes)
-    if lighthouse.pool_rotary not in POOL_ROTARY:
-        raise ValueError(
-            f"--lighthouse pool_rotary must be one of {', '.join(POOL_ROTARY)}, got "
-            f"{lighthouse.pool_rotary!r}; choose one"
-        )
+    name, rule = "--lighthouse pool_rotary", f"one of {', '.join(POOL_ROTARY)}"
+    require(lighthouse.pool_rotary in POOL_ROTARY, name, rule, lighthouse.pool_rotary, "choose one")
     n_layers = model.args.n_layers
+    name, rule = "--lighthouse full_attn_layers", f"from {-n_layers} to {n_layers - 1}"
     for layer in lighthouse.full_attn_layers:
-        if not -n_layers <= layer < n_layers:
-            raise ValueError(
-                f"--lighthouse full_attn_layers must be from {-n_layers} to {n_layers - 1}, got "
-                f"{layer}; remove it"
-            )
+        require(-n_layers <= layer < n_layers, name, rule, layer, "remove it")
     try:
         lighthouse.attention_config().check_seq_len(seq_len)
     except ValueError as error:

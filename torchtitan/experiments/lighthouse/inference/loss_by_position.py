@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Validation
+from torchtitan.experiments.lighthouse.config.rule_helpers import require
 from torchtitan.experiments.lighthouse.data.datasets import DATASETS, check_dataset
 from torchtitan.experiments.lighthouse.data.loaders import build_validation_dataloader
 from torchtitan.experiments.lighthouse.data.tokenized import check_tokenized
@@ -90,8 +91,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     check_output_folder("--output", options.output)
     check_device(options.device)
     for name, value in (("--windows", options.windows), ("--seq-len", options.seq_len)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}; use 1 or more")
+        require(value is None or value >= 1, name, "at least 1", value, "use 1 or more")
     trained = [
         open_trained(folder, options.flavor, options.max_seq_len, options.tokenizer)
         for folder in options.models

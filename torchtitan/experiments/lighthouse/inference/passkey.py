@@ -48,6 +48,7 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse.config.rule_helpers import require
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import ModelSource, open_trained
 from torchtitan.experiments.lighthouse.inference.synthetic import (
@@ -143,10 +144,8 @@ class DocumentMaker:
         needle, dice = self._needles[digit], random.Random(key)
         # The digit and the end are not in the prompt.
         num_filler = length - 2 - len(self._start) - len(needle) - len(self._question)
-        if min_distance < 0:
-            raise ValueError(
-                f"--min-distance must be at least 0, got {min_distance}; use 0 for any distance"
-            )
+        remedy = "use 0 for any distance"
+        require(min_distance >= 0, "--min-distance", "at least 0", min_distance, remedy)
         if num_filler < min_distance:
             raise ValueError(
                 f"--lengths must be at least {length - num_filler + min_distance}, the tokens of "
@@ -189,16 +188,10 @@ def texts(
     options: argparse.Namespace, num_documents: int, tokenizer: HuggingFaceTokenizer
 ) -> Iterator[str]:
     """Yield documents for training. Raises ValueError for illegal options."""
-    if min(options.filler_words) < 0:
-        raise ValueError(
-            f"--filler-words must be at least 0, got {min(options.filler_words)}; use 0 for a new "
-            "word each time"
-        )
-    if options.questions < 1:
-        raise ValueError(
-            f"--questions must be at least 1, got {options.questions}; use 1 for the form that is "
-            "evaluated"
-        )
+    fewest, remedy = min(options.filler_words), "use 0 for a new word each time"
+    require(fewest >= 0, "--filler-words", "at least 0", fewest, remedy)
+    most, remedy = options.questions, "use 1 for the form that is evaluated"
+    require(most >= 1, "--questions", "at least 1", most, remedy)
     maker = DocumentMaker(tokenizer)
     # Check that all lengths fit before the first document.
     maker.make(min(options.lengths), 0, 0, "", min_distance=options.min_distance)
@@ -206,7 +199,7 @@ def texts(
     for i in range(num_documents):
         length, depth, digit = dice.choice(options.lengths), dice.random(), dice.randrange(10)
         filler_words = dice.choice(options.filler_words)
-        questions = dice.randint(1, options.questions)
+        questions = dice.randint(1, most)
         key = f"train {options.seed} {i}"
         yield maker.text(
             maker.make(length, depth, digit, key, filler_words, questions, options.min_distance)
@@ -221,12 +214,20 @@ def evaluate(options: argparse.Namespace) -> dict:
     maker.make(lengths[0], 0, 0, "", min_distance=options.min_distance)
     window = 0 if options.lighthouse is None else max(trained.args.max_seq_len, lengths[-1])
     model = load_evaluated(options, trained, [window or lengths[-1]])
+
+    def answer(length: int, depth: int, digit: int) -> int:
+        """The model's answer for a document with the key `digit`, in a window of `window`."""
+        key = f"{options.seed} {length} {depth} {digit}"
+        document = maker.make(length, depth / 100, digit, key, min_distance=options.min_distance)
+        prompt = document.prompt
+        rest = maker.filler(max(0, window - len(prompt)), 0, random.Random(f"rest {key}"))
+        return int(next_logits(model, prompt, rest)[maker.digit_ids].argmax())
+
     answers = {}
     for length in lengths:
         try:
             answers[length] = [
-                [answer(model, maker, length, depth, digit, options, window) for digit in range(10)]
-                for depth in DEPTHS
+                [answer(length, depth, digit) for digit in range(10)] for depth in DEPTHS
             ]
         except torch.OutOfMemoryError:
             break
@@ -256,23 +257,6 @@ def default_lengths(trained: ModelSource, device: str) -> list[int]:
     if torch.device(device).type == "cpu":
         longest = min(longest, LONGEST_ON_CPU)
     return [length for length in LENGTHS if length <= longest] or [longest]
-
-
-def answer(
-    model: Transformer,
-    maker: DocumentMaker,
-    length: int,
-    depth: int,
-    digit: int,
-    options: argparse.Namespace,
-    window: int,
-) -> int:
-    """The model's answer for a document with the key `digit`, in a window of `window` tokens."""
-    key = f"{options.seed} {length} {depth} {digit}"
-    document = maker.make(length, depth / 100, digit, key, min_distance=options.min_distance)
-    prompt = document.prompt
-    rest = maker.filler(max(0, window - len(prompt)), 0, random.Random(f"rest {key}"))
-    return int(next_logits(model, prompt, rest)[maker.digit_ids].argmax())
 
 
 @torch.inference_mode()

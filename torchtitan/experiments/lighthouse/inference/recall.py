@@ -40,6 +40,7 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.experiments.lighthouse.config.rule_helpers import require
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import open_trained
 from torchtitan.experiments.lighthouse.inference.synthetic import (
@@ -112,11 +113,8 @@ class DocumentMaker:
             ("--items", items, len(letters) if task == "pairs" else 10_000),
             ("--fillers", fillers, len(FILLERS)),
         ):
-            if not 1 <= value <= highest:
-                raise ValueError(
-                    f"{name} must be from 1 to {highest} for the task {task}, got {value}; choose "
-                    "another"
-                )
+            rule = f"from 1 to {highest} for the task {task}"
+            require(1 <= value <= highest, name, rule, value, "choose another")
         self.tokenizer, self.task, self.items = tokenizer, task, items
         self._letters, self._digits = self._single(letters), self._single(digits)
         self._fillers = self._single(FILLERS[:fillers])

@@ -16,7 +16,6 @@ from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.model_args import model_name
 from torchtitan.experiments.lighthouse.planner.flops import (
     flops_per_token,
-    layers_of,
     logged_flops_per_token,
     recomputed_flops_per_token,
 )
@@ -27,6 +26,8 @@ from torchtitan.experiments.lighthouse.planner.step_time import step_seconds
 from torchtitan.experiments.lighthouse.planner.traffic import KINDS, layer_traffic, step_traffic
 
 from lighthouse.config import SELECTED_PER_STRATUM
+
+NOTE = "expected from stated rates, not measured"
 
 USABLE_SHARE = 0.9
 """Share of a GPU's memory for what `memory.py` counts. Assumption: the rest covers other uses."""
@@ -89,25 +90,21 @@ class Plan:
     gpu: Gpu | None
 
     @property
-    def gpu_hours(self) -> float | None:
-        """GPU-hours of all stages."""
-        if self.gpu is None:
-            return None
+    def gpu_hours(self) -> float:
+        """GPU-hours of all stages. Needs the rates of a GPU."""
         return sum(stage.gpu_hours for stage in self.stages.values())
 
     def to_json(self) -> dict[str, object]:
         """The plan as JSON types, in bytes, FLOPs and seconds."""
         result = asdict(self)
-        for stage, found in [(self.dense, result["dense"])] + [
-            (self.stages[name], result["stages"][name]) for name in self.stages
-        ]:
-            memory = stage.memory
-            found["memory"] |= {
-                "peak": memory.peak,
-                "peak_moment": memory.peak_phase,
-                "parts": memory.parts,
+        found = [*result["stages"].values(), result["dense"]]
+        for stage, values in zip([*self.stages.values(), self.dense], found, strict=True):
+            values["memory"] |= {
+                "peak": stage.memory.peak,
+                "peak_moment": stage.memory.peak_phase,
+                "parts": stage.memory.parts,
             }
-        result["note"] = "expected from stated rates, not measured"
+        result["note"] = NOTE
         if self.gpu is not None:
             result["gpu_hours"] = self.gpu_hours
             result["speed_up"] = self.dense.gpu_hours / self.gpu_hours
@@ -145,6 +142,9 @@ def plan(config: JobConfig, world_size: int, gpu: Gpu | None) -> Plan:
 def run_facts(sizes: Sizes) -> dict[str, object]:
     """Model, tokens and ranks."""
     model, config = sizes.model_args, sizes.config
+    checkpointing = config.activation_checkpoint.mode
+    if checkpointing == "selective":
+        checkpointing += f" {config.activation_checkpoint.selective_ac_option}"
     return {
         "flavor": model_name(config),
         "parameters": sizes.parameters,
@@ -168,12 +168,7 @@ def run_facts(sizes: Sizes) -> dict[str, object]:
         "stage2_seq_len": config.lighthouse.stage2_seq_len if config.has_pieces else sizes.seq_len,
         "stage2_full_steps": config.lighthouse.stage2_full_steps,
         "tokens": sizes.tokens_per_step * config.training.steps,
-        "activation_checkpoint": config.activation_checkpoint.mode
-        + (
-            f" {config.activation_checkpoint.selective_ac_option}"
-            if config.activation_checkpoint.mode == "selective"
-            else ""
-        ),
+        "activation_checkpoint": checkpointing,
         "compiled": [part for part in ("model", "loss") if sizes.is_compiled(part)],
         "loss_chunk_size": config.training.loss_chunk_size,
     }
@@ -210,7 +205,7 @@ def attention_facts(sizes: Sizes) -> dict[str, object]:
 def stage_plan(sizes: Sizes, stage: int, gpu: Gpu | None, steps: int | None = None) -> StagePlan:
     """Plan the steps of `stage`. `steps` replaces its number of steps."""
     flops = flops_per_token(sizes, stage)
-    kinds, checkpointing = map(set, zip(*layers_of(sizes, stage), strict=True))
+    kinds, checkpointing = map(set, zip(*sizes.layers(stage), strict=True))
     checkpointing = max(checkpointing, key=["none", "op", "full"].index)
     result = StagePlan(
         steps=sizes.stage_steps(stage) if steps is None else steps,

@@ -16,7 +16,7 @@ from lighthouse.costs import Cost, dense_costs, layer_costs
 
 def flops_per_token(sizes: Sizes, stage: int) -> dict[str, float]:
     """FLOPs per token of a forward and a backward pass, by part. Scoring has no backward pass."""
-    args, layers = sizes.model_args, layers_of(sizes, stage)
+    args, layers = sizes.model_args, sizes.layers(stage)
     parts = {"linear": 6 * len(layers) * layer_weights(sizes), "attention": 0.0, "scoring": 0.0}
     for is_lighthouse, _ in layers:
         for name, cost in attention_costs(sizes, is_lighthouse).items():
@@ -29,7 +29,7 @@ def flops_per_token(sizes: Sizes, stage: int) -> dict[str, float]:
 def recomputed_flops_per_token(sizes: Sizes, stage: int) -> float:
     """FLOPs per token that activation checkpointing recomputes."""
     total = 0.0
-    for is_lighthouse, checkpointing in layers_of(sizes, stage):
+    for is_lighthouse, checkpointing in sizes.layers(stage):
         total += 2 * recomputed_weights(sizes, checkpointing)
         costs = attention_costs(sizes, is_lighthouse)
         again = recomputed_steps(sizes, costs, checkpointing)
@@ -58,14 +58,6 @@ def logged_flops_per_token(sizes: Sizes, stage: int) -> float:
         layers = sizes.config.lighthouse.full_attn_layers
         flops -= flops_saved_per_token(args, sizes.attention, layers, seq_len)
     return flops
-
-
-def layers_of(sizes: Sizes, stage: int) -> list[tuple[bool, str]]:
-    """For each layer, whether it has Lighthouse Attention, and how it is checkpointed."""
-    return [
-        (sizes.is_lighthouse(stage, layer), sizes.checkpointing(layer))
-        for layer in range(sizes.model_args.n_layers)
-    ]
 
 
 def layer_weights(sizes: Sizes) -> int:

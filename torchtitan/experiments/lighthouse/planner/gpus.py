@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torchtitan.experiments.lighthouse.runtime.read_files import read_toml
+from torchtitan.experiments.lighthouse.runtime.read_files import is_a, read_toml
 
 BANDWIDTH_SHARE = 0.9
 """Share of the datasheet's memory bandwidth that a copy kernel reaches. Assumption. For the H200 it
@@ -212,8 +212,7 @@ def read_gpu(path: str | Path) -> Gpu:
             f"{'remove ' + ', '.join(sorted(unknown)) if unknown else ''}"
         )
     for name, value in given.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name != "name" and not (is_number and 0 < value < math.inf):
+        if name != "name" and not (is_a(value, float) and 0 < value < math.inf):
             raise ValueError(
                 f"--gpu {path}: {name} must be a number above 0, got {value!r}; correct it"
             )

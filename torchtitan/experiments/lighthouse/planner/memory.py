@@ -32,6 +32,9 @@ validation, code and the Python process.
 from dataclasses import dataclass
 
 from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
+from torchtitan.experiments.lighthouse.planner.traffic import KINDS
+
+from lighthouse.costs import Shape
 
 _COMPLEX64, _FP32, _INT32, _INT64 = 8, 4, 4, 8
 
@@ -67,10 +70,9 @@ class Memory:
 def stage_memory(sizes: Sizes, stage: int) -> Memory:
     """Memory in the steps of `stage`. The first step of a run needs less: it has no moments yet."""
     kept = {}
-    for layer in range(sizes.model_args.n_layers):
-        is_lighthouse = sizes.is_lighthouse(stage, layer)
-        size = sum(kept_tensors(sizes, is_lighthouse, sizes.checkpointing(layer)).values())
-        name = "Lighthouse" if is_lighthouse else "dense"
+    for is_lighthouse, checkpointing in sizes.layers(stage):
+        size = sum(kept_tensors(sizes, is_lighthouse, checkpointing).values())
+        name = KINDS[is_lighthouse]
         kept[name] = max(size, kept.get(name, 0))
     return Memory(always(sizes), kept, timeline(sizes, stage))
 
@@ -89,39 +91,34 @@ def timeline(sizes: Sizes, stage: int) -> dict[str, dict[str, int]]:
 
     Of the backward passes of all layers, only the largest is a phase.
     """
-    n_layers = sizes.model_args.n_layers
     shard = {
         name: -(-n // sizes.fsdp_degree) * sizes.param_bytes for name, n in sizes.parameters.items()
     }
     # Gradients of earlier micro-batches.
     carried = shard["total"] if sizes.micro_batches > 1 else 0
-    kinds = [sizes.is_lighthouse(stage, layer) for layer in range(n_layers)]
-    kept = [
-        sum(kept_tensors(sizes, kind, sizes.checkpointing(layer)).values())
-        for layer, kind in enumerate(kinds)
-    ]
-    head = sum(head_tensors(sizes).values())
+    layers = sizes.layers(stage)
+    kept = [sum(kept_tensors(sizes, *layer).values()) for layer in layers]
 
-    phases = {}
-    for name, size in loss_phases(sizes).items():
-        phases[name] = {
-            "kept": sum(kept) + head,
+    phases = {
+        name: {
+            "kept": sum(kept) + head_bytes(sizes),
             "loss": size,
             "gradients": carried,
             "FSDP": fsdp_bytes(sizes, "loss"),
         }
-    layers = {}
-    for layer in range(n_layers):
-        held = layer_phases(sizes, kinds[layer], sizes.checkpointing(layer))
-        gradients = shard["head"] + (n_layers - 1 - layer) * shard["layer"]
-        layers[f"backward of layer {layer}"] = {
-            "kept": sum(kept[:layer]),
-            "one layer": max(held.values()),
-            "gradients": max(gradients, carried),
-            "FSDP": fsdp_bytes(sizes, "last layer" if layer == n_layers - 1 else "layer"),
+        for name, size in loss_phases(sizes).items()
+    }
+    backward = {}
+    for i, layer in enumerate(layers):
+        later = len(layers) - 1 - i
+        backward[f"backward of layer {i}"] = {
+            "kept": sum(kept[:i]),
+            "one layer": max(layer_phases(sizes, *layer).values()),
+            "gradients": max(shard["head"] + later * shard["layer"], carried),
+            "FSDP": fsdp_bytes(sizes, "layer" if later else "last layer"),
         }
-    largest = max(layers, key=lambda name: sum(layers[name].values()))
-    phases[largest] = layers[largest]
+    largest = max(backward, key=lambda name: sum(backward[name].values()))
+    phases[largest] = backward[largest]
     phases["backward of the embedding"] = {
         "one layer": sizes.rank_tokens * sizes.model_args.dim * sizes.residual_bytes,
         "gradients": shard["total"],
@@ -260,17 +257,15 @@ def layer_phases(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict[
         # buffer.
         phases["exchange"] = around + 3 * qkv * shape.itemsize
     elif sizes.cp_scheme == "ring":
-        phases["attention"] += _ring_bytes(sizes, is_lighthouse)
+        phases["attention"] += _ring_bytes(sizes, shape)
     return phases
 
 
-def head_tensors(sizes: Sizes) -> dict[str, int]:
-    """Tensors that the last norm and the head save for their backward pass, in bytes, by name."""
+def head_bytes(sizes: Sizes) -> int:
+    """Bytes that the last norm and the head save for their backward pass."""
     residual = sizes.rank_tokens * sizes.model_args.dim * sizes.residual_bytes
-    tensors = {"x": residual, "norm": _norm(sizes, 1, is_compiled=False)}
-    if sizes.is_autocast:
-        tensors["weights"] = sizes.parameters["head"] * sizes.compute_bytes
-    return tensors
+    weights = sizes.parameters["head"] * sizes.compute_bytes if sizes.is_autocast else 0
+    return residual + _norm(sizes, 1, is_compiled=False) + weights
 
 
 def loss_phases(sizes: Sizes) -> dict[str, int]:
@@ -286,8 +281,8 @@ def loss_phases(sizes: Sizes) -> dict[str, int]:
     if chunk:
         logits = chunk * vocab * (e if e == _FP32 else e + _FP32)
         dweight = chunk * vocab * e + vocab * dim * e
-        kept = tokens * dim * sizes.compute_bytes + vocab * dim * _FP32
-        handed_on = tokens * dim * sizes.compute_bytes + vocab * dim * _weight_bytes(sizes)
+        kept = tokens * dim * e + vocab * dim * _FP32
+        handed_on = tokens * dim * e + vocab * dim * sizes.residual_bytes
         return {"loss": kept + max(logits, dweight), "backward of the loss": kept + handed_on}
     if sizes.is_compiled("loss"):
         return {"loss": tokens * vocab * e, "backward of the loss": 2 * tokens * vocab * e}
@@ -328,17 +323,11 @@ def _norm(sizes: Sizes, num_inputs: int, is_compiled: bool | None = None) -> int
     return elements * sizes.compute_bytes * copies + before_weight + sizes.rank_tokens * _FP32
 
 
-def _ring_bytes(sizes: Sizes, is_lighthouse: bool) -> int:
+def _ring_bytes(sizes: Sizes, shape: Shape) -> int:
     """Buffers of torch's ring attention, backward: fp32 sums and tensors passed around."""
-    shape = sizes.attention_shape(sizes.attended_len(is_lighthouse) // sizes.cp_degree)
     rows = shape.batch * shape.seq_len * shape.head_dim
     q, kv = rows * shape.n_heads, 2 * rows * shape.n_kv_heads
     is_gathered = sizes.config.parallelism.context_parallel_rotate_method == "allgather"
     # Keys and values of all ranks, or of a neighbour, and the buffer that is sent.
     rotated = kv * shape.itemsize * ((sizes.cp_degree if is_gathered else 1) + 1)
     return (q + kv) * _FP32 + rotated + 2 * kv * _FP32
-
-
-def _weight_bytes(sizes: Sizes) -> int:
-    """Bytes per element of a weight in the dtype of the matrix product."""
-    return sizes.param_bytes if sizes.is_autocast else sizes.compute_bytes

@@ -15,14 +15,19 @@ import argparse
 import json
 
 from torchtitan.experiments.lighthouse.config.load import load_config
-from torchtitan.experiments.lighthouse.config.rule_helpers import check_choice
-from torchtitan.experiments.lighthouse.planner.estimate import USABLE_SHARE, Plan, StagePlan, plan
+from torchtitan.experiments.lighthouse.config.rule_helpers import check_choice, require
+from torchtitan.experiments.lighthouse.planner.estimate import (
+    NOTE,
+    USABLE_SHARE,
+    Plan,
+    StagePlan,
+    plan,
+)
 from torchtitan.experiments.lighthouse.planner.gpus import GPUS, Gpu, read_gpu
 from torchtitan.experiments.lighthouse.planner.memory import Memory
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser, exit_on_value_error
 
-NOTE = "expected from stated rates, not measured"
 BYTES = {"GiB": 2**30, "MiB": 2**20}
 HOURS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600, "ms": 1 / 3.6e6}
 TOKENS = {"billion tokens": 1e9, "million tokens": 1e6, "tokens": 1.0}
@@ -33,10 +38,8 @@ WIDTH = 14
 def main(args: list[str] | None = None) -> None:
     options, overrides = parse(args)
     with exit_on_value_error():
-        if options.world_size < 1:
-            raise ValueError(
-                f"--world-size must be at least 1, got {options.world_size}; use 1 or more"
-            )
+        size = options.world_size
+        require(size >= 1, "--world-size", "at least 1", size, "use 1 or more")
         gpu = gpu_of(options.gpu)
         device_type = "cpu" if gpu is None else "cuda"
         config = load_config(["--job.config_file", options.config, *overrides])
@@ -160,8 +163,7 @@ def traffic_table(result: Plan) -> str:
     """A column for each kind of layer, then one for a step of each stage."""
     layers = {}
     for stage in result.stages.values():
-        for kind, traffic in stage.traffic_per_layer.items():
-            layers[f"{kind}"] = traffic
+        layers |= stage.traffic_per_layer
     steps = {name: stage.traffic_per_step for name, stage in columns(result).items()}
     purposes = list(dict.fromkeys(name for traffic in steps.values() for name in traffic))
     if not purposes:
@@ -267,16 +269,16 @@ def amount(value: float, units: dict[str, float], prefix: str = "") -> str:
     return f"{number} {prefix}{unit}"
 
 
-def table(title: str, heads: list[str], rows: dict, number: str, width: int = WIDTH) -> str:
+def table(title: str, heads: list[str], rows: dict, number: str) -> str:
     """Aligned columns. Zero is printed as a dash."""
     label = max(len(title), *(len(name) + 2 for name in rows)) + 2
-    lines = [title.ljust(label) + "".join(head.rjust(width) for head in heads)]
+    lines = [title.ljust(label) + "".join(head.rjust(WIDTH) for head in heads)]
     for name, values in rows.items():
         cells = (
             value if isinstance(value, str) else number.format(value) if value else "-"
             for value in values
         )
-        lines.append(f"  {name}".ljust(label) + "".join(cell.rjust(width) for cell in cells))
+        lines.append(f"  {name}".ljust(label) + "".join(cell.rjust(WIDTH) for cell in cells))
     return "\n".join(lines)
 
 

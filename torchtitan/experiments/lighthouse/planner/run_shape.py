@@ -47,16 +47,10 @@ class Sizes:
                     f"{name} must be {covered!r} for a plan, which does not count its effect, "
                     f"got {value!r}; set it to {covered!r}"
                 )
-        options = config.activation_checkpoint
-        if options.mode == "memory_budget":
+        if config.activation_checkpoint.mode == "memory_budget":
             raise ValueError(
                 "activation_checkpoint.mode must be none, selective or full for a plan, got "
                 "'memory_budget', where the compiler decides what to save; choose one of them"
-            )
-        if options.selective_ac_option != "op" and not options.selective_ac_option.isdigit():
-            raise ValueError(
-                "activation_checkpoint.selective_ac_option must be 'op' or a number n for every "
-                f"n-th layer, got {options.selective_ac_option!r}; write 'op' or '2'"
             )
 
     # The model.
@@ -125,9 +119,12 @@ class Sizes:
         """Layers that stay dense in stage 1."""
         return dense_layers(self.config.lighthouse.full_attn_layers, self.model_args.n_layers)
 
-    def is_lighthouse(self, stage: int, layer: int) -> bool:
-        """Whether `layer` has Lighthouse Attention in `stage`."""
-        return stage == 1 and layer not in self.dense_layers
+    def layers(self, stage: int) -> list[tuple[bool, str]]:
+        """For each layer, whether it has Lighthouse Attention, and its `checkpointing`."""
+        return [
+            (stage == 1 and layer not in self.dense_layers, self.checkpointing(layer))
+            for layer in range(self.model_args.n_layers)
+        ]
 
     def attended_len(self, is_lighthouse: bool) -> int:
         """Number of positions that a layer attends over on all ranks together: S or N."""
@@ -233,7 +230,7 @@ class Sizes:
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes per element of the residual stream."""
+        """Bytes per element of the residual stream, and of the weights in the modules."""
         return self.param_bytes if self.is_autocast else self.compute_bytes
 
     # Compilation and activation checkpointing.
@@ -249,5 +246,4 @@ class Sizes:
             return options.mode
         if options.selective_ac_option == "op":
             return "op"
-        every = int(options.selective_ac_option)
-        return "none" if every and (layer + 1) % every else "full"
+        return "none" if (layer + 1) % int(options.selective_ac_option) else "full"

@@ -14,7 +14,6 @@ Not counted: data loading, logging, validation, checkpoints, compilation, and ga
 from torchtitan.experiments.lighthouse.planner.flops import (
     attention_costs,
     layer_weights,
-    layers_of,
     recomputed_steps,
     recomputed_weights,
 )
@@ -33,7 +32,7 @@ def step_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> dict[str, float]:
     """Expected seconds of a step, by part."""
     total = {}
     # Lighthouse layers have all parts. They come first to give the order.
-    for is_lighthouse, checkpointing in sorted(layers_of(sizes, stage), reverse=True):
+    for is_lighthouse, checkpointing in sorted(sizes.layers(stage), reverse=True):
         parts = layer_seconds(sizes, is_lighthouse, checkpointing, gpu)
         for name, size in parts.items():
             total[name] = total.get(name, 0.0) + size * sizes.micro_batches
@@ -181,10 +180,7 @@ def _exchange_seconds(
         is_backward = name.endswith("backward")
         block = steps["attend backward" if is_backward else "attend"] / degree
         rotated = seconds["exchange"]
-        if is_gathered:
-            exposed += max(0.0, rotated - block)
-        else:
-            exposed += max(0.0, rotated - (degree - 1) * block)
+        exposed += max(0.0, rotated - (block if is_gathered else (degree - 1) * block))
         if is_backward:
             # Gradients of k and v are sent after each block. The last send does not overlap.
             sums = size - rotated

@@ -1,6 +1,7 @@
 """Bytes that a rank sends to others, by purpose."""
 
-from torchtitan.experiments.lighthouse.planner.flops import layers_of
+from collections import Counter
+
 from torchtitan.experiments.lighthouse.planner.run_shape import Sizes
 
 from lighthouse.costs import edge_bytes, exchange_bytes
@@ -44,7 +45,7 @@ def layer_traffic(sizes: Sizes, is_lighthouse: bool, checkpointing: str) -> dict
 def step_traffic(sizes: Sizes, stage: int) -> dict[str, int]:
     """Bytes that a rank sends in a step, by purpose, without sums of a few numbers."""
     policy = sizes.config.parallelism.fsdp_reshard_after_forward
-    parts = [layer_traffic(sizes, *layer) for layer in layers_of(sizes, stage)]
+    parts = [layer_traffic(sizes, *layer) for layer in sizes.layers(stage)]
     parameters = sizes.parameters
     parts.append(fsdp_traffic(sizes, parameters["embedding"], is_resharded_after_forward(sizes)))
     parts.append(fsdp_traffic(sizes, parameters["head"], is_resharded=policy == "always"))
@@ -52,11 +53,10 @@ def step_traffic(sizes: Sizes, stage: int) -> dict[str, int]:
         parts.append(
             {"all-reduce": all_reduce_bytes(sizes, parameters["total"] * sizes.param_bytes)}
         )
-    total = {}
+    total = Counter()
     for part in parts:
-        for name, size in part.items():
-            total[name] = total.get(name, 0) + size * sizes.micro_batches
-    return total
+        total.update(part)
+    return {name: size * sizes.micro_batches for name, size in total.items()}
 
 
 def is_resharded_after_forward(sizes: Sizes) -> bool:
