@@ -119,12 +119,7 @@ def toml(value: object) -> str:
 
 def rule_texts(name: str, example: JobConfig) -> list[str]:
     """The rules of a field. One that looks at other fields is shown for `example`."""
-    texts = []
-    for rule in (rule for rule in RULES if rule.field == name):
-        text = rule_text(rule, example)
-        if text not in texts:
-            texts.append(text)
-    return texts
+    return list(dict.fromkeys(rule_text(rule, example) for rule in RULES if rule.field == name))
 
 
 def rule_text(rule: Rule, example: JobConfig) -> str:

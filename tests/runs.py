@@ -8,11 +8,14 @@ import contextlib
 import gc
 import hashlib
 import itertools
+import json
 import os
 import random
+import subprocess
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +25,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torchtitan.train
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torchtitan.experiments.lighthouse import metrics
@@ -30,6 +34,7 @@ from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.data.datasets import is_held_out
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime import cpu_device
+from torchtitan.experiments.lighthouse.runtime.launcher import check_environment
 from torchtitan.experiments.lighthouse.train import TwoStageTrainer
 
 STEPS = 7
@@ -132,6 +137,26 @@ class RecordedTrainer(Recorded, TwoStageTrainer):
     """The trainer under test."""
 
 
+class SharedTrainer(RecordedTrainer):
+    """Gives the windows of one sequence to the data-parallel ranks in turn.
+
+    Global batches are then the same for any number of ranks.
+    """
+
+    def windows(self) -> Iterator[torch.Tensor]:
+        """Token ids, [N + 1], where N is a multiple of the sequence length."""
+        raise NotImplementedError
+
+    def batch_generator(self, data_iterable):
+        dims, seq_len = self.parallel_dims, self.job_config.training.seq_len
+        rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
+        degree = dims.dp_replicate * dims.dp_shard
+        return super().batch_generator(
+            ({"input": window[:-1].view(-1, seq_len)}, window[1:].view(-1, seq_len))
+            for window in itertools.islice(self.windows(), rank, None, degree)
+        )
+
+
 class RecordedPlainTrainer(Recorded, torchtitan.train.Trainer):
     """torchtitan's own trainer."""
 
@@ -139,6 +164,9 @@ class RecordedPlainTrainer(Recorded, torchtitan.train.Trainer):
 @dataclass
 class Run:
     """The results of a run on one rank."""
+
+    folder: Path
+    """The dump folder."""
 
     losses: dict[int, float]
     """Losses by step, of all runs in the dump folder so far."""
@@ -161,6 +189,8 @@ class Run:
     epoch: int
     """Epoch of the data, from 0."""
 
+    exit_code: int
+
 
 def train(
     args: list[str],
@@ -182,6 +212,7 @@ def train(
         }
         states = trainer.optimizers.optimizers[0].state
         return Run(
+            folder=Path(config.job.dump_folder),
             losses=losses_of(config.job.dump_folder),
             batches=dict(trainer.batches),
             attention=trainer.attention,
@@ -194,6 +225,7 @@ def train(
                 for key, value in state.items()
             },
             epoch=stage_switch.data_positions(trainer)[0]["epoch"],
+            exit_code=getattr(trainer, "exit_code", 0),
         )
 
 
@@ -202,15 +234,14 @@ def trainer_of(config, trainer_class: type = RecordedTrainer):
     """A trainer on the CPU that is closed at the end. Its ``train`` does not sleep."""
     cpu_device.use_cpu_device()
     alone = not dist.is_initialized()
-    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     awake = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
     with (
-        mock.patch.dict(os.environ, env if alone else {}),
+        mock.patch.dict(os.environ),
         mock.patch.object(torchtitan.train, "time", awake),
         # A fixed peak rate. Measuring it takes longer than a step.
         mock.patch.object(cpu_device, "measure_peak_flops", lambda: 1e12),
     ):
+        check_environment()
         check_config(config, world_size=int(os.environ["WORLD_SIZE"]))
         trainer, num_threads = None, torch.get_num_threads()
         # Sums depend on the number of threads. A model this small is not faster with more threads.
@@ -228,6 +259,26 @@ def trainer_of(config, trainer_class: type = RecordedTrainer):
             gc.enable()
 
 
+@contextlib.contextmanager
+def start_two_processes(args: list[str], log: Path, until: str) -> Iterator[subprocess.Popen]:
+    """``lighthouse train`` with two processes on the CPU, once its log contains ``until``."""
+    config = log.with_suffix(".toml")
+    config.write_text('[model]\nflavor = "debugmodel"\n')
+    command = [sys.executable, "-m", "lighthouse_cli", "train", str(config), "--nproc", "2", *args]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as run,
+    ):
+        try:
+            while until not in log.read_text():
+                assert run.poll() is None, log.read_text()
+                time.sleep(0.2)
+            yield run
+        finally:
+            run.kill()
+
+
 def losses_of(dump_folder: str | Path) -> dict[int, float]:
     lines = metrics.read_metrics(dump_folder, metrics.LOSS)
     return {line["step"]: line[metrics.LOSS] for line in lines}
@@ -239,6 +290,24 @@ def assert_same_state(run: Run, expected: Run) -> None:
         assert tensors and tensors.keys() == same.keys(), tensors.keys() ^ same.keys()
         differ = [name for name, tensor in tensors.items() if not torch.equal(tensor, same[name])]
         assert not differ, differ
+
+
+def assert_continues(runs: list[Run], expected: Run) -> None:
+    """Check that each step of ``expected`` ran once, with the same data, attention and result."""
+    for what in ("batches", "attention", "flops_per_token"):
+        steps = [item for run in runs for item in getattr(run, what).items()]
+        assert steps == list(getattr(expected, what).items())
+    assert_same_state(runs[-1], expected)
+
+
+def handover_of(dump_folder: Path) -> dict[str, Any]:
+    return json.loads((dump_folder / "handover.json").read_text())
+
+
+def saved_keys(run: Run, step: int) -> set[str]:
+    """The names of everything in a checkpoint of a run."""
+    path = run.folder / "checkpoint" / f"step-{step}"
+    return {*FileSystemReader(path).read_metadata().state_dict_metadata}
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

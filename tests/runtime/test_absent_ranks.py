@@ -3,14 +3,12 @@
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from runs import command_line
+from runs import command_line, start_two_processes
 from torchtitan.experiments.lighthouse.runtime import absent_ranks as module
 from torchtitan.experiments.lighthouse.runtime.absent_ranks import (
     absent_ranks,
@@ -34,7 +32,7 @@ def as_rank(monkeypatch):
 
 
 def test_who_has_not_reported_is_absent_and_told_by_its_place(as_rank, monkeypatch):
-    monkeypatch.setattr(module, "_host", lambda: "other")
+    monkeypatch.setattr(module.socket, "gethostname", lambda: "other")
     as_rank(1)
     announce()
     as_rank(0)
@@ -77,28 +75,17 @@ def test_an_error_of_one_rank_alone_is_none_of_communication():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_rank_that_hangs_ends_a_run_of_two_with_one_line(corpus, tmp_path):
-    config = tmp_path / "run.toml"
-    config.write_text('[model]\nflavor = "debugmodel"\n[comm]\ntrain_timeout_seconds = 5\n')
     # It never gets so far.
     steps = {"training__steps": 100_000, "lr_scheduler__total_steps": 100_000}
-    options = command_line(tmp_path / "run", corpus, **steps)
-    command = [sys.executable, "-m", "lighthouse_cli", "train", str(config), "--nproc", "2"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment.pop("WORLD_SIZE", None)
+    args = command_line(tmp_path / "run", corpus, **steps, comm__train_timeout_seconds=5)
     log = tmp_path / "log.txt"
-    with log.open("w") as file:
-        run = subprocess.Popen(
-            [*command, *options], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-        while "step 3/" not in log.read_text():
-            assert run.poll() is None, log.read_text()
-            time.sleep(0.2)
+    with start_two_processes(args, log, until="step 3/") as run:
         hung = pid_of_rank(1, run.pid)
         os.kill(hung, signal.SIGSTOP)
         assert run.wait(timeout=300) == 1
     text = log.read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert re.match(rf"error: rank 1 \(process {hung} on .+\) did not come to step \d+, and", line)
+    assert re.match(rf"error: rank 1 \(process {hung} on .+\) did not reach step \d+, and", line)
     assert "Traceback" not in text
     assert not Path(f"/proc/{hung}").exists()
 

@@ -19,12 +19,14 @@ from runs import (
     STEPS,
     RecordedTrainer,
     Run,
+    assert_continues,
     assert_same_state,
     command_line,
     losses_of,
     train,
 )
 from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
+from torchtitan.experiments.lighthouse.launch import TRAINER
 from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE, SIGNALS, Interruption
 
 IN_STAGE_1, IN_STAGE_2 = STAGE1_STEPS - 1, STAGE1_STEPS + 2
@@ -73,26 +75,12 @@ def undisturbed(tmp_path_factory, corpus) -> Run:
 
 
 def train_until_signal(
-    folder: Path, corpus: Path, at_step: int, overrides: dict[str, Any] | None = None, **attributes
-) -> tuple[Run, int]:
-    """A run that gets a signal in `at_step`, and its exit code."""
-    trainer_class = type("Signalled", (SignalledTrainer,), {"at_step": at_step, **attributes})
-    exit_codes = []
-    run = train(
-        command_line(folder, corpus, **(overrides or {})),
-        trainer_class,
-        look=lambda trainer: exit_codes.append(trainer.exit_code),
-    )
-    return run, exit_codes[0]
-
-
-def train_to_the_end(folder: Path, corpus: Path, **overrides) -> tuple[Run, int]:
-    exit_codes = []
-    run = train(
-        command_line(folder, corpus, **overrides),
-        look=lambda trainer: exit_codes.append(trainer.exit_code),
-    )
-    return run, exit_codes[0]
+    folder: Path, corpus: Path, at_step: int, number=signal.SIGUSR1, ranks=(0,), **overrides
+) -> Run:
+    """A run that gets a signal in `at_step`."""
+    attributes = {"at_step": at_step, "number": number, "ranks": ranks}
+    trainer_class = type("Signalled", (SignalledTrainer,), attributes)
+    return train(command_line(folder, corpus, **overrides), trainer_class)
 
 
 def saved_at(folder: Path) -> dict[int, int]:
@@ -105,45 +93,35 @@ def saved_at(folder: Path) -> dict[int, int]:
     }
 
 
-def assert_continues(stopped: Run, resumed: Run, expected: Run, step: int) -> None:
-    """Check that the first run stopped after `step`, and that both together equal `expected`."""
-    assert list(stopped.batches) == list(range(1, step + 1))
-    for what in ("batches", "attention"):
-        assert getattr(stopped, what) | getattr(resumed, what) == getattr(expected, what)
-        assert list(getattr(resumed, what)) == list(range(step + 1, STEPS + 1))
-    assert_same_state(resumed, expected)
-
-
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("step", [1, IN_STAGE_1, STAGE1_STEPS, IN_STAGE_2])
 def test_a_signal_ends_the_run_after_the_step(undisturbed, corpus, tmp_path, step, number):
-    stopped, exit_code = train_until_signal(tmp_path, corpus, step, number=number)
-    assert exit_code == EXIT_CODE == 75
+    stopped = train_until_signal(tmp_path, corpus, step, number)
+    assert stopped.exit_code == EXIT_CODE == 75 and list(stopped.batches)[-1] == step
     # The interval is longer than the run. The switch is always saved.
     expected = {step, STAGE1_STEPS} if step > STAGE1_STEPS else {step}
     assert checkpoint_steps(tmp_path / "checkpoint") == dict.fromkeys(sorted(expected), True)
     # The switch belongs to the step before it.
     assert (tmp_path / "handover.json").exists() == (step > STAGE1_STEPS)
 
-    resumed, exit_code = train_to_the_end(tmp_path, corpus)
-    assert exit_code == 0
-    assert_continues(stopped, resumed, undisturbed, step)
+    resumed = train(command_line(tmp_path, corpus))
+    assert resumed.exit_code == 0
+    assert_continues([stopped, resumed], undisturbed)
     assert resumed.losses == undisturbed.losses and len(resumed.losses) == STEPS
     assert (tmp_path / "handover.json").exists()
 
 
 def test_many_signals_are_as_good_as_one(undisturbed, corpus, tmp_path):
     for step in range(1, STEPS):
-        _, exit_code = train_until_signal(tmp_path, corpus, step)
-        assert exit_code == EXIT_CODE
-    resumed, _ = train_to_the_end(tmp_path, corpus)
+        assert train_until_signal(tmp_path, corpus, step).exit_code == EXIT_CODE
+    resumed = train(command_line(tmp_path, corpus))
     assert resumed.losses == undisturbed.losses
     assert_same_state(resumed, undisturbed)
 
 
 def test_a_signal_in_the_last_step_changes_nothing(undisturbed, corpus, tmp_path):
-    run, exit_code = train_until_signal(tmp_path, corpus, STEPS)
-    assert exit_code == 0
+    run = train_until_signal(tmp_path, corpus, STEPS)
+    assert run.exit_code == 0
     assert checkpoint_steps(tmp_path / "checkpoint") == {STAGE1_STEPS: True, STEPS: True}
     assert_same_state(run, undisturbed)
 
@@ -170,19 +148,19 @@ def test_a_step_is_saved_once(corpus, tmp_path, async_mode):
 
 def test_an_asynchronous_checkpoint_is_whole_when_the_run_ends(undisturbed, corpus, tmp_path):
     options = {"checkpoint__async_mode": "async"}
-    stopped, exit_code = train_until_signal(tmp_path, corpus, IN_STAGE_1, options)
-    assert exit_code == EXIT_CODE
+    stopped = train_until_signal(tmp_path, corpus, IN_STAGE_1, **options)
+    assert stopped.exit_code == EXIT_CODE
     assert checkpoint_steps(tmp_path / "checkpoint") == {IN_STAGE_1: True}
-    resumed, _ = train_to_the_end(tmp_path, corpus, **options)
-    assert_continues(stopped, resumed, undisturbed, IN_STAGE_1)
+    resumed = train(command_line(tmp_path, corpus, **options))
+    assert_continues([stopped, resumed], undisturbed)
 
 
 @pytest.mark.parametrize(
     "options", [{"checkpoint__enable": False}, {"checkpoint__load_only": True}], ids=str
 )
 def test_without_checkpoints_the_steps_are_lost(corpus, tmp_path, options):
-    run, exit_code = train_until_signal(tmp_path, corpus, 2, options)
-    assert exit_code == 1
+    run = train_until_signal(tmp_path, corpus, 2, **options)
+    assert run.exit_code == 1
     assert list(run.batches) == [1, 2]
     assert checkpoint_steps(tmp_path / "checkpoint") == {}
 
@@ -191,18 +169,18 @@ def test_without_checkpoints_the_steps_are_lost(corpus, tmp_path, options):
 def test_a_signal_before_the_first_step_of_a_resumed_run(undisturbed, corpus, tmp_path, step):
     train_until_signal(tmp_path, corpus, step)
     before = saved_at(tmp_path)
-    run, exit_code = train_until_signal(tmp_path, corpus, 0)
-    assert exit_code == EXIT_CODE
+    run = train_until_signal(tmp_path, corpus, 0)
+    assert run.exit_code == EXIT_CODE
     assert not run.batches
     assert saved_at(tmp_path) == before and list(before) == [step]
-    resumed, _ = train_to_the_end(tmp_path, corpus)
+    resumed = train(command_line(tmp_path, corpus))
     assert resumed.losses == undisturbed.losses
     assert_same_state(resumed, undisturbed)
 
 
 def test_a_signal_before_the_first_step_of_all(corpus, tmp_path):
-    run, exit_code = train_until_signal(tmp_path, corpus, 0)
-    assert exit_code == EXIT_CODE
+    run = train_until_signal(tmp_path, corpus, 0)
+    assert run.exit_code == EXIT_CODE
     assert not run.batches
     # There is no folder, because a run cannot resume from a folder without a checkpoint.
     assert not (tmp_path / "checkpoint").exists()
@@ -291,26 +269,25 @@ def run_on_two_ranks(folder: Path, corpus: Path) -> dict[Any, Any]:
     results = {"undisturbed": train(command_line(folder / "undisturbed", corpus))}
     for step in (IN_STAGE_1, STAGE1_STEPS):
         stopped = train_until_signal(folder / str(step), corpus, step, ranks=(1,))
-        results[step] = *stopped, train(command_line(folder / str(step), corpus))
+        results[step] = stopped, train(command_line(folder / str(step), corpus))
     return results
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, corpus) -> tuple[Path, list[dict[Any, Any]]]:
+def two_ranks(tmp_path_factory, corpus) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    return folder, launch(run_on_two_ranks, 2, folder / "results", folder, corpus)
+    return launch(run_on_two_ranks, 2, folder / "results", folder, corpus)
 
 
 @pytest.mark.parametrize("step", [IN_STAGE_1, STAGE1_STEPS])
 def test_both_ranks_stop_if_one_gets_the_signal(two_ranks, step):
-    folder, ranks = two_ranks
-    for results in ranks:
-        stopped, exit_code, resumed = results[step]
-        assert exit_code == EXIT_CODE
-        assert_continues(stopped, resumed, results["undisturbed"], step)
-    assert ranks[0][step][-1].losses == ranks[0]["undisturbed"].losses
-    assert len(ranks[0]["undisturbed"].losses) == STEPS
-    steps = checkpoint_steps(folder / str(step) / "checkpoint")
+    for results in two_ranks:
+        stopped, resumed = results[step]
+        assert stopped.exit_code == EXIT_CODE and list(stopped.batches)[-1] == step
+        assert_continues([stopped, resumed], results["undisturbed"])
+    resumed, undisturbed = two_ranks[0][step][-1], two_ranks[0]["undisturbed"]
+    assert resumed.losses == undisturbed.losses and len(undisturbed.losses) == STEPS
+    steps = checkpoint_steps(resumed.folder / "checkpoint")
     assert steps == dict.fromkeys(sorted({step, STAGE1_STEPS, STEPS}), True)
 
 
@@ -333,28 +310,21 @@ def begun(tmp_path_factory, corpus) -> Run:
     return train(command_line(tmp_path_factory.mktemp("begun"), corpus, **ENDLESS))
 
 
-def ask_on(process: subprocess.Popen, is_over: threading.Event) -> None:
-    while not is_over.wait(0.05) and process.poll() is None:
+def ask_on(process: subprocess.Popen) -> None:
+    while process.poll() is None:
         process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("to_all", [False, True], ids=["SIGUSR1", "SIGTERM-to-helpers-too"])
 def test_the_exit_code_of_the_process(begun, corpus, tmp_path, to_all):
-    train_until_signal(tmp_path, corpus, 1, ENDLESS)
-    launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
+    train_until_signal(tmp_path, corpus, 1, **ENDLESS)
+    options = {**ENDLESS, "training__steps": 10_000, "metrics__enable_wandb": to_all}
+    # One thread, as in the runs in this process.
+    env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     process = subprocess.Popen(
-        [
-            *[sys.executable, "-m", "torchtitan.experiments.lighthouse.train"],
-            *command_line(
-                *(tmp_path, corpus),
-                **ENDLESS,
-                training__steps=ENDLESS["lr_scheduler__total_steps"],
-                metrics__enable_wandb=to_all,
-            ),
-        ],
-        # One thread, as in the runs in this process.
-        env=env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+        [*TRAINER, *command_line(tmp_path, corpus, **options)],
+        env=os.environ | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -371,13 +341,8 @@ def test_the_exit_code_of_the_process(begun, corpus, tmp_path, to_all):
         else:
             process.send_signal(signal.SIGUSR1)
             # Some launchers repeat the signal until the process has ended.
-            asking = threading.Event()
-            asker = threading.Thread(target=ask_on, args=(process, asking))
-            asker.start()
+            threading.Thread(target=ask_on, args=(process,)).start()
         output, _ = process.communicate(timeout=120)
-        if not to_all:
-            asking.set()
-            asker.join()
     finally:
         process.kill()
     assert process.returncode == EXIT_CODE, output

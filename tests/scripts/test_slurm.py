@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import write_corpus
+from runs import losses_of, write_corpus
 from torchtitan.experiments.lighthouse import metrics
 from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
 
@@ -158,10 +158,7 @@ class Job:
 
     @property
     def losses(self) -> dict[int, float]:
-        if not (self.folder / metrics.FILE_NAME).exists():
-            return {}
-        lines = metrics.read_metrics(self.folder, metrics.LOSS)
-        return {line["step"]: line[metrics.LOSS] for line in lines}
+        return losses_of(self.folder) if (self.folder / metrics.FILE_NAME).exists() else {}
 
     @property
     def checkpoints(self) -> dict[int, bool]:
@@ -186,30 +183,24 @@ class Job:
         self.cluster.command("scancel", f"--signal={name}", str(self.number))
 
     def stops(self) -> list[int]:
-        """The steps after which the run was asked to stop, as task 0 logged them."""
-        return [
-            int(step)
-            for step in re.findall(r"^0: .*the run ends after step (\d+);", self.text, re.M)
-        ]
+        """The steps after which the run was asked to stop."""
+        return self.logged("the run ends after step")
 
     def starts(self) -> list[int]:
-        """The steps at which the run started, as task 0 logged them."""
-        return [
-            int(step)
-            for step in re.findall(r"^0: .*Training starts at step (\d+)", self.text, re.M)
-        ]
+        """The steps at which the run started."""
+        return self.logged("Training starts at step")
+
+    def logged(self, words: str) -> list[int]:
+        """The numbers that task 0 logged after `words`."""
+        return [int(n) for n in re.findall(rf"^0: .*{words} (\d+)", self.text, re.M)]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
-    script = ROOT / "tests" / "slurm" / "cluster.sh"
-    launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
-    env |= {
-        "SLURM_CONF": str(folder / "cluster" / "slurm.conf"),
-        "OMP_NUM_THREADS": "1",
-    }
+    script = Path(__file__).with_name("cluster.sh")
+    conf = str(folder / "cluster" / "slurm.conf")
+    env = os.environ | {"SLURM_CONF": conf, "OMP_NUM_THREADS": "1"}
     corpus = write_corpus(folder / "corpus" / "text")
     try:
         subprocess.run([script, "start", folder / "cluster"], check=True)
@@ -387,44 +378,11 @@ def test_an_argument_is_nothing_but_a_value_to_the_trainer(cluster):
     assert not touched.exists() and not (ROOT / "touched").exists()
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ([], "CONFIG must come first, got ''; sbatch scripts/slurm/NAME.sbatch CONFIG"),
-        (["--training.steps", "3"], "CONFIG must come first"),
-        (["missing.toml"], "CONFIG must be a TOML file, got 'missing.toml', which is none"),
-        (
-            ["train_configs/debug.toml", "--job.dump_folder", "elsewhere"],
-            "--job.dump_folder must not be given",
-        ),
-        (["train_configs/debug.toml", "--job.config-file=a"], "--job.config-file must not be"),
-    ],
-    ids=["none", "no-config", "missing", "dump-folder", "config-file"],
-)
-def test_a_wrong_call_ends_with_one_line(cluster, args, message):
-    job = cluster.submit(*args)
-    job.wait_for_end("FAILED", exit_code=2)
-    (line,) = job.text.splitlines()
-    assert line.startswith(f"error: {message}")
-    assert not job.folder.exists()
-
-
 def test_a_call_from_elsewhere_ends_with_one_line(cluster):
     job = cluster.submit(cluster.config(), cwd=cluster.folder)
     job.wait_for_end("FAILED", exit_code=2)
     (line,) = job.text.splitlines()
     assert line.startswith("error: sbatch must be called in the repository root")
-
-
-def test_a_folder_of_another_run_is_left_alone(cluster):
-    (cluster.folder / "runs").mkdir(exist_ok=True)
-    job = cluster.submit(cluster.config(), options=("--hold",))
-    job.folder.mkdir()
-    (job.folder / "config.toml").write_text("")
-    cluster.command("scontrol", "release", str(job.number))
-    job.wait_for_end("FAILED", exit_code=2)
-    (line,) = job.text.splitlines()
-    assert line == f"error: {job.folder} must not exist before the job first starts; move it away"
 
 
 def test_a_name_of_a_job_is_one_of_a_folder(cluster):

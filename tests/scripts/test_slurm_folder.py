@@ -19,14 +19,14 @@ def start(tmp_path):
         program.chmod(0o755)
     (tmp_path / "run.toml").write_text("[job]\n")
 
-    def start(**variables: str) -> tuple[int, str, str]:
+    def start(args: str = "run.toml --training.steps 8", **variables: str) -> tuple[int, str, str]:
         (tmp_path / "command").unlink(missing_ok=True)
         job = {"SUBMIT_DIR": str(tmp_path), "JOB_NAME": "job", "JOB_ID": "7", "NTASKS": "2"}
         job |= {"JOB_NODELIST": "host", "RESTART_COUNT": "0"}
         variables = {f"SLURM_{name}": value for name, value in job.items()} | variables
         settings = "run_root=runs port=1 interface=; activate() { :; }"
         done = subprocess.run(
-            ["bash", "-c", f"{settings}; source {LAUNCH} run.toml --training.steps 8"],
+            ["bash", "-c", f"{settings}; source {LAUNCH} {args}"],
             cwd=tmp_path,
             env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", **variables},
             capture_output=True,
@@ -62,5 +62,22 @@ def test_a_folder_without_a_run_is_refused(start, tmp_path):
 def test_the_folder_of_a_new_job_must_not_exist(start):
     start()
     code, error, _ = start()
-    assert code == 2 and error.startswith("error: runs/job-7 must not exist before the job first")
+    assert code == 2
+    assert error == "error: runs/job-7 must not exist before the job first starts; move it away\n"
     assert start(SLURM_RESTART_COUNT="1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--training.steps 3", "CONFIG must come first, got '--training.steps'; sbatch scripts/"),
+        ("run.toml --job.dump_folder elsewhere", "--job.dump_folder must not be given, since the"),
+        ("run.toml --job.config-file=a", "--job.config-file must not be given, since the job"),
+    ],
+)
+def test_a_wrong_call_ends_with_one_line(start, tmp_path, args, message):
+    code, error, command = start(args)
+    assert code == 2 and not command
+    (line,) = error.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert not (tmp_path / "runs").exists()

@@ -246,11 +246,6 @@ class Watch:
         kill = self.kill
         return kill is not None and kill.moment == moment and step in (kill.step, None)
 
-    def is_late(self, step: int) -> bool:
-        """Whether a save of this rank waits for the next step, whichever rank is killed."""
-        kill = self.request.kill
-        return kill is not None and (kill.moment, kill.step) == (LATE, step)
-
     def die(self) -> None:
         path = self.folder / f"killed-{self.rank}.json"
         path.write_text(json.dumps({"moment": self.kill.moment, "step": self.kill.step}))
@@ -259,11 +254,6 @@ class Watch:
     def reach(self, moment: str, step: int | None = None) -> None:
         if self.is_due(moment, step):
             self.die()
-
-    def hold(self) -> None:
-        """Wait to be killed from outside, so that a late kill still happens."""
-        while True:
-            time.sleep(1)
 
     def write_batch(self, step: int, tokens: torch.Tensor) -> None:
         line = {"start": self.request.start, "step": step}
@@ -301,6 +291,19 @@ class Watch:
             DefaultStager.stage = ChecksumWriter.stage = lambda stager, state_dict: state_dict
         elif self.request.fault:
             self._load_too_little(self.request.fault)
+
+    def _reach_after(self, owner, name: str, moment: str) -> None:
+        """Reach `moment` when the function `name` of `owner` has done its work."""
+        function = getattr(owner, name)
+
+        def watched(*args, **options):
+            result = function(*args, **options)
+            # A load returns False if there is no checkpoint.
+            if result is not False:
+                self.reach(moment)
+            return result
+
+        setattr(owner, name, watched)
 
     def _load_too_little(self, part: str) -> None:
         states_to_load = manager.TwoStageCheckpointManager._states_to_load
@@ -342,8 +345,9 @@ class Watch:
                 other = Path(writer.path) / f"__{1 - self.rank}_0.distcp"
                 wait_until(lambda: other.exists() and other.stat().st_size > 0)
                 self.die()
-            if self.is_late(step):
-                # The checkpoint must not contain anything of that step.
+            kill = self.request.kill
+            if kill is not None and (kill.moment, kill.step) == (LATE, step):
+                # The checkpoint must not contain anything of the next step, on any rank.
                 wait_until(lambda: self.trained_step > step)
             result = write_data(writer, *args)
             self.reach("all shards are written", step)
@@ -380,47 +384,22 @@ class Watch:
         shutil.rmtree = watched_rmtree
 
     def _hook_the_switch(self) -> None:
-        replace, write_handover = os.replace, stage_switch.write_handover
-        use_dense = train.apply_lighthouse.use_dense
+        replace = os.replace
 
         def watched_replace(source, target, *args, **options):
             if Path(os.fspath(target)).name == stage_switch.FILE_NAME:
                 self.reach("before the rename of the handover")
             replace(source, target, *args, **options)
 
-        def watched_write_handover(*args):
-            path = write_handover(*args)
-            self.reach("after the handover")
-            return path
-
-        def watched_use_dense(part):
-            use_dense(part)
-            self.reach("within the switch")
-
-        os.replace, stage_switch.write_handover = watched_replace, watched_write_handover
-        train.apply_lighthouse.use_dense = watched_use_dense
+        os.replace = watched_replace
+        self._reach_after(stage_switch, "write_handover", "after the handover")
+        self._reach_after(train.apply_lighthouse, "use_dense", "within the switch")
 
     def _hook_the_rest(self) -> None:
-        read_data = filesystem.FileSystemReader.read_data
-        open_documents = packing.open_documents
-        load = manager.TwoStageCheckpointManager.load
+        self._reach_after(packing, "open_documents", "while the corpus is read")
+        self._reach_after(filesystem.FileSystemReader, "read_data", "in the load")
+        self._reach_after(manager.TwoStageCheckpointManager, "load", "after the load")
         log = metrics.StagedLogger.log
-
-        def watched_open_documents(*args):
-            documents = open_documents(*args)
-            self.reach("while the corpus is read")
-            return documents
-
-        def watched_read_data(*args):
-            result = read_data(*args)
-            self.reach("in the load")
-            return result
-
-        def watched_load(*args, **options):
-            is_loaded = load(*args, **options)
-            if is_loaded:
-                self.reach("after the load")
-            return is_loaded
 
         def watched_log(logger, values, step):
             if metrics.LOSS in values and self.is_due("in a line of metrics", step):
@@ -429,9 +408,6 @@ class Watch:
                 self.die()
             log(logger, values, step)
 
-        filesystem.FileSystemReader.read_data = watched_read_data
-        packing.open_documents = watched_open_documents
-        manager.TwoStageCheckpointManager.load = watched_load
         metrics.StagedLogger.log = watched_log
 
 
@@ -469,8 +445,9 @@ def watched_trainer(watch: Watch) -> type:
             watch.trained_step = self.step
 
         def should_continue_training(self):
-            if watch.holds and self.step == watch.request.last_step - 1:
-                watch.hold()
+            # Wait to be killed from outside, so that a late kill still happens.
+            while watch.holds and self.step == watch.request.last_step - 1:
+                time.sleep(1)
             return super().should_continue_training()
 
         def _enter_phase(self, phase):

@@ -6,7 +6,6 @@ The normal suite uses the same few examples every time. `slow` tests use many ne
 """
 
 import copy
-import functools
 import itertools
 import json
 import math
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 from runs import command_line, losses_of, trainer_of
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.config.load import load_config
-from torchtitan.experiments.lighthouse.config.rule_helpers import leaves
+from torchtitan.experiments.lighthouse.config.rule_helpers import leaves, value_of
 from torchtitan.experiments.lighthouse.preflight import check_config
 
 from lighthouse import LighthouseConfig, lighthouse_attention
@@ -274,8 +273,8 @@ def changed(base: JobConfig, values: dict[str, Any]) -> JobConfig:
     """A copy with other values, by dotted names such as `training.steps`."""
     config = copy.deepcopy(base)
     for name, value in values.items():
-        *sections, leaf = name.split(".")
-        owner = functools.reduce(getattr, sections, config)
+        section, _, leaf = name.rpartition(".")
+        owner = value_of(config, section)
         assert hasattr(owner, leaf), name
         setattr(owner, leaf, value)
     return config
@@ -359,10 +358,8 @@ def toml(value: Any) -> str:
 def fits_type(value: Any, annotation: Any) -> bool:
     """Whether a TOML value has the annotated type of a field."""
     written = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    if get_origin(annotation) is not None:
-        written = str(annotation)
     options = written.replace("typing.", "").split(" | ")
-    if written.startswith("typing.Literal") or "Literal[" in written:
+    if "Literal[" in written:
         return any(repr(value) in option for option in options) and isinstance(value, str)
     kinds = {bool: "bool", int: "int", float: "float", str: "str", dict: "dict"}
     if isinstance(value, list):

@@ -12,7 +12,6 @@ prints their number at each moment. Set `KILL_SEED` to repeat or vary the random
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -23,12 +22,13 @@ from typing import Any
 
 import pytest
 from kill_run import LATE, MOMENTS, OUTSIDE, Answer, Kill, Request
-from runs import command_line, write_corpus
+from runs import command_line, handover_of, write_corpus
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.experiments.lighthouse import metrics
 from torchtitan.experiments.lighthouse.checkpoint.manager import checkpoint_steps
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.tokenize import prepare
+from torchtitan.experiments.lighthouse.launch import free_port
 
 STEPS, SWITCH, INTERVAL = 12, 5, 2
 FIRST_SAVE, LAST_SAVE = INTERVAL, STEPS
@@ -159,14 +159,13 @@ class Server:
     def __init__(self, folder: Path, hash_seed: int):
         folder.mkdir()
         self._log = (folder / "server.txt").open("w")
-        launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
         # Run on the CPU with one thread, because sums depend on the number of threads.
-        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        # The order of a set differs between processes, and nothing may depend on it.
+        env |= {"PYTHONHASHSEED": str(hash_seed)}
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("kill_run.py")],
-            # The order of a set differs between processes, and nothing may depend on it.
-            env=env | {"PYTHONHASHSEED": str(hash_seed)},
+            env=os.environ | env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -184,24 +183,6 @@ class Server:
         self._process.wait(timeout=60)
         self._process.stdout.close()
         self._log.close()
-
-
-@dataclass
-class Undisturbed:
-    """The record of an undisturbed run."""
-
-    batches: list[dict[int, list[str]]]
-    """Digests of the token ids, by rank and step."""
-
-    lines: dict[int, dict[str, float]]
-    """Figures of `metrics.jsonl` by step."""
-
-    final: list[dict[str, Any]]
-    """Digests of parameters and moments, and some numbers, by rank."""
-
-    handover: dict[str, Any]
-    seconds: float
-    """Seconds from its start to its end."""
 
 
 class World:
@@ -226,7 +207,7 @@ class World:
         self.tally = Counter()
         self.num_refusals = 0
         self._servers: dict[int, Server] = {}
-        self._undisturbed: dict[tuple[int, str], Undisturbed] = {}
+        self._undisturbed: dict[tuple[int, str], KilledRun] = {}
 
     def server(self, number: int) -> Server:
         if number not in self._servers:
@@ -237,7 +218,8 @@ class World:
         for server in self._servers.values():
             server.close()
 
-    def undisturbed(self, world_size: int, data: str) -> Undisturbed:
+    def undisturbed(self, world_size: int, data: str) -> "KilledRun":
+        """The run without a kill, which is made at first use."""
         key = world_size, data
         if key not in self._undisturbed:
             if data == "prepared" and not (self.folder / "prepared").exists():
@@ -245,20 +227,12 @@ class World:
             chain = Chain(f"undisturbed, {data}, {world_size}", world_size, [], data)
             run = KilledRun(self, chain, self.server(1))
             run.finish()
-            assert all(
-                list(batches) == list(range(1, STEPS + 1))
-                for batches in (run.batches(rank)[0] for rank in range(world_size))
-            )
+            for rank in range(world_size):
+                assert list(run.batches(rank)[0]) == list(range(1, STEPS + 1))
             lines = run.lines()
             assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
             assert lines[-1][metrics.LOSS] < lines[0][metrics.LOSS] - 1
-            self._undisturbed[key] = Undisturbed(
-                batches=[run.batches(rank)[0] for rank in range(world_size)],
-                lines={line["step"]: line for line in lines},
-                final=[run.final(rank) for rank in range(world_size)],
-                handover=run.handover(),
-                seconds=run.seconds,
-            )
+            self._undisturbed[key] = run
         return self._undisturbed[key]
 
     def endure(self, chain: Chain, server_number: int) -> "KilledRun":
@@ -331,31 +305,32 @@ class KilledRun:
         self.seconds = answer.seconds
         assert answer.exit_codes == [0] * self.chain.world_size, (answer, self._log())
 
-    def compare(self, expected: Undisturbed) -> None:
+    def compare(self, expected: "KilledRun") -> None:
         """Check that all steps of all starts equal those of the undisturbed run."""
         for rank in range(self.chain.world_size):
             trained = set()
+            (expected_batches,) = expected.batches(rank)
             for start, batches in enumerate(self.batches(rank)):
                 steps = list(batches)
                 first = self.first_steps[start]
                 assert steps == list(range(first, first + len(steps))), (start, steps)
                 for step, found in batches.items():
                     # The last line may be incomplete.
-                    wanted = expected.batches[rank][step]
+                    wanted = expected_batches[step]
                     is_last = step == steps[-1] and start + 1 < len(self.first_steps)
                     wanted = wanted[: len(found)] if is_last else wanted
                     assert found == wanted, f"the batches of step {step} differ in start {start}"
                 trained.update(steps)
             assert trained == {*range(1, STEPS + 1)}
-            final = self.final(rank)
-            assert final.keys() == expected.final[rank].keys()
+            final, expected_final = self.final(rank), expected.final(rank)
+            assert final.keys() == expected_final.keys()
             for name, value in final.items():
-                assert value == expected.final[rank][name], f"the final {name} differ"
-        lines = self.lines()
+                assert value == expected_final[name], f"the final {name} differ"
+        lines, expected_lines = self.lines(), {line["step"]: line for line in expected.lines()}
         for line in lines:
-            assert line == expected.lines[line["step"]], f"the metrics of {line['step']} differ"
-        assert {line["step"] for line in lines} == {*expected.lines}
-        assert self.handover() == expected.handover
+            assert line == expected_lines[line["step"]], f"the metrics of {line['step']} differ"
+        assert {line["step"] for line in lines} == {*expected_lines}
+        assert handover_of(self.dump_folder) == handover_of(expected.dump_folder)
         steps = checkpoint_steps(self.checkpoints)
         assert steps[STEPS] and steps[SWITCH]
         for step in (STEPS, SWITCH):
@@ -389,9 +364,6 @@ class KilledRun:
 
     def final(self, rank: int) -> dict[str, Any]:
         return json.loads((self.folder / f"final-{rank}.json").read_text())
-
-    def handover(self) -> dict[str, Any]:
-        return json.loads((self.dump_folder / "handover.json").read_text())
 
     def _start(self, kill: Kill | None) -> Answer:
         for path in (*self.folder.glob("killed-*"), *self.folder.glob("final-*")):
@@ -446,12 +418,6 @@ def missing_shards(path: Path) -> set[str]:
         for info in metadata.storage_data.values()
         if not (path / info.relative_path).exists()
     }
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -218,33 +218,6 @@ def change_value(path: Path, dice: random.Random) -> str:
 # ---- the test
 
 
-def check_mutations(originals: dict[str, Path], corpus: Path, folder: Path, count: int) -> None:
-    read, refused = 0, 0
-    names = list(originals)
-    for number in range(count):
-        dice = random.Random(f"{SEED} {number}")
-        name = names[number % len(names)]
-        mutated = folder / name
-        shutil.rmtree(mutated, ignore_errors=True)
-        shutil.copytree(originals[name], mutated)
-        done = f"mutation {number}, seed {SEED}, {name}/{mutate(mutated, dice)}"
-        signal.alarm(SECONDS)
-        try:
-            READERS[name](mutated, corpus)
-            read += 1
-        except ValueError as error:
-            message = str(error)
-            assert type(error) is ValueError, f"{done}: {error!r}"
-            assert "\n" not in message.strip() and 10 < len(message) < 1500, f"{done}: {message}"
-            refused += 1
-        except Exception as error:
-            raise AssertionError(f"{done}: {error!r}") from error
-        finally:
-            signal.alarm(0)
-    # Both outcomes occur.
-    assert read > count / 20 and refused > count / 5, (read, refused)
-
-
 @pytest.fixture
 def no_waiting(monkeypatch):
     from torchtitan.experiments.lighthouse.data import retry
@@ -263,11 +236,29 @@ def no_waiting(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_hundred_mutations_are_read_or_refused(originals, corpus, tmp_path, no_waiting):
-    check_mutations(originals, corpus, tmp_path, 120)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_two_thousand_mutations_are_read_or_refused(originals, corpus, tmp_path, no_waiting):
-    check_mutations(originals, corpus, tmp_path, 2000)
+@pytest.mark.parametrize("count", [120, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_files_are_read_or_refused(originals, corpus, tmp_path, no_waiting, count):
+    read, refused = 0, 0
+    names = list(originals)
+    for number in range(count):
+        dice = random.Random(f"{SEED} {number}")
+        name = names[number % len(names)]
+        mutated = tmp_path / name
+        shutil.rmtree(mutated, ignore_errors=True)
+        shutil.copytree(originals[name], mutated)
+        done = f"mutation {number}, seed {SEED}, {name}/{mutate(mutated, dice)}"
+        signal.alarm(SECONDS)
+        try:
+            READERS[name](mutated, corpus)
+            read += 1
+        except ValueError as error:
+            message = str(error)
+            assert type(error) is ValueError, f"{done}: {error!r}"
+            assert "\n" not in message.strip() and 10 < len(message) < 1500, f"{done}: {message}"
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"{done}: {error!r}") from error
+        finally:
+            signal.alarm(0)
+    # Both outcomes occur.
+    assert read > count / 20 and refused > count / 5, (read, refused)

@@ -4,10 +4,7 @@ Every run starts from the same seed checkpoint, because initialization depends o
 parameters. Only the order of sums differs.
 """
 
-import itertools
-import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import launch
-from runs import RecordedTrainer, command_line, losses_of, train, trainer_of
+from runs import Run, SharedTrainer, command_line, handover_of, losses_of, train, trainer_of
 from torchtitan.experiments.lighthouse import metrics
 from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.launch import free_port
 
 CONFIGS = Path(__file__).parents[2] / "train_configs"
 STEPS, STAGE1_STEPS = 20, 12
@@ -106,28 +104,15 @@ SAME = {
 }  # fmt: skip
 
 
-class SharedTrainer(RecordedTrainer):
-    """Reads one sequence of windows and gives them to the data-parallel ranks in turn.
+class RisingTrainer(SharedTrainer):
+    """Reads sequences of rising bytes, which the model learns quickly."""
 
-    Global batches are then the same for any number of ranks.
-    """
-
-    def batch_generator(self, data_iterable):
-        dims = self.parallel_dims
-        degree = dims.dp_replicate * dims.dp_shard
-        rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
+    def windows(self):
+        seq_len = self.job_config.training.seq_len
         generator = torch.Generator().manual_seed(0)
-        # Sequences of rising bytes, which the model learns quickly.
-        for i in itertools.count():
-            seq_len = self.job_config.training.seq_len
+        while True:
             starts = torch.randint(0, 256, (seq_len // 16 + 1, 1), generator=generator)
-            window = ((starts + torch.arange(16)) % 256).flatten()[: seq_len + 1]
-            if i % degree == rank:
-                labels = window[None, 1:]
-                self.ntokens_seen += labels.numel()
-                self.metrics_processor.ntokens_since_last_log += labels.numel()
-                self.metrics_processor.data_loading_times.append(0.0)
-                yield {"input": window[None, :-1]}, labels
+            yield ((starts + torch.arange(16)) % 256).flatten()[: seq_len + 1]
 
 
 def from_seed(folder: Path) -> dict[str, Any]:
@@ -137,26 +122,18 @@ def from_seed(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_layouts(num_ranks: int, folder: Path, corpus: Path) -> dict[str, dict[str, dict]]:
+def run_layouts(num_ranks: int, folder: Path, corpus: Path) -> dict[str, Run]:
     results = {}
     for name, layout in LAYOUTS[num_ranks].items():
-        dump_folder = folder / name.replace(" ", "-")
-        run = train(
-            command_line(dump_folder, corpus, **{**OPTIONS, **from_seed(folder), **layout}),
-            SharedTrainer,
-        )
-        lines = metrics.read_metrics(dump_folder, metrics.LOSS)
-        results[name] = {
-            "losses": run.losses,
-            "grad_norms": {line["step"]: line["grad_norm"] for line in lines},
-            "tokens": lines[-1]["n_tokens_seen"],
-            "attention": run.attention,
-            "held_out": {
-                line["step"]: line[metrics.VALIDATION_LOSS]
-                for line in metrics.read_metrics(dump_folder, metrics.VALIDATION_LOSS)
-            },
-        }
+        options = {**OPTIONS, **from_seed(folder), **layout}
+        args = command_line(folder / name.replace(" ", "-"), corpus, **options)
+        results[name] = train(args, RisingTrainer)
     return results
+
+
+def values_of(run: Run, metric: str) -> dict[int, float]:
+    """The values of a metric by step."""
+    return {line["step"]: line[metric] for line in metrics.read_metrics(run.folder, metric)}
 
 
 class Layouts:
@@ -169,16 +146,15 @@ class Layouts:
         self.folder, self.corpus = folder, corpus
         self.results = {}
 
-    def __getitem__(self, name: str) -> dict[str, dict]:
+    def __getitem__(self, name: str) -> Run:
         if name not in self.results:
             num_ranks = next(n for n, layouts in LAYOUTS.items() if name in layouts)
             args = num_ranks, self.folder, self.corpus
             if num_ranks == 1:
                 self.results |= run_layouts(*args)
             else:
-                self.results |= launch(run_layouts, num_ranks, self.folder / str(num_ranks), *args)[
-                    0
-                ]
+                ranks = launch(run_layouts, num_ranks, self.folder / str(num_ranks), *args)
+                self.results |= ranks[0]
         return self.results[name]
 
 
@@ -217,27 +193,27 @@ def assert_same_losses(losses: dict[int, float], expected: dict[int, float]) -> 
 )
 def test_every_layout_trains_as_one_process(layouts, one, layout):
     expected, actual = layouts[one], layouts[layout]
-    losses = list(expected["losses"].values())
+    losses = list(expected.losses.values())
     # The loss falls, and dense steps are also compared.
     assert losses[-1] < losses[0] - 0.1
-    for step, classes in expected["attention"].items():
-        of_last_layer = actual["attention"][step][-1]
+    for step, classes in expected.attention.items():
+        of_last_layer = actual.attention[step][-1]
         assert (of_last_layer == "LighthouseAttention") == (classes[-1] == "LighthouseAttention")
-    assert_same_losses(actual["losses"], expected["losses"])
-    assert actual["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-2)
-    assert actual["tokens"] == expected["tokens"]
-    assert actual["held_out"] == pytest.approx(expected["held_out"], rel=1e-3)
+    assert_same_losses(actual.losses, expected.losses)
+    for metric, rel in (
+        ("grad_norm", 1e-2),
+        (metrics.TOKENS_SEEN, 0),
+        (metrics.VALIDATION_LOSS, 1e-3),
+    ):
+        assert values_of(actual, metric) == pytest.approx(values_of(expected, metric), rel=rel)
 
 
 @pytest.mark.slow
 def test_two_nodes_go_through_the_switch(tmp_path):
     """Two torchrun agents on this machine, with one process each, share every sequence."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "two",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "two",
         "-m", "torchtitan.experiments.lighthouse.train",
         "--job.config_file", str(CONFIGS / "cp_smoke_cpu.toml"), "--job.dump_folder", str(tmp_path),
     ]  # fmt: skip
@@ -250,7 +226,7 @@ def test_two_nodes_go_through_the_switch(tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], errors
     stages = [line["stage"] for line in metrics.read_metrics(tmp_path, metrics.LOSS)]
     assert stages == [1] * 12 + [2] * 8
-    record = json.loads((tmp_path / "handover.json").read_text())
+    record = handover_of(tmp_path)
     assert record["before"] == record["after"]
 
 
@@ -262,10 +238,6 @@ MOVES = {
     "ring to one": [(2, RING, 5), (1, {}, STEPS)],
     "ulysses to ring, at the switch": [(2, ULYSSES, STAGE1_STEPS), (2, RING, STEPS)],
 }
-
-
-def run_until(args: list[str]) -> None:
-    train(args)
 
 
 @pytest.fixture(scope="module")
@@ -281,9 +253,9 @@ def move(folder, layouts, corpus, legs) -> dict[int, float]:
         options["lighthouse__stage1_steps"] = min(steps, STAGE1_STEPS)
         args = command_line(folder, corpus, **options)
         if num_ranks == 1:
-            run_until(args)
+            train(args)
         else:
-            launch(run_until, num_ranks, folder / f"leg-{i}", args)
+            launch(train, num_ranks, folder / f"leg-{i}", args)
     return losses_of(folder)
 
 

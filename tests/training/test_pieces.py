@@ -6,7 +6,6 @@ Losses, gradients, parameters and moments are compared in every bit, on one rank
 """
 
 import itertools
-import json
 from pathlib import Path
 from unittest import mock
 
@@ -18,10 +17,12 @@ from runs import (
     SEQ_LEN,
     STAGE1_STEPS,
     STEPS,
-    RecordedTrainer,
     Run,
+    SharedTrainer,
+    assert_continues,
     assert_same_state,
     command_line,
+    handover_of,
     train,
     trainer_of,
 )
@@ -41,24 +42,13 @@ PHASES = [
 # ---- as short sequences
 
 
-class WindowsTrainer(RecordedTrainer):
+class WindowsTrainer(SharedTrainer):
     """Reads the same random windows for any sequence length, and records the gradients."""
 
-    def batch_generator(self, data_iterable):
-        dims, seq_len = self.parallel_dims, self.job_config.training.seq_len
-        degree = dims.dp_replicate * dims.dp_shard
-        rank = dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0
+    def windows(self):
         dice = torch.Generator().manual_seed(0)
-        for i in itertools.count():
-            window = torch.randint(0, 256, (SEQ_LEN + 1,), generator=dice)
-            if i % degree == rank:
-                starts = range(0, SEQ_LEN, seq_len)
-                inputs = torch.stack([window[start : start + seq_len] for start in starts])
-                labels = torch.stack([window[start + 1 : start + 1 + seq_len] for start in starts])
-                self.ntokens_seen += labels.numel()
-                self.metrics_processor.ntokens_since_last_log += labels.numel()
-                self.metrics_processor.data_loading_times.append(0.0)
-                yield {"input": inputs}, labels
+        while True:
+            yield torch.randint(0, 256, (SEQ_LEN + 1,), generator=dice)
 
     def forward_backward_step(self, **batch):
         loss = super().forward_backward_step(**batch)
@@ -117,25 +107,16 @@ def test_pieces_are_trained_as_short_sequences(corpus, tmp_path, num_ranks):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Dump folder of the undisturbed run."""
-    return tmp_path_factory.mktemp("undisturbed")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder, corpus) -> Run:
-    return train(command_line(folder, corpus, **OPTIONS))
-
-
-def handover_of(folder: Path) -> dict:
-    return json.loads((folder / "handover.json").read_text())
+def undisturbed(tmp_path_factory, corpus) -> Run:
+    return train(command_line(tmp_path_factory.mktemp("undisturbed"), corpus, **OPTIONS))
 
 
 def phases_of(folder: Path) -> list[str]:
     return [line["phase"] for line in metrics.read_metrics(folder, metrics.LOSS)]
 
 
-def test_each_change_is_recorded(undisturbed, folder, corpus, tmp_path):
+def test_each_change_is_recorded(undisturbed, corpus, tmp_path):
+    folder = undisturbed.folder
     assert phases_of(folder) == PHASES
     for metric, step in (
         (metrics.SWITCH, STAGE1_STEPS),
@@ -166,7 +147,7 @@ def test_each_change_is_recorded(undisturbed, folder, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("stops", [(STAGE1_STEPS,), (LAST_PIECE_STEP,), (4, 6)], ids=str)
-def test_a_stopped_run_goes_on_in_its_phase(undisturbed, folder, corpus, tmp_path, stops):
+def test_a_stopped_run_goes_on_in_its_phase(undisturbed, corpus, tmp_path, stops):
     runs = []
     for steps in (*stops, STEPS):
         options = {
@@ -175,13 +156,10 @@ def test_a_stopped_run_goes_on_in_its_phase(undisturbed, folder, corpus, tmp_pat
             "lighthouse__stage2_full_steps": max(0, steps - LAST_PIECE_STEP),
         }
         runs.append(train(command_line(tmp_path, corpus, **options)))
-    for what in ("batches", "attention", "flops_per_token"):
-        steps = [item for run in runs for item in getattr(run, what).items()]
-        assert steps == list(getattr(undisturbed, what).items())
+    assert_continues(runs, undisturbed)
     assert runs[-1].losses == undisturbed.losses
-    assert_same_state(runs[-1], undisturbed)
     assert phases_of(tmp_path) == PHASES
-    assert handover_of(tmp_path) == handover_of(folder)
+    assert handover_of(tmp_path) == handover_of(undisturbed.folder)
 
 
 def test_the_finish_is_recorded_without_a_record_of_the_switch(corpus, tmp_path):

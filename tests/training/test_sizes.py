@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_state, train
+from runs import assert_same_state, command_line, train
 from torchtitan.experiments.lighthouse.checkpoint.compatibility import FILE_NAME, read_record
 from torchtitan.experiments.lighthouse.config.job_config import Sizes
 from torchtitan.experiments.lighthouse.config.load import load_config
@@ -35,52 +35,12 @@ SIZES = {
     "rope_scaling_factor": 1.0,
 }
 
-TOML = """
-[job]
-dump_folder = "{dump}"
-
-[model]
-hf_assets_path = "{tokenizer}"
-
-[model.override]
-{sizes}
-
-[optimizer]
-lr = 1e-3
-implementation = "foreach"
-
-[lr_scheduler]
-warmup_steps = 1
-total_steps = 6
-
-[training]
-dataset = "text"
-dataset_path = "{corpus}"
-local_batch_size = 1
-seq_len = 256
-steps = 6
-mixed_precision_param = "float32"
-
-[lighthouse]
-num_levels = 2
-pooling_factor = 2
-topk = 128
-full_attn_layers = [0, -1]
-stage1_steps = 4
-
-[activation_checkpoint]
-mode = "none"
-
-[metrics]
-log_freq = 1
-
-[checkpoint]
-enable = true
-interval = 3
-
-[debug]
-seed = 0
-"""
+OPTIONS = {
+    "training__seq_len": 256,
+    "training__steps": 6,
+    "lighthouse__stage1_steps": 4,
+    "checkpoint__interval": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +52,15 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(corpus, tokenizer, tmp_path_factory):
-    """Write a TOML file with other sizes and another dump folder."""
+    """Write a TOML file with other sizes. Returns the arguments of a run in another folder."""
 
     def write(name: str, **sizes) -> list[str]:
         folder = tmp_path_factory.mktemp(name)
         lines = "\n".join(f"{key} = {value}" for key, value in {**SIZES, **sizes}.items())
-        paths = {"dump": folder / "run", "tokenizer": tokenizer, "corpus": corpus}
         file = folder / "run.toml"
-        file.write_text(TOML.format(sizes=lines, **paths))
-        return ["--job.config_file", str(file)]
+        file.write_text(f"[model.override]\n{lines}\n")
+        options = {**OPTIONS, "model__hf_assets_path": tokenizer}
+        return ["--job.config_file", str(file), *command_line(folder / "run", corpus, **options)]
 
     return write
 
@@ -216,18 +176,17 @@ def test_the_dense_model_is_exported_evaluated_and_imported(run, corpus, tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and 0 < losses[0] < 10
 
     # The sizes come from the folder, although the flavor has others.
-    imported = [
-        *("--job.dump_folder", str(tmp_path / "imported"), "--model.hf_config", str(folder)),
-        *("--model.hf_assets_path", str(folder), "--checkpoint.enable"),
-        *("--checkpoint.initial_load_in_hf", "--checkpoint.initial_load_model_only"),
-        *("--training.dataset", "text", "--training.dataset_path", str(corpus)),
-        *("--training.seq_len", "256", "--training.steps", "1", "--lr_scheduler.warmup_steps", "0"),
-        *("--training.local_batch_size", "1", "--training.mixed_precision_param", "float32"),
-        *("--optimizer.lr", "1e-30", "--optimizer.implementation", "foreach"),
-        *("--lighthouse.stage1_steps", "0", "--lighthouse.topk", "128"),
-        *("--activation_checkpoint.mode", "none"),
-    ]
-    went_on = train(imported)
+    imported = {
+        "model__hf_config": folder,
+        "model__hf_assets_path": folder,
+        "checkpoint__initial_load_in_hf": True,
+        "checkpoint__initial_load_model_only": True,
+        "training__seq_len": 256,
+        "training__steps": 1,
+        "optimizer__lr": 1e-30,
+        "lighthouse__stage1_steps": 0,
+    }
+    went_on = train(command_line(tmp_path / "imported", corpus, **imported))
     for name, parameter in run[2].parameters.items():
         assert torch.allclose(went_on.parameters[name], parameter), name
     kept = json.loads((tmp_path / "imported" / "config.json").read_text())["model"]["override"]
@@ -238,14 +197,14 @@ def test_the_dense_model_is_exported_evaluated_and_imported(run, corpus, tmp_pat
 
 
 def test_a_plan_counts_the_sizes(run, capsys):
-    config = str(run[0][1])
-    render.main([config, "--world-size", "1", "--gpu", "cpu", "--json"])
+    args = [*run[0][1:], "--world-size", "1", "--gpu", "cpu"]
+    render.main([*args, "--json"])
     planned = json.loads(capsys.readouterr().out)["run"]
     with torch.device("meta"):
         model = Transformer(model_args(load_config(run[0])))
     assert planned["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert (planned["dim"], planned["hidden_dim"], planned["n_heads"]) == (192, 500, 3)
-    render.main([config, "--world-size", "1", "--gpu", "cpu"])
+    render.main(args)
     assert capsys.readouterr().out.startswith("debugmodel with [model.override], 256 tokens")
 
 
@@ -280,14 +239,11 @@ def test_a_folder_without_a_configuration_is_told_in_one_line(files, tmp_path):
         check_config(config, world_size=1)
 
 
-def test_set_sizes_win_over_those_of_a_folder(run, tmp_path, tokenizer):
+def test_set_sizes_win_over_those_of_a_folder(run, corpus, tmp_path, tokenizer):
     export(open_trained(run[1] / "checkpoint" / "step-6"), tmp_path / "out", "float32")
-    args = ["--model.hf_config", str(tmp_path / "out"), "--model.override.n_layers", "2"]
-    args += ["--model.hf_assets_path", str(tokenizer), "--training.seq_len", "256"]
-    args += ["--lighthouse.topk", "128", "--lighthouse.num_levels", "2"]
-    args += ["--lighthouse.pooling_factor", "2", "--training.mixed_precision_param", "float32"]
-    args += ["--training.local_batch_size", "1"]
-    config = load_config([*args, "--job.dump_folder", str(tmp_path / "dump")])
+    options = {"model__hf_config": tmp_path / "out", "model__override__n_layers": 2}
+    options |= {"model__hf_assets_path": tokenizer, **OPTIONS, "lighthouse__stage1_steps": 0}
+    config = load_config(command_line(tmp_path / "dump", corpus, **options))
     assert config.model.override == Sizes(n_layers=2)
     check_config(config, world_size=1)
     assert (model_args(config).n_layers, model_args(config).dim) == (2, 192)

@@ -4,11 +4,9 @@ Losses, parameters, optimizer moments and token ids are compared exactly, on one
 FSDP ranks over gloo.
 """
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,31 +22,28 @@ from runs import (
     RecordedPlainTrainer,
     RecordedTrainer,
     Run,
+    assert_continues,
     assert_same_state,
     command_line,
+    handover_of,
     losses_of,
+    saved_keys,
     train,
 )
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse import metrics
 from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
+from torchtitan.experiments.lighthouse.launch import TRAINER
 
 LIGHTHOUSE, DENSE = "LighthouseAttention", "ScaledDotProductAttentionWrapper"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Dump folder of the undisturbed run."""
-    return tmp_path_factory.mktemp("undisturbed")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder, corpus) -> Run:
-    return train(command_line(folder, corpus))
+def undisturbed(tmp_path_factory, corpus) -> Run:
+    return train(command_line(tmp_path_factory.mktemp("undisturbed"), corpus))
 
 
 def train_with_stops(folder: Path, corpus: Path, stops: Sequence[int], **overrides) -> list[Run]:
@@ -68,44 +63,32 @@ def train_with_stops(folder: Path, corpus: Path, stops: Sequence[int], **overrid
     ]
 
 
-def assert_continues(runs: list[Run], expected: Run) -> None:
-    """Check that each step of ``expected`` ran once, with the same data, attention and result."""
-    for what in ("batches", "attention", "flops_per_token"):
-        steps = [item for run in runs for item in getattr(run, what).items()]
-        assert steps == list(getattr(expected, what).items())
-    assert_same_state(runs[-1], expected)
-
-
-def handover_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "handover.json").read_text())
-
-
 # ---- the switch
 
 
-def test_the_switch_happens_between_two_steps(undisturbed, folder):
+def test_the_switch_happens_between_two_steps(undisturbed):
     lighthouse = [DENSE, *[LIGHTHOUSE] * (N_LAYERS - 2), DENSE]
     expected = [lighthouse] * STAGE1_STEPS + [[DENSE] * N_LAYERS] * (STEPS - STAGE1_STEPS)
     assert list(undisturbed.attention.values()) == expected
-    lines = metrics.read_metrics(folder, metrics.LOSS)
+    lines = metrics.read_metrics(undisturbed.folder, metrics.LOSS)
     assert [(line["step"], line["stage"]) for line in lines] == [
         (step, 1 if step <= STAGE1_STEPS else 2) for step in range(1, STEPS + 1)
     ]
-    switches = metrics.read_metrics(folder, "lighthouse/switch")
+    switches = metrics.read_metrics(undisturbed.folder, "lighthouse/switch")
     assert [line["step"] for line in switches] == [STAGE1_STEPS]
     # The text was repeated during the run, and the loss falls.
     assert undisturbed.epoch >= 1
     assert undisturbed.losses[STEPS] < undisturbed.losses[1] - 2
 
 
-def test_the_handover_record(undisturbed, folder, corpus):
-    record = handover_of(folder)
+def test_the_handover_record(undisturbed, corpus):
+    record = handover_of(undisturbed.folder)
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
     dataset = PackedTextDataset("text", str(corpus), tokenizer, SEQ_LEN)
     windows = iter(dataset)
     for _ in range(STAGE1_STEPS):
         next(windows)
-    lines = metrics.read_metrics(folder, metrics.LOSS)
+    lines = metrics.read_metrics(undisturbed.folder, metrics.LOSS)
     assert record.pop("before") == record["after"]
     assert record.pop("after").keys() == {"parameters", "optimizer"}
     assert record == {
@@ -119,8 +102,9 @@ def test_the_handover_record(undisturbed, folder, corpus):
     assert lines[STAGE1_STEPS]["lr"] != lines[STAGE1_STEPS - 1]["lr"]
 
 
-def test_a_checkpoint_is_saved_at_the_switch_and_at_the_end(undisturbed, folder):
-    assert checkpoint_steps(folder / "checkpoint") == {STAGE1_STEPS: True, STEPS: True}
+def test_a_checkpoint_is_saved_at_the_switch_and_at_the_end(undisturbed):
+    saved = checkpoint_steps(undisturbed.folder / "checkpoint")
+    assert saved == {STAGE1_STEPS: True, STEPS: True}
 
 
 def test_the_checkpoint_of_the_switch_is_never_purged(corpus, tmp_path):
@@ -158,12 +142,11 @@ def test_flops_per_token_of_each_stage(undisturbed):
 @pytest.mark.parametrize(
     "stops", [*[(step,) for step in range(1, STEPS)], (2, 5), tuple(range(1, STEPS))], ids=str
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(undisturbed, folder, corpus, tmp_path, stops):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(undisturbed, corpus, tmp_path, stops):
     runs = train_with_stops(tmp_path, corpus, stops)
     assert_continues(runs, undisturbed)
     assert runs[-1].losses == undisturbed.losses
-    if STAGE1_STEPS in stops:
-        assert handover_of(tmp_path) == handover_of(folder)
+    assert handover_of(tmp_path) == handover_of(undisturbed.folder)
 
 
 class Preempted(Exception):
@@ -184,7 +167,7 @@ class PreemptedTrainer(RecordedTrainer):
 
 @pytest.mark.parametrize(("last_step", "saved_step"), [(1, 0), (3, 3), (5, 4)])
 def test_a_preempted_run_repeats_what_was_not_saved(
-    undisturbed, folder, corpus, tmp_path, monkeypatch, last_step, saved_step
+    undisturbed, corpus, tmp_path, monkeypatch, last_step, saved_step
 ):
     monkeypatch.setattr(PreemptedTrainer, "last_step", last_step, raising=False)
     args = command_line(tmp_path, corpus, checkpoint__interval=2)
@@ -196,43 +179,31 @@ def test_a_preempted_run_repeats_what_was_not_saved(
     assert run.batches == {step: undisturbed.batches[step] for step in steps}
     assert run.losses == undisturbed.losses
     assert_same_state(run, undisturbed)
-    assert handover_of(tmp_path) == handover_of(folder)
+    assert handover_of(tmp_path) == handover_of(undisturbed.folder)
 
 
-def test_a_new_process_takes_the_switch_as_the_first_would_have(
-    undisturbed, folder, corpus, tmp_path
-):
+def test_a_new_process_takes_the_switch_as_the_first_would_have(undisturbed, corpus, tmp_path):
     train(command_line(tmp_path, corpus, training__steps=STAGE1_STEPS))
     assert not (tmp_path / "handover.json").exists()
-    launcher_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in launcher_variables}
     result = subprocess.run(
-        [
-            *[sys.executable, "-m", "torchtitan.experiments.lighthouse.train"],
-            *command_line(tmp_path, corpus),
-        ],
+        [*TRAINER, *command_line(tmp_path, corpus)],
         # One thread, as in the runs in this process.
-        env=env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
     assert "Stage switch after step 3: Lighthouse to dense" in result.stdout + result.stderr
-    assert handover_of(tmp_path) == handover_of(folder)
+    assert handover_of(tmp_path) == handover_of(undisturbed.folder)
     assert losses_of(tmp_path) == undisturbed.losses
 
 
 def test_a_dense_configuration_goes_on_from_the_checkpoint_of_the_switch(
-    undisturbed, folder, corpus, tmp_path
+    undisturbed, corpus, tmp_path
 ):
-    run = train(
-        command_line(
-            tmp_path,
-            corpus,
-            lighthouse__stage1_steps=0,
-            checkpoint__initial_load_path=folder / "checkpoint" / f"step-{STAGE1_STEPS}",
-        )
-    )
+    checkpoint = undisturbed.folder / "checkpoint" / f"step-{STAGE1_STEPS}"
+    options = {"lighthouse__stage1_steps": 0, "checkpoint__initial_load_path": checkpoint}
+    run = train(command_line(tmp_path, corpus, **options))
     steps = range(STAGE1_STEPS + 1, STEPS + 1)
     assert run.losses == {step: undisturbed.losses[step] for step in steps}
     assert run.batches == {step: undisturbed.batches[step] for step in steps}
@@ -240,12 +211,11 @@ def test_a_dense_configuration_goes_on_from_the_checkpoint_of_the_switch(
 
 
 def test_a_fault_of_the_data_ends_the_run_with_one_line(corpus, tmp_path):
-    args = command_line(tmp_path / "run", corpus, checkpoint__interval=2)
-    program = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train", *args]
     broken = tmp_path / "corpus"
     shutil.copytree(corpus, broken)
-    args[args.index("--training.dataset_path") + 1] = str(broken)
-    trainer = subprocess.Popen(program[:3] + args, stderr=subprocess.PIPE, text=True)
+    options = {"training__dataset_path": broken, "checkpoint__interval": 2}
+    args = command_line(tmp_path / "run", corpus, **options)
+    trainer = subprocess.Popen([*TRAINER, *args], stderr=subprocess.PIPE, text=True)
     # All documents change, except those read first.
     while not (tmp_path / "run" / "checkpoint" / "step-2" / ".metadata").exists():
         time.sleep(0.01)
@@ -263,24 +233,20 @@ def test_a_fault_of_the_data_ends_the_run_with_one_line(corpus, tmp_path):
 # ---- plain torchtitan
 
 
-def test_a_dense_run_is_torchtitans(undisturbed, folder, corpus, tmp_path):
-    ours = train(command_line(tmp_path / "ours", corpus, lighthouse__stage1_steps=0))
-    plain = train(
-        command_line(tmp_path / "plain", corpus, lighthouse__stage1_steps=0), RecordedPlainTrainer
+def test_a_dense_run_is_torchtitans(undisturbed, corpus, tmp_path):
+    ours, plain = (
+        train(command_line(tmp_path / name, corpus, lighthouse__stage1_steps=0), trainer_class)
+        for name, trainer_class in (("ours", RecordedTrainer), ("plain", RecordedPlainTrainer))
     )
     assert ours.losses == plain.losses and len(plain.losses) == STEPS
     assert_continues([ours], plain)
     assert {*map(tuple, plain.attention.values())} == {(DENSE,) * N_LAYERS}
     assert plain.losses != undisturbed.losses
-    assert not (tmp_path / "ours" / "handover.json").exists()
-
+    assert not (ours.folder / "handover.json").exists()
     # Plain torchtitan can load a checkpoint of either stage.
-    def saved_keys(path):
-        return FileSystemReader(path).read_metadata().state_dict_metadata.keys()
-
-    keys = saved_keys(tmp_path / "plain" / "checkpoint" / f"step-{STEPS}")
+    keys = saved_keys(plain, STEPS)
     for step in (STAGE1_STEPS, STEPS):
-        assert saved_keys(folder / "checkpoint" / f"step-{step}") == keys
+        assert saved_keys(undisturbed, step) == keys
     assert {*map(tuple, undisturbed.keys.values())} == {tuple(plain.keys[1])}
 
 
@@ -351,29 +317,25 @@ def run_on_two_ranks(folder: Path, corpus: Path) -> dict[Any, list[Run]]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, corpus) -> tuple[Path, list[dict[Any, list[Run]]]]:
-    """The folder of the dump folders, and the runs of each rank."""
+def two_ranks(tmp_path_factory, corpus) -> list[dict[Any, list[Run]]]:
+    """The runs of each rank."""
     folder = tmp_path_factory.mktemp("two")
-    return folder, launch(run_on_two_ranks, 2, folder / "results", folder, corpus)
+    return launch(run_on_two_ranks, 2, folder / "results", folder, corpus)
 
 
 @pytest.mark.parametrize("stops", STOPS, ids=str)
 def test_a_stopped_run_goes_on_on_two_ranks(two_ranks, stops):
-    folder, ranks = two_ranks
-    for runs in ranks:
+    for runs in two_ranks:
         (expected,) = runs[()]
         assert expected.epoch >= 1
         assert_continues(runs[stops], expected)
-    (expected,) = ranks[0][()]
-    assert ranks[0][stops][-1].losses == expected.losses and len(expected.losses) == STEPS
-    if STAGE1_STEPS in stops:
-        stopped = folder / "-".join(map(str, stops))
-        assert handover_of(stopped) == handover_of(folder / "undisturbed")
+    stopped, (expected,) = two_ranks[0][stops][-1], two_ranks[0][()]
+    assert stopped.losses == expected.losses and len(expected.losses) == STEPS
+    assert handover_of(stopped.folder) == handover_of(expected.folder)
 
 
 def test_two_ranks_share_model_and_data(two_ranks, undisturbed):
-    folder, ranks = two_ranks
-    (first,), (second,) = (runs[()] for runs in ranks)
+    (first,), (second,) = (runs[()] for runs in two_ranks)
     digests = [
         digest for run in (first, second) for step in run.batches.values() for digest in step
     ]
@@ -382,7 +344,7 @@ def test_two_ranks_share_model_and_data(two_ranks, undisturbed):
     for name, parameter in undisturbed.parameters.items():
         shards = first.parameters[name], second.parameters[name]
         assert sum(shard.numel() for shard in shards) == parameter.numel()
-    record = handover_of(folder / "undisturbed")
+    record = handover_of(first.folder)
     assert record["before"] == record["after"]
     assert record["tokens_seen_per_rank"] == STAGE1_STEPS * 2 * SEQ_LEN
     assert len(record["data"]) == 2
@@ -391,11 +353,11 @@ def test_two_ranks_share_model_and_data(two_ranks, undisturbed):
 
 
 def test_validation_changes_nothing_on_two_ranks(two_ranks):
-    folder, ranks = two_ranks
-    for runs in ranks:
+    for runs in two_ranks:
         assert_continues(runs["validated"], *runs[()])
-    assert ranks[0]["validated"][0].losses == ranks[0][()][0].losses
-    lines = metrics.read_metrics(folder / "validated", metrics.VALIDATION_LOSS)
+    (validated,), (expected,) = two_ranks[0]["validated"], two_ranks[0][()]
+    assert validated.losses == expected.losses
+    lines = metrics.read_metrics(validated.folder, metrics.VALIDATION_LOSS)
     assert [(line["step"], line["stage"]) for line in lines] == [
         *[(2, 1), (3, 1), (3, 2), (4, 2), (6, 2), (7, 2)]
     ]

@@ -32,8 +32,8 @@ from torchtitan.experiments.lighthouse.checkpoint.hf_llama import Llama3Adapter
 from torchtitan.experiments.lighthouse.data.loaders import build_dataloader
 from torchtitan.experiments.lighthouse.flavors import FLAVORS, MODEL_NAME
 from torchtitan.experiments.lighthouse.loss import build_loss
-from torchtitan.experiments.lighthouse.metrics import build_metrics_processor
-from torchtitan.experiments.lighthouse.validate import build_validator
+from torchtitan.experiments.lighthouse.metrics import StagedMetricsProcessor
+from torchtitan.experiments.lighthouse.validate import HeldOutValidator
 from torchtitan.models.llama3 import Transformer, parallelize_llama
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
@@ -49,8 +49,8 @@ register_train_spec(
         build_dataloader_fn=build_dataloader,
         build_tokenizer_fn=build_hf_tokenizer,
         build_loss_fn=build_loss,
-        build_validator_fn=build_validator,
-        build_metrics_processor_fn=build_metrics_processor,
+        build_validator_fn=HeldOutValidator,
+        build_metrics_processor_fn=StagedMetricsProcessor,
         state_dict_adapter=Llama3Adapter,
     ),
 )

@@ -170,7 +170,9 @@ def run(
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
-        end(workers)
+        signal_all(workers, signal.SIGKILL)
+        for worker in workers:
+            worker.wait()
 
 
 def variables_of(rank: int, nproc: int, port: int) -> dict[str, str]:
@@ -222,13 +224,6 @@ def wait(workers: list[subprocess.Popen], asked: list[bool]) -> int:
 def first_failure(workers: list[subprocess.Popen]) -> int:
     codes = [code for worker in workers if (code := worker.poll())]
     return 0 if not codes else codes[0] if codes[0] > 0 else 128 - codes[0]
-
-
-def end(workers: list[subprocess.Popen]) -> None:
-    """Kill the processes that are still running, and reap all of them."""
-    signal_all(workers, signal.SIGKILL)
-    for worker in workers:
-        worker.wait()
 
 
 def signal_all(workers: list[subprocess.Popen], number: int) -> None:

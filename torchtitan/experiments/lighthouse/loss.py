@@ -58,9 +58,9 @@ class ChunkedCrossEntropy:
 
     head: nn.Linear | None = None
 
-    def __init__(self, chunk_size: int, loss_of_logits: Callable | None = None):
+    def __init__(self, chunk_size: int, loss_of_logits: Callable):
         self.chunk_size = chunk_size
-        self.loss_of_logits = loss_of_logits or replace_logits
+        self.loss_of_logits = loss_of_logits
 
     def attach(self, model: nn.Module) -> None:
         """Bypass the head of a Transformer, after torchtitan has parallelised it."""

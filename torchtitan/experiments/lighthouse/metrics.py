@@ -10,7 +10,6 @@ import collections
 import contextlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +49,13 @@ SPIKE_DEVIATIONS standard deviations. For normal noise the probability is about 
 class StagedMetricsProcessor(MetricsProcessor):
     """torchtitan's metrics, each marked with its stage."""
 
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, tag: str | None = None):
+    def __init__(
+        self,
+        job_config: JobConfig,
+        parallel_dims: ParallelDims,
+        model_args=None,
+        tag: str | None = None,
+    ):
         super().__init__(job_config, parallel_dims, tag)
         path, self.console = None, None
         if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
@@ -142,9 +147,12 @@ class StagedLogger(BaseLogger):
         self._fails = False
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
-            if _is_torn(path):
-                self._unwritten = b"\n"
+            self._file = path.open("a+b", buffering=0)
+            if size := self._file.tell():
+                self._file.seek(size - 1)
+                # The last line may be incomplete.
+                if self._file.read() != b"\n":
+                    self._unwritten = b"\n"
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         self.last = metrics
@@ -197,13 +205,6 @@ class StagedLogger(BaseLogger):
             self.inner = BaseLogger()
 
 
-def build_metrics_processor(
-    job_config: JobConfig, parallel_dims: ParallelDims, model_args=None, tag: str | None = None
-) -> StagedMetricsProcessor:
-    """torchtitan's hook for the metrics of a model."""
-    return StagedMetricsProcessor(job_config, parallel_dims, tag)
-
-
 def read_metrics(dump_folder: str | Path, metric: str) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` that contain `metric`, by step.
 
@@ -226,12 +227,3 @@ def read_metrics(dump_folder: str | Path, metric: str) -> list[dict[str, Any]]:
             ):
                 lines[line["step"], line["stage"]] = line
     return [lines[key] for key in sorted(lines)]
-
-
-def _is_torn(path: Path) -> bool:
-    """Whether the last line of a file is incomplete."""
-    with path.open("rb") as file:
-        if not file.seek(0, os.SEEK_END):
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"

@@ -95,14 +95,10 @@ class TwoStageTrainer(Trainer):
             # cuDNN can fail a stride assertion in the backward pass of ring attention
             # (pytorch #176915).
             sdpa_backend = "flash"
+        rotate_method = job_config.parallelism.context_parallel_rotate_method
         for part in self.model_parts:
             if self.cp is not None:
-                use_context_parallel(
-                    part,
-                    self.cp,
-                    job_config.parallelism.context_parallel_rotate_method,
-                    utils.device_type,
-                )
+                use_context_parallel(part, self.cp, rotate_method, utils.device_type)
             apply_lighthouse.use_fused_attention(part, dtype, training.seq_len, sdpa_backend)
             apply_lighthouse.save_selections(part)
             if utils.device_type == "cpu":
@@ -115,15 +111,13 @@ class TwoStageTrainer(Trainer):
         dense_flops = self.metrics_processor.num_flops_per_token
         self._flops_per_token = {FULL: dense_flops}
         if lighthouse.stage1_steps != 0:
-            self._flops_per_token[LIGHTHOUSE] = (
-                dense_flops
-                - apply_lighthouse.flops_saved_per_token(
-                    self.model_args,
-                    lighthouse.attention_config(),
-                    lighthouse.full_attn_layers,
-                    training.seq_len,
-                )
+            saved = apply_lighthouse.flops_saved_per_token(
+                self.model_args,
+                lighthouse.attention_config(),
+                lighthouse.full_attn_layers,
+                training.seq_len,
             )
+            self._flops_per_token[LIGHTHOUSE] = dense_flops - saved
         if job_config.has_pieces:
             self._flops_per_token[PIECES] = dense_flops - apply_lighthouse.flops_saved_by_pieces(
                 self.model_args, training.seq_len, lighthouse.stage2_seq_len

@@ -81,8 +81,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def build_validator(**kwargs) -> HeldOutValidator:
-    """torchtitan's hook for the validator of a model."""
-    return HeldOutValidator(**kwargs)

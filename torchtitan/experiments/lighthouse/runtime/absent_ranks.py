@@ -26,8 +26,8 @@ _SIGNS = ("gloo", "nccl", "timed out", "timeout", "connection closed", "connecti
 def announce() -> None:
     """Publish the process id and host of this rank to the other ranks. Simulated ranks do not."""
     if dist.get_world_size() > 1 and dist.get_backend() != "fake":
-        store = _store()
-        store.set(f"{PREFIX}/{dist.get_rank()}/place", f"process {os.getpid()} on {_host()}")
+        place = f"process {os.getpid()} on {socket.gethostname()}"
+        _store().set(f"{PREFIX}/{dist.get_rank()}/place", place)
 
 
 def is_of_communication(error: BaseException | None) -> bool:
@@ -73,10 +73,6 @@ def description(absent: dict[int, str], step: int) -> str:
 
 def _key(rank: int, step: int) -> str:
     return f"{PREFIX}/{rank}/failed/{step}"
-
-
-def _host() -> str:
-    return socket.gethostname()
 
 
 def _store() -> dist.Store:
