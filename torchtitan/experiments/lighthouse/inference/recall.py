@@ -10,13 +10,13 @@ A document of n tokens fills a window of training.seq_len n:
 Two tasks, named by --task:
 
     pairs    A source is a letter and a digit: "k7". The question repeats the letter, and the digit
-             behind it is the answer. Each letter has one source and one question. Chance is 0.1.
+             behind it is the answer. Each letter has one source. Chance is 0.1.
              This is multi-query associative recall (Arora et al., 2024).
     copy     A source is a passage of 32 random letters and digits. It stands there a second time,
              and each of its symbols behind the first four is an answer. Chance is 1/62.
 
-The distance of an answer is the number of tokens between it and its source. No answer has a second
-source.
+The distance of an answer is the number of tokens between it and its source. In evaluation each
+source is asked for once, so that no answer stands nearer.
 
 Evaluation asks at exact distances, --distances, in --documents documents of each length. The model
 must name the right symbol among the ten digits (pairs) or all letters and digits (copy). Attention
@@ -25,8 +25,10 @@ those of the run, changed by --lighthouse.
 
 --make-data writes documents to train on, as JSON lines for training.dataset = "jsonl". Distances
 are drawn from --min-distance to the longest that fits, as many between 64 and 128 as between 128
-and 256. With --min-distance no shorter window holds both an answer and its source, so training on
-short windows cannot teach the task. The tokenizer is that of --tokenizer (default: bytes).
+and 256. --questions asks for each source several times, which makes the task much easier to learn.
+With --min-distance no shorter window holds a source and its answer, nor the same answer twice, so
+training on short windows cannot teach the task. The tokenizer is that of --tokenizer (default:
+bytes).
 
 Writes recall.png and recall.json to --output. The last printed line is the same JSON.
 """
@@ -74,6 +76,7 @@ def main() -> None:
     add("--items", type=int, help="pairs (default: 48) or passages (default: 16)")
     add("--fillers", type=int, default=1, help="different symbols of the filler; default: 1")
     add("--min-distance", type=int, default=0, help="with --make-data: smallest distance")
+    add("--questions", type=int, default=1, help="with --make-data: for each source; default: 1")
     add("--distances", type=int, nargs="+", help="evaluated; default: powers of 2 that fit")
     add("--documents", type=int, default=16, help="for each length and distance; default: 16")
     run(parser, "recall", texts, evaluate, table, plot)
@@ -85,7 +88,7 @@ class Document:
     """All of the window but the end-of-text token."""
 
     answers: list[int]
-    """Positions of the tokens that can be found among the sources."""
+    """Positions of the tokens that an earlier source or question determines."""
 
 
 class DocumentMaker:
@@ -146,29 +149,49 @@ class DocumentMaker:
                 f"got {distance}; choose another, or longer --lengths"
             )
 
-    def make(self, length: int, nearest: int, farthest: int, key: str) -> Document:
+    def make(
+        self, length: int, nearest: int, farthest: int, key: str, questions: int = 1
+    ) -> Document:
         """The document that follows from the arguments alone.
 
         Args:
             length: tokens of the whole, with the end.
             nearest, farthest: limits of the distances, in tokens. Their logarithm is uniform.
             key: seed of everything that is drawn.
+            questions: for each source, at least `nearest` tokens apart. Fewer where they do not
+                fit.
         """
         dice = random.Random(f"{self.task} {key}")
         tokens = [*self.start]
         tokens += dice.choices(self._fillers, k=length - 1 - len(tokens))
         free, answers = [False] * len(self.start), []
         free += [True] * (len(tokens) - len(free))
+        last = len(tokens) - self.span
+
+        def fits(place: int) -> bool:
+            return place <= last and all(free[place : place + self.span])
+
+        def distance() -> int:
+            return round(nearest * (farthest / nearest) ** dice.random())
+
         for source in self._sources(dice):
-            distance = round(nearest * (farthest / nearest) ** dice.random())
+            places, first = [], distance()
             for _ in range(TRIES):
-                place = dice.randint(len(self.start), len(tokens) - distance - self.span)
-                spans = [slice(at, at + self.span) for at in (place, place + distance)]
-                if all(free[spans[0]]) and all(free[spans[1]]):
-                    for span in spans:
-                        tokens[span], free[span] = source, [False] * self.span
-                    answers += range(spans[1].start + self.cue, spans[1].stop)
+                place = dice.randint(len(self.start), last - first)
+                if fits(place) and fits(place + first):
+                    places = [place, place + first]
                     break
+            for _ in range(TRIES * (questions - 1) if places else 0):
+                if len(places) > questions:
+                    break
+                place = places[0] + distance()
+                if fits(place) and all(abs(place - other) >= nearest for other in places):
+                    places.append(place)
+            for place in places:
+                span = slice(place, place + self.span)
+                tokens[span], free[span] = source, [False] * self.span
+            for place in places[1:]:
+                answers += range(place + self.cue, place + self.span)
         return Document(tokens, sorted(answers))
 
     def _sources(self, dice: random.Random) -> list[list[int]]:
@@ -183,13 +206,16 @@ def texts(
 ) -> Iterator[str]:
     """Yield documents for training. Raises ValueError for illegal options."""
     maker = DocumentMaker(tokenizer, options.task, options.items, options.fillers)
+    if options.questions < 1:
+        raise ValueError(f"--questions must be at least 1, got {options.questions}; use 1 or more")
     nearest = options.min_distance or maker.span
     for length in options.lengths:
         maker.check_distance("--min-distance", length, nearest)
     dice = random.Random(f"train {options.seed}")
     for i in range(num_documents):
         length, key = dice.choice(options.lengths), f"train {options.seed} {i}"
-        tokens = maker.make(length, nearest, maker.farthest(length), key).tokens
+        farthest = maker.farthest(length)
+        tokens = maker.make(length, nearest, farthest, key, options.questions).tokens
         # The loader adds the start and the end.
         tokens = tokens[len(maker.start) :]
         text = tokenizer.decode(tokens)
