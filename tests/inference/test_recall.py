@@ -1,5 +1,6 @@
 """`lighthouse eval-recall`: the documents are what they claim, and right answers are counted."""
 
+import itertools
 import json
 import re
 import string
@@ -63,6 +64,23 @@ def test_every_answer_has_one_source_at_its_distance(task, cue, farthest):
         # Uniform in the logarithm: half of them are below the geometric mean of the limits.
         near = sum(distance < 187 for distance in distances) / len(distances)
         assert 0.4 < near < 0.7
+
+
+@pytest.mark.parametrize("nearest", [2, 30])
+def test_repeated_questions_keep_their_distance(nearest):
+    maker, asked = maker_of("pairs", items=4), []
+    for i in range(20):
+        document = maker.make(400, nearest, 390, f"{i}", questions=6)
+        text = bytes(document.tokens).decode()
+        for source in {*re.findall("[a-zA-Z]", text)}:
+            places = [m.start() for m in re.finditer(source, text)]
+            # The same answer everywhere, and every place but the first is a question.
+            assert len({text[place + 1] for place in places}) == 1
+            assert {place + 1 for place in places[1:]} <= {*document.answers}
+            assert all(later - place >= nearest for place, later in itertools.pairwise(places))
+            asked.append(len(places) - 1)
+        assert len(document.answers) == sum(asked[-4:])
+    assert max(asked) == 6 and sum(asked) / len(asked) > 3
 
 
 def test_the_number_of_answers():
@@ -180,9 +198,9 @@ def test_under_lighthouse_attention(run, monkeypatch):
 
 @pytest.mark.parametrize("task", [*recall.ITEMS])
 def test_data_to_train_on(task, tmp_path, monkeypatch):
-    def make(path: Path) -> list[str]:
+    def make(path: Path, *more) -> list[str]:
         args = ["--make-data", 60, path, "--lengths", 256, "--min-distance", 128]
-        args += ["--seed", 3, "--items", 2, "--task", task]
+        args += ["--seed", 3, "--items", 2, "--task", task, *more]
         monkeypatch.setattr(sys, "argv", ["lighthouse eval-recall", *map(str, args)])
         recall.main()
         return [json.loads(line)["text"] for line in path.read_text().splitlines()]
@@ -198,6 +216,12 @@ def test_data_to_train_on(task, tmp_path, monkeypatch):
             assert text.count(source) == 2
             distances.append(text.rindex(source) - text.index(source))
     assert min(distances) >= 128 and max(distances) > 200
+
+    # Each document draws one of the numbers of questions.
+    repeated = make(tmp_path / "repeated.jsonl", "--questions", 1, 2, "--min-distance", 32)
+    (tmp_path / "repeated.jsonl").unlink()
+    asked = [max(map(text.count, re.findall(pattern, text))) - 1 for text in repeated]
+    assert {*asked} == {1, 2}
 
     # Each document fills a window.
     tokenizer = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
@@ -234,6 +258,7 @@ def test_a_mistake_is_one_line(args, words, run, capsys):
             ["5", "FILE", "--lengths", "256", "--min-distance", "300"],
             ("--min-distance for 256", "got 300"),
         ),
+        (["5", "FILE", "--lengths", "256", "--questions", "2", "0"], ("--questions", "got 0")),
     ],
 )
 def test_data_that_cannot_be_made(args, words, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,8 @@ those of the run, changed by --lighthouse.
 
 --make-data writes documents to train on, as JSON lines for training.dataset = "jsonl". Distances
 are drawn from --min-distance to the longest that fits, as many between 64 and 128 as between 128
-and 256. --questions asks for each source several times, which makes the task much easier to learn.
+and 256. --questions says how often each source is asked for; of several numbers, every document
+draws one. Repeated questions make the task much easier to learn.
 With --min-distance no shorter window holds a source and its answer, nor the same answer twice, so
 training on short windows cannot teach the task. The tokenizer is that of --tokenizer (default:
 bytes).
@@ -76,7 +77,7 @@ def main() -> None:
     add("--items", type=int, help="pairs (default: 48) or passages (default: 16)")
     add("--fillers", type=int, default=1, help="different symbols of the filler; default: 1")
     add("--min-distance", type=int, default=0, help="with --make-data: smallest distance")
-    add("--questions", type=int, default=1, help="with --make-data: for each source; default: 1")
+    add("--questions", type=int, nargs="+", default=[1], help="with --make-data: default: 1")
     add("--distances", type=int, nargs="+", help="evaluated; default: powers of 2 that fit")
     add("--documents", type=int, default=16, help="for each length and distance; default: 16")
     run(parser, "recall", texts, evaluate, table, plot)
@@ -206,16 +207,16 @@ def texts(
 ) -> Iterator[str]:
     """Yield documents for training. Raises ValueError for illegal options."""
     maker = DocumentMaker(tokenizer, options.task, options.items, options.fillers)
-    if options.questions < 1:
-        raise ValueError(f"--questions must be at least 1, got {options.questions}; use 1 or more")
+    for number in options.questions:
+        require(number >= 1, "--questions", "at least 1", number, "use 1 or more")
     nearest = options.min_distance or maker.span
     for length in options.lengths:
         maker.check_distance("--min-distance", length, nearest)
     dice = random.Random(f"train {options.seed}")
     for i in range(num_documents):
         length, key = dice.choice(options.lengths), f"train {options.seed} {i}"
-        farthest = maker.farthest(length)
-        tokens = maker.make(length, nearest, farthest, key, options.questions).tokens
+        questions = random.Random(key).choice(options.questions)
+        tokens = maker.make(length, nearest, maker.farthest(length), key, questions).tokens
         # The loader adds the start and the end.
         tokens = tokens[len(maker.start) :]
         text = tokenizer.decode(tokens)
