@@ -27,7 +27,7 @@ def main(args: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--dataset", help=f"dataset to prepare: {', '.join(SOURCES)}")
     add("--dataset-path", help="folder or file of the dataset")
-    add("--output", "--out", required=True, help="folder for the shards")
+    add("--output", required=True, help="folder for the shards")
     add("--text-field", default="text", help="key or column of the text; default: text")
     add("--tokenizer", default=BYTE_TOKENIZER_PATH, help="folder of tokenizer.json")
     add("--split", choices=["train", "validation", "both"], default="both")
