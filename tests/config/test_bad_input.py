@@ -482,6 +482,7 @@ sweep = calls_of("sweep", "{place}/ok.toml --output {dump}")
 export = calls_of("export", MODEL)
 eval_loss = calls_of("eval-loss", MODEL)
 eval_passkey = calls_of("eval-passkey", MODEL)
+generate = calls_of("generate", MODEL)
 passkey_data = calls_of("eval-passkey", "--make-data 4 {dump}/x.jsonl --lengths 256")
 report = calls_of("report", "--output {dump}")
 prepare = calls_of("prepare", "--output {dump} --dataset text --dataset-path {place}/corpus")
@@ -496,6 +497,7 @@ SCRIPTS = [
         "--pool-rotary averaged aligned --head-dim 33",
         *("--head-dim must be even", "got 33", "use 34"),
     ),
+    script("bench", "--output {place}/file", "--output must be a folder", "/file'", "another one"),
     script("plan", "", "the following arguments are required: config", "see --help"),
     script("plan", "{toml} --world-size two", "--world-size", "'two'", "see --help", toml="a = 1"),
     script("plan", "{place}/no.toml --world-size 1", "job.config_file", "no.toml'", "correct the"),
@@ -510,7 +512,7 @@ SCRIPTS = [
     script("sweep", "{place}/ok.toml", "arguments are required: --output", "see --help"),
     script("sweep", "{place}/no.toml --output {dump}", "job.config_file", "no.toml'", "correct"),
     sweep("--output {place}/file", "--output must be a folder", "/file'", "another"),
-    sweep("--nproc 0", "--world-size must be at least 1", "got 0", "use 1 or more"),
+    sweep("--world-size 0", "--world-size must be at least 1", "got 0", "use 1 or more"),
     sweep("--grid {place}/no.toml", "--grid must be a TOML file", "no.toml'", "correct it"),
     sweep("--grid {place}/random.bin", "--grid must be a TOML file", "random.bin'", "correct it"),
     sweep("--grid '{{topk = }}'", "--grid must be an inline table", "{topk = }", "correct it"),
@@ -519,6 +521,7 @@ SCRIPTS = [
     sweep("--grid '{{topk = 128}}'", "--grid: topk must be a list", "got 128", "write one"),
     sweep("--grid '{{seed = [\"0\"]}}'", "seed must be a list of numbers", "got '0'", "change its"),
     sweep("--grid '{{stage1_share = [1.5]}}'", "must be from 0 to 1", "got 1.5", "as a part of"),
+    sweep("--grid '{{pool_rotary = [\"no\"]}}'", "pool_rotary must be one of", "'no'", "choose"),
     sweep("--run --grid '{{topk = [100]}}'", "--grid must have a legal", "got none", "see --list"),
     sweep("--collect", "--output must hold cells", "got none", "use --run"),
     sweep(
@@ -537,7 +540,7 @@ SCRIPTS = [
         "{place}/run/checkpoint --output {dump}",
         *("a model must be a whole", "/run/checkpoint'", "name /", "/step-1"),
     ),
-    export("", "--output FOLDER must be given", "see --help"),
+    export("", "required: --output", "see --help"),
     export("--output {place}/file", "--output must be a folder", "/file'", "another one"),
     export("--output {place}/corpus", "--output must be a new", "/corpus'", "another one"),
     export("--output {dump} --dtype float16", "--dtype", "'float16'", "choose from"),
@@ -550,6 +553,8 @@ SCRIPTS = [
     ),
     script("eval-loss", "", "the following arguments are required: MODEL", "see --help"),
     script("eval-loss", "{place}/no", "a model must be a whole", "/no'", "correct the path"),
+    generate("--prompt a --seed -1", "--seed must be from 0", "got -1", "use 0"),
+    generate("--prompt '\udcff'", "--prompt must be UTF-8", r"'\udcff'", "correct its bytes"),
     eval_loss("--windows 0", "--windows must be at least 1", "got 0", "use 1 or more"),
     eval_loss("--seq-len -4", "--seq-len must be at least 1", "got -4", "use 1 or more"),
     eval_loss("--device gpu", "--device must be one of", "'gpu'", "use cpu"),
