@@ -12,7 +12,8 @@ from torchtitan.experiments.lighthouse.runtime.signals import EXIT_CODE
 
 TRAINER = """
 import os, pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+# SIGTERM is repeated, and must not reach an interpreter that is ending.
+signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
 folder = pathlib.Path(sys.argv[sys.argv.index("--job.dump_folder") + 1])
 (folder / "starting").write_text(str(os.getpid()))
 (folder / "starting").rename(folder / "pid")
