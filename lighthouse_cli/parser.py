@@ -53,6 +53,11 @@ def check_output_folder(name: str, path: str | Path) -> None:
 
     The error calls it `name`. Nothing is written.
     """
+    if str(path).startswith("~"):
+        # A shell expands it as a word of its own, but not in a TOML file or after an equals sign.
+        raise ValueError(
+            f"{name} must be a path without ~, got {str(path)!r}; write the path of the home folder"
+        )
     whole = Path(path).absolute()
     try:
         # The operating system rejects invalid names.

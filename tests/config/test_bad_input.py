@@ -373,6 +373,7 @@ COMMAND_LINES = [
     wrong("training.dataloader.prefetch_factor", 2, "left out without", "num_workers to 1"),
     # Output folders.
     run("--job.dump_folder ''", "job.dump_folder must be the name", "got ''", "./outputs"),
+    run("--job.dump_folder=~/run", "job.dump_folder must be", "'~/run'", "the home folder"),
     run("--job.dump_folder {place}/file", "job.dump_folder must be a folder", "/file'", "another"),
     run("--job.dump_folder {place}/file/run", "job.dump_folder must be", "/file/run'", "another"),
     run("--job.dump_folder /dev/null/run", "job.dump_folder must be", "/dev/null/run'", "another"),
@@ -498,6 +499,7 @@ SCRIPTS = [
         *("--head-dim must be even", "got 33", "use 34"),
     ),
     script("bench", "--output {place}/file", "--output must be a folder", "/file'", "another one"),
+    script("bench", "--output=~/bench", "--output must be", "'~/bench'", "the home folder"),
     script("plan", "", "the following arguments are required: config", "see --help"),
     script("plan", "{toml} --world-size two", "--world-size", "'two'", "see --help", toml="a = 1"),
     script("plan", "{place}/no.toml --world-size 1", "job.config_file", "no.toml'", "correct the"),
