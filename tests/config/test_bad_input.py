@@ -373,6 +373,7 @@ COMMAND_LINES = [
     wrong("training.dataloader.prefetch_factor", 2, "left out without", "num_workers to 1"),
     # Output folders.
     run("--job.dump_folder ''", "job.dump_folder must be the name", "got ''", "./outputs"),
+    run("--training.dataset_path ~no/x", "dataset_path must exist", "got '~no/x'", "correct the"),
     run("--job.dump_folder=~/run", "job.dump_folder must be", "'~/run'", "the home folder"),
     run("--job.dump_folder {place}/file", "job.dump_folder must be a folder", "/file'", "another"),
     run("--job.dump_folder {place}/file/run", "job.dump_folder must be", "/file/run'", "another"),
@@ -612,6 +613,8 @@ SCRIPTS = [
     script("prepare", "--output {dump} --dataset text", "-path must be set", "'text', got None"),
     script("prepare", "--output {dump} --verify", "must hold prepared data", "/dump'", "correct"),
     prepare("--dataset-path {place}/no", "--dataset-path must exist", "/no'", "correct the path"),
+    prepare("--dataset-path ~no/x", "--dataset-path must exist", "'~no/x'", "correct the path"),
+    prepare("--output ~no/x", "--output must be a path without ~", "'~no/x'", "home folder"),
     prepare("--workers 0", "--workers must be at least 1", "got 0", "use 1 or more"),
     prepare("--shard-size 0", "--shard-size must be at least 1", "got 0", "use 1 or more"),
     prepare("--output {place}/file", "--output must be a folder", "/file'", "name another one"),

@@ -8,6 +8,7 @@ every shard with its checksum. `tokenized.py` describes the files.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 
@@ -35,6 +36,8 @@ def main(args: list[str] | None = None) -> None:
     add("--workers", type=int, default=1, help="number of processes that tokenize")
     add("--verify", action="store_true", help="only check the shards in --output")
     options = parser.parse_args(args)
+    # Unlike Path.expanduser, it leaves the name of an unknown user, which is then refused.
+    options.output = os.path.expanduser(options.output)
     try:
         with exit_on_value_error():
             for manifest in run(options):
