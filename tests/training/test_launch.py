@@ -110,6 +110,7 @@ def test_a_signal_stops_all_with_the_code_of_a_saved_run(start, tmp_path, number
 def started(monkeypatch):
     """The number of processes that `lighthouse train` starts, and their arguments."""
     found = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(launch, "launch", lambda args, nproc: found.append((nproc, args)) or 0)
     monkeypatch.setattr(launch.train, "main", lambda args: found.append((1, args)))
     monkeypatch.setattr(launch, "check_config", lambda config, world_size: None)
@@ -152,6 +153,7 @@ def test_under_a_launcher_it_is_one_of_its_processes(started, monkeypatch):
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """The error line of a call that fails before any process is started."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
     def call(*args: str) -> str:
         monkeypatch.setattr(sys, "argv", ["lighthouse train", *args])
