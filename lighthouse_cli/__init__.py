@@ -36,8 +36,15 @@ BROKEN_PIPE = 141
 """Exit code if the reader of stdout has closed it: 128 plus SIGPIPE, as in a shell."""
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 plus SIGINT, as in a shell."""
+
+
 def main() -> None:
-    """Entry point. A usage error prints one line on stderr and exits with code 2."""
+    """Entry point. A usage error prints one line on stderr and exits with code 2.
+
+    So does a file that cannot be read or written, or a full disk, with code 1.
+    """
     try:
         try:
             call()
@@ -50,6 +57,14 @@ def main() -> None:
         ended = error.__context__
         code = ended.code if isinstance(ended, SystemExit) else None
         raise SystemExit(code or BROKEN_PIPE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except OSError as error:
+        # Libraries derive errors of their own, without a number.
+        if error.errno is None:
+            raise
+        place = "" if error.filename is None else f" ({error.filename})"
+        refuse(f"{error.strerror}{place}; correct this and start the same command again", 1)
 
 
 def call() -> None:
@@ -81,10 +96,10 @@ def call() -> None:
     program.main()
 
 
-def refuse(message: str) -> None:
-    """Print one line on stderr and exit with code 2."""
+def refuse(message: str, code: int = 2) -> None:
+    """Print one line on stderr and exit with `code`."""
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def usage() -> str:

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -34,7 +35,7 @@ from lighthouse.gather import gather, scatter_back
 from lighthouse.scorers import SCORERS, score
 from lighthouse.sdpa import causal_sdpa
 from lighthouse.selection import select_spans
-from lighthouse_cli.parser import Parser, exit_on_value_error
+from lighthouse_cli.parser import Parser, check_output_folder, exit_on_value_error
 
 BACKWARD = ("scatter back backward", "attend backward", "gather backward")
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -115,16 +116,16 @@ def check(options: argparse.Namespace) -> None:
         )
     for seq_len in options.seq_lens:
         config_of(seq_len, options)
+    if options.output is not None:
+        check_output_folder("--output", options.output)
 
 
 def describe(device: str) -> str:
     """Device, versions and commit, on one line."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
+    command, commit = ["git", "describe", "--always", "--dirty"], ""
+    if shutil.which("git"):
+        here = Path(__file__).parent
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
     parts = [f"torch {torch.__version__}", f"commit {commit or 'unknown'}"]
     if device == "cuda":
         import triton

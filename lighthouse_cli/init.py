@@ -8,7 +8,6 @@ Paths in the copy are relative to the folder from which training is started. Mos
 use the byte tokenizer and the source code of Python's standard library, which work in any folder.
 """
 
-import shutil
 from pathlib import Path
 
 from lighthouse_cli.parser import Parser, did_you_mean, exit_on_value_error
@@ -55,10 +54,13 @@ def copy(name: str, folder: Path) -> Path:
         remedy = did_you_mean(name, configs, "choose one")
         raise ValueError(f"NAME must be one of {', '.join(configs)}, got {name!r}; {remedy}")
     target = folder / source.name
-    if target.exists():
+    try:
+        # This fails for any existing name, also for a link to nowhere.
+        with target.open("xb") as file:
+            file.write(source.read_bytes())
+    except FileExistsError:
         raise ValueError(
             f"NAME must be a configuration that is not here yet, got {name!r}, and {target} "
             "exists; move that file away"
-        )
-    shutil.copyfile(source, target)
+        ) from None
     return target

@@ -30,7 +30,7 @@ WARM_UP = 2
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--world-size", "--ranks", type=int, required=True)
+    parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--steps", type=int, default=5)
     options, overrides = parser.parse_known_args()
     title = f"{options.config.stem}, a share of 1/{options.world_size}, {' '.join(overrides)}"

@@ -44,7 +44,7 @@ for part in $parts; do
             done
             # The same in stage 2 on pieces.
             keep share-pieces "$python" scripts/bench_share.py \
-                train_configs/1m_context_pieces.toml --ranks 32 --lighthouse.stage1_steps 0
+                train_configs/1m_context_pieces.toml --world-size 32 --lighthouse.stage1_steps 0
             ;;
         attention)
             keep attention "$python" -m lighthouse_cli bench --backends cudnn flash \

@@ -4,22 +4,28 @@
     scripts/soak.py train_configs/debug.toml --output outputs/soak --minutes 60 \\
         --training.steps 1000000 --lighthouse.stage1_steps 3000
 
-Further arguments override the configuration. After --minutes the run is asked to stop. The samples
-come from /proc every few seconds, so this needs Linux. The last quarter of the run is compared with
-the second. The exit code is 1 if resident memory has grown by more than one percent, or the number
-of files, threads or processes at all.
+Further arguments override the configuration. After --minutes, or on SIGTERM, SIGUSR1, SIGINT or
+SIGHUP, the run is asked to stop. It ends with this program, however that ends. The samples come
+from /proc every few seconds, so this needs Linux. The last quarter of the run is compared with the
+second. The exit code is 1 if resident memory has grown by more than one percent, or the number of
+files, threads or processes at all.
 
 Writes samples.jsonl and soak.png to the folder of the run. The last printed line is JSON.
 """
 
+import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+from torchtitan.experiments.lighthouse.launch import (
+    free_port,
+    signals_to_stop,
+    start,
+    variables_of,
+)
 from torchtitan.experiments.lighthouse.metrics import LOSS, read_metrics
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser, check_output_folder
 from torchtitan.experiments.lighthouse.runtime.plots import save, subplots
@@ -32,9 +38,7 @@ MEMORY_GROWTH = 0.01
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("config", type=Path, metavar="CONFIG")
-    parser.add_argument(
-        "--output", "--out", type=Path, default=Path("outputs/soak"), metavar="FOLDER"
-    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/soak"), metavar="FOLDER")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="until it is stopped")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS")
     options, overrides = parser.parse_known_args()
@@ -46,33 +50,44 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable, "-m", "torchtitan.experiments.lighthouse.train",
-        "--job.config_file", str(options.config), "--job.dump_folder", str(options.output),
-        *overrides,
-    ]  # fmt: skip
-    samples = []
-    start, is_asked = time.monotonic(), False
-    with (
-        (options.output / "log.txt").open("w") as log,
-        (options.output / "samples.jsonl").open("w") as file,
-    ):
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            if held := held_by(process.pid):
-                samples.append({"seconds": round(time.monotonic() - start, 1), **held})
-                file.write(json.dumps(samples[-1]) + "\n")
-                file.flush()
-            if time.monotonic() - start > 60 * options.minutes and not is_asked:
-                process.terminate()
-                is_asked = True
-            time.sleep(options.every)
-    if process.returncode not in (0, EXIT_CODE):
-        raise SystemExit(f"the run ended with {process.returncode}; see {options.output}/log.txt")
+    args = ["--job.config_file", str(options.config), "--job.dump_folder", str(options.output)]
+    samples, code = watch([*args, *overrides], options)
+    if code not in (0, EXIT_CODE):
+        raise SystemExit(f"the run ended with {code}; see {options.output}/log.txt")
+    if len(samples) < 4:
+        raise SystemExit(f"the run was too short to compare, with {len(samples)} samples")
     result = compare(samples, options.output)
     plot(samples, result, options.output / "soak.png")
     print(json.dumps(result))
     raise SystemExit(0 if result["is_flat"] else 1)
+
+
+def watch(args: list[str], options: argparse.Namespace) -> tuple[list[dict], int]:
+    """Train in a process of its own until it ends. Returns the samples and the exit code."""
+    samples = []
+    begin = time.monotonic()
+    with (
+        (options.output / "log.txt").open("w") as log,
+        (options.output / "samples.jsonl").open("w") as file,
+        signals_to_stop() as asked,
+    ):
+        # As a rank, the trainer ends when this process does.
+        process = start(args, {**os.environ, **variables_of(0, 1, free_port())}, log)
+        try:
+            while process.poll() is None:
+                seconds = time.monotonic() - begin
+                if held := held_by(process.pid):
+                    samples.append({"seconds": round(seconds, 1), **held})
+                    file.write(json.dumps(samples[-1]) + "\n")
+                    file.flush()
+                if asked or seconds > 60 * options.minutes:
+                    # The trainer ignores it until it handles signals.
+                    process.terminate()
+                time.sleep(options.every)
+        finally:
+            process.kill()
+            process.wait()
+    return samples, process.returncode
 
 
 def held_by(pid: int) -> dict[str, int] | None:

@@ -264,7 +264,8 @@ def start_two_processes(args: list[str], log: Path, until: str) -> Iterator[subp
     """``lighthouse train`` with two processes on the CPU, once its log contains ``until``."""
     config = log.with_suffix(".toml")
     config.write_text('[model]\nflavor = "debugmodel"\n')
-    command = [sys.executable, "-m", "lighthouse_cli", "train", str(config), "--nproc", "2", *args]
+    command = [sys.executable, "-m", "lighthouse_cli", "train", str(config), *args]
+    command += ["--nproc-per-node", "2"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with (
         log.open("w") as file,

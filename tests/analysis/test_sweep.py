@@ -35,7 +35,7 @@ if (folder / "fail").exists():
     raise SystemExit("the trainer fails")
 if (folder / "wait").exists():
     code = int((folder / "wait").read_text())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
     (folder / "waiting").touch()
     time.sleep(60)
 with (folder / "metrics.jsonl").open("w") as file:
@@ -207,7 +207,7 @@ def test_a_signal_stops_the_run_and_the_grid(ablate, tmp_path, capsys, number, c
 def test_a_cell_is_started_as_a_run_of_its_own(ablate, tmp_path, nproc, monkeypatch):
     """A process per rank, without torchrun, which would change the exit code."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert ablate("--run", "--nproc", nproc) == 0
+    assert ablate("--run", "--world-size", nproc) == 0
     for cell in (tmp_path / "grid").iterdir():
         threads = "" if nproc == 1 else "1"
         ranks = sorted((cell / "ranks.txt").read_text().splitlines())
@@ -259,6 +259,18 @@ def test_seeds_and_dense_runs_are_cells_and_seeds_are_averaged(ablate, tmp_path)
     shared = "| norm | 4 | 3 | 128 | 4 | averaged |"
     assert dense.startswith(f"{shared} 0 | 0 | 0 | 3 | 2.6000 (2.0000 to 3.3000) |")
     assert two_stages.startswith(f"{shared} 30 | 0 | 0 | 2 | 2.5000 (2.5000 to 2.5000) |")
+
+
+def test_cells_with_a_seed_and_without_are_collected(ablate, tmp_path):
+    assert ablate("--run") == 0
+    path, _ = (tmp_path / "grid").glob("*/cell.json")
+    settings = json.loads(path.read_text())
+    settings["fields"]["seed"] = None
+    path.write_text(json.dumps(settings))
+    assert ablate("--collect") == 0
+    rows = json.loads((tmp_path / "grid" / "table.json").read_text())
+    assert {row["seed"] for row in rows} == {None, 0}
+    assert (tmp_path / "grid" / "fields.png").is_file()
 
 
 def test_pieces_are_cells(ablate, tmp_path, capsys):

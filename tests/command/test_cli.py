@@ -129,6 +129,23 @@ def test_a_closed_pipe_keeps_the_exit_code_of_a_failure(program, code, tmp_path)
     assert closed_pipe([sys.executable, "-c", call, "x"], tmp_path) == (code, "")
 
 
+@pytest.mark.parametrize(
+    ("program", "code", "error"),
+    [
+        ("open('no/file', 'w')", 1, "error: No such file or directory (no/file); correct "),
+        ("raise OSError(28, 'No space left on device')", 1, "error: No space left on device; "),
+        ("raise KeyboardInterrupt", 130, ""),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(program, code, error, tmp_path):
+    (tmp_path / "program.py").write_text(f"def main():\n    {program}\n")
+    call = "import lighthouse_cli as c; c.COMMANDS['x'] = ('program', ''); c.main()"
+    command = [sys.executable, "-c", call, "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code and done.stderr.startswith(error)
+    assert done.stderr.count("\n") == bool(error)
+
+
 def closed_pipe(command: list[str], folder: Path) -> tuple[int, str]:
     """Exit code and stderr of a process whose stdout has no reader."""
     reader, writer = os.pipe()

@@ -58,6 +58,14 @@ def test_nothing_is_overwritten(call, tmp_path, capsys):
     assert line.endswith("debug.toml exists; move that file away")
 
 
+def test_a_link_to_nowhere_is_not_followed(call, tmp_path, capsys):
+    (tmp_path / "debug.toml").symlink_to(tmp_path / "elsewhere.toml")
+    with pytest.raises(SystemExit) as end:
+        call("debug")
+    assert end.value.code == 2 and not (tmp_path / "elsewhere.toml").exists()
+    assert "debug.toml exists; move" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

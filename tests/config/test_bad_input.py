@@ -373,6 +373,8 @@ COMMAND_LINES = [
     wrong("training.dataloader.prefetch_factor", 2, "left out without", "num_workers to 1"),
     # Output folders.
     run("--job.dump_folder ''", "job.dump_folder must be the name", "got ''", "./outputs"),
+    run("--training.dataset_path ~no/x", "dataset_path must exist", "got '~no/x'", "correct the"),
+    run("--job.dump_folder=~/run", "job.dump_folder must be", "'~/run'", "the home folder"),
     run("--job.dump_folder {place}/file", "job.dump_folder must be a folder", "/file'", "another"),
     run("--job.dump_folder {place}/file/run", "job.dump_folder must be", "/file/run'", "another"),
     run("--job.dump_folder /dev/null/run", "job.dump_folder must be", "/dev/null/run'", "another"),
@@ -482,6 +484,7 @@ sweep = calls_of("sweep", "{place}/ok.toml --output {dump}")
 export = calls_of("export", MODEL)
 eval_loss = calls_of("eval-loss", MODEL)
 eval_passkey = calls_of("eval-passkey", MODEL)
+generate = calls_of("generate", MODEL)
 passkey_data = calls_of("eval-passkey", "--make-data 4 {dump}/x.jsonl --lengths 256")
 report = calls_of("report", "--output {dump}")
 prepare = calls_of("prepare", "--output {dump} --dataset text --dataset-path {place}/corpus")
@@ -496,6 +499,8 @@ SCRIPTS = [
         "--pool-rotary averaged aligned --head-dim 33",
         *("--head-dim must be even", "got 33", "use 34"),
     ),
+    script("bench", "--output {place}/file", "--output must be a folder", "/file'", "another one"),
+    script("bench", "--output=~/bench", "--output must be", "'~/bench'", "the home folder"),
     script("plan", "", "the following arguments are required: config", "see --help"),
     script("plan", "{toml} --world-size two", "--world-size", "'two'", "see --help", toml="a = 1"),
     script("plan", "{place}/no.toml --world-size 1", "job.config_file", "no.toml'", "correct the"),
@@ -510,7 +515,7 @@ SCRIPTS = [
     script("sweep", "{place}/ok.toml", "arguments are required: --output", "see --help"),
     script("sweep", "{place}/no.toml --output {dump}", "job.config_file", "no.toml'", "correct"),
     sweep("--output {place}/file", "--output must be a folder", "/file'", "another"),
-    sweep("--nproc 0", "--world-size must be at least 1", "got 0", "use 1 or more"),
+    sweep("--world-size 0", "--world-size must be at least 1", "got 0", "use 1 or more"),
     sweep("--grid {place}/no.toml", "--grid must be a TOML file", "no.toml'", "correct it"),
     sweep("--grid {place}/random.bin", "--grid must be a TOML file", "random.bin'", "correct it"),
     sweep("--grid '{{topk = }}'", "--grid must be an inline table", "{topk = }", "correct it"),
@@ -519,6 +524,7 @@ SCRIPTS = [
     sweep("--grid '{{topk = 128}}'", "--grid: topk must be a list", "got 128", "write one"),
     sweep("--grid '{{seed = [\"0\"]}}'", "seed must be a list of numbers", "got '0'", "change its"),
     sweep("--grid '{{stage1_share = [1.5]}}'", "must be from 0 to 1", "got 1.5", "as a part of"),
+    sweep("--grid '{{pool_rotary = [\"no\"]}}'", "pool_rotary must be one of", "'no'", "choose"),
     sweep("--run --grid '{{topk = [100]}}'", "--grid must have a legal", "got none", "see --list"),
     sweep("--collect", "--output must hold cells", "got none", "use --run"),
     sweep(
@@ -537,7 +543,8 @@ SCRIPTS = [
         "{place}/run/checkpoint --output {dump}",
         *("a model must be a whole", "/run/checkpoint'", "name /", "/step-1"),
     ),
-    export("", "--output FOLDER must be given", "see --help"),
+    export("", "required: --output", "see --help"),
+    export("{dump} --output {dump}", "unrecognized arguments", "see --help"),
     export("--output {place}/file", "--output must be a folder", "/file'", "another one"),
     export("--output {place}/corpus", "--output must be a new", "/corpus'", "another one"),
     export("--output {dump} --dtype float16", "--dtype", "'float16'", "choose from"),
@@ -550,6 +557,8 @@ SCRIPTS = [
     ),
     script("eval-loss", "", "the following arguments are required: MODEL", "see --help"),
     script("eval-loss", "{place}/no", "a model must be a whole", "/no'", "correct the path"),
+    generate("--prompt a --seed -1", "--seed must be from 0", "got -1", "use 0"),
+    generate("--prompt '\udcff'", "--prompt must be UTF-8", r"'\udcff'", "correct its bytes"),
     eval_loss("--windows 0", "--windows must be at least 1", "got 0", "use 1 or more"),
     eval_loss("--seq-len -4", "--seq-len must be at least 1", "got -4", "use 1 or more"),
     eval_loss("--device gpu", "--device must be one of", "'gpu'", "use cpu"),
@@ -597,12 +606,15 @@ SCRIPTS = [
     report("{place}/partial", "metrics.jsonl must hold", "/partial'", "remove that line"),
     report("{place}/ran --output {place}/file", "--output must be a folder", "/file'", "another"),
     report("{place}/ran {place}/ran", "every run must be a different folder", "twice", "remove it"),
+    script("prepare", "--out {dump}", "the following arguments are required: --output", "see"),
     script("prepare", "", "the following arguments are required: --output", "see --help"),
     script("prepare", "--output {dump}", "--dataset must be one of", "got None", "choose one"),
     script("prepare", "--output {dump} --dataset c4", "--dataset must be", "'c4'", "choose one"),
     script("prepare", "--output {dump} --dataset text", "-path must be set", "'text', got None"),
     script("prepare", "--output {dump} --verify", "must hold prepared data", "/dump'", "correct"),
     prepare("--dataset-path {place}/no", "--dataset-path must exist", "/no'", "correct the path"),
+    prepare("--dataset-path ~no/x", "--dataset-path must exist", "'~no/x'", "correct the path"),
+    prepare("--output ~no/x", "--output must be a path without ~", "'~no/x'", "home folder"),
     prepare("--workers 0", "--workers must be at least 1", "got 0", "use 1 or more"),
     prepare("--shard-size 0", "--shard-size must be at least 1", "got 0", "use 1 or more"),
     prepare("--output {place}/file", "--output must be a folder", "/file'", "name another one"),

@@ -437,7 +437,7 @@ def test_a_full_disk_is_told_and_a_second_call_goes_on(tmp_path, corpus, file, m
 
 def test_the_command_prepares_both_splits_and_verifies(tmp_path, capsys):
     name, path = make_corpus(tmp_path / "corpus", "c4_local", make_texts(20))
-    out = ["--out", str(tmp_path / "out")]
+    out = ["--output", str(tmp_path / "out")]
     main([*out, "--dataset", name, "--dataset-path", path, "--shard-size", "100"])
     printed = capsys.readouterr().out.splitlines()
     # Without a terminal, there is a line for each shard.
@@ -458,6 +458,6 @@ def test_the_command_checks_both_splits_first(tmp_path, capsys):
     write_shards(tmp_path, "train", make_texts(3), 1)
     out = tmp_path.parent / f"{tmp_path.name}-out"
     with pytest.raises(SystemExit):
-        main(["--out", str(out), "--dataset", "c4_local", "--dataset-path", str(tmp_path)])
+        main(["--output", str(out), "--dataset", "c4_local", "--dataset-path", str(tmp_path)])
     assert "c4-validation" in capsys.readouterr().err
     assert not out.exists()

@@ -206,7 +206,7 @@ def script(monkeypatch):
 def test_a_difference_is_exit_code_1(random, script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torchtitan.experiments.lighthouse.inference.hf_export.TOLERANCE", 0.0)
     with pytest.raises(SystemExit) as exit:
-        script(random.folder, tmp_path / "out")
+        script(random.folder, "--output", tmp_path / "out")
     assert exit.value.code == 1
     assert "is not the model of the checkpoint" in capsys.readouterr().err
 
@@ -214,3 +214,11 @@ def test_a_difference_is_exit_code_1(random, script, tmp_path, monkeypatch, caps
 def test_without_the_comparison(random, script, tmp_path, capsys):
     script(random.folder, "--output", tmp_path / "out", "--no-verify")
     assert capsys.readouterr().out.endswith("Not compared with transformers.\n")
+
+
+def test_an_exported_folder_is_exported_again(random, script, tmp_path, capsys):
+    script(random.folder, "--output", tmp_path / "out", "--no-verify")
+    capsys.readouterr()
+    script(tmp_path / "out", "--output", tmp_path / "again", "--no-verify")
+    out = capsys.readouterr().out
+    assert out.startswith(f"Llama, {SEQ_LEN} tokens, float32, in {tmp_path / 'again'}:\n")

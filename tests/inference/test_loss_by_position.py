@@ -1,8 +1,10 @@
 """`lighthouse eval-loss`: losses of the model, by position and with both attentions."""
 
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ import torch.nn.functional as F
 from models import random_model, save
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_lighthouse
+from torchtitan.experiments.lighthouse.config.job_config import SAVED_CONFIG
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
 from torchtitan.experiments.lighthouse.flavors import FLAVORS
 from torchtitan.experiments.lighthouse.inference import loss_by_position as eval_loss
 from torchtitan.experiments.lighthouse.inference.hf_export import export
-from torchtitan.experiments.lighthouse.inference.load_model import open_trained
+from torchtitan.experiments.lighthouse.inference.load_model import HeldOutText, open_trained
 
 from lighthouse import LighthouseConfig
 
@@ -31,10 +34,11 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def script(corpus, tmp_path, monkeypatch, capsys):
-    """Run the script on `corpus`. Returns its JSON and its output."""
+    """Run the script, on `corpus` unless `text` names other data. Returns its JSON and output."""
+    of_corpus = ("--dataset", "text", "--dataset-path", str(corpus))
 
-    def main(*args) -> tuple[dict, str]:
-        options = ["--dataset", "text", "--dataset-path", str(corpus), "--output", str(tmp_path)]
+    def main(*args, text=of_corpus) -> tuple[dict, str]:
+        options = [*text, "--output", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["lighthouse eval-loss", *map(str, args), *options])
         eval_loss.main()
         printed = capsys.readouterr().out
@@ -107,6 +111,57 @@ def test_the_logits_of_a_chunk_at_a_time_are_all_there_is(checkpoint, script, mo
     monkeypatch.setattr(eval_loss, "CHUNK_SIZE", 48)
     chunked, _ = script(checkpoint, "--seq-len", 128)
     assert chunked["results"][0]["loss"] == pytest.approx(whole["results"][0]["loss"], abs=1e-6)
+
+
+def checkpoint_of(folder: Path, **validation: str) -> Path:
+    """A checkpoint of a run with this section [validation]."""
+    checkpoint = save(random_model(FLAVORS["debugmodel"], SEQ_LEN), folder, "debugmodel")
+    config = folder / SAVED_CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"validation": validation}))
+    return checkpoint
+
+
+def test_the_text_is_the_validation_data_of_the_run(corpus, script, tmp_path):
+    run = checkpoint_of(tmp_path / "run", dataset="text", dataset_path=str(corpus))
+    expected, _ = script(run, "--windows", 2)
+    result, printed = script(run, "--windows", 2, text=())
+    assert result == expected and result["dataset_path"] == str(corpus)
+    assert printed.startswith(f"Held-out loss, text in {corpus}, 2 windows of ")
+
+
+def test_a_run_without_validation_data_has_those_of_training(tmp_path):
+    run = checkpoint_of(tmp_path)
+    config = json.loads((tmp_path / SAVED_CONFIG).read_text())
+    config["training"] |= {"dataset": "jsonl", "dataset_path": "a", "text_field": "body"}
+    (tmp_path / SAVED_CONFIG).write_text(json.dumps(config))
+    assert open_trained(run).held_out == HeldOutText("jsonl", "a", "body")
+
+
+def test_models_without_data_are_measured_on_those_of_the_others(checkpoint, tmp_path):
+    options = SimpleNamespace(dataset=None, dataset_path=None, text_field=None)
+    unknown = open_trained(checkpoint)
+    known = open_trained(checkpoint_of(tmp_path, dataset="text", dataset_path="a"))
+    assert eval_loss.held_out_text([unknown, known], options) == HeldOutText("text", "a")
+    assert eval_loss.held_out_text([unknown], options) == HeldOutText("python_stdlib")
+
+
+@pytest.mark.parametrize(
+    "paths, args, words",
+    [
+        (["a", "b"], [], ("--dataset must be given", "text in a for", "text in b for", "name the")),
+        (["a"], [], ("validation.dataset_path must exist", "'a'", "other data with --dataset")),
+        (["a"], ["--dataset-path", "b"], ("--dataset-path must be", "'b'", "add --dataset")),
+        (["a"], ["--text-field", "b"], ("--text-field must be", "'b'", "add --dataset")),
+    ],
+    ids=["different", "missing", "path", "field"],
+)
+def test_data_that_are_not_clear_are_refused(paths, args, words, script, tmp_path, capsys):
+    runs = [checkpoint_of(tmp_path / p, dataset="text", dataset_path=p) for p in paths]
+    with pytest.raises(SystemExit) as exit:
+        script(*runs, text=args)
+    assert exit.value.code == 2 and not (tmp_path / "eval_loss.json").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(".*".join(map(re.escape, words)), line), line
 
 
 @pytest.mark.parametrize(

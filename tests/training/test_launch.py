@@ -110,6 +110,7 @@ def test_a_signal_stops_all_with_the_code_of_a_saved_run(start, tmp_path, number
 def started(monkeypatch):
     """The number of processes that `lighthouse train` starts, and their arguments."""
     found = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(launch, "launch", lambda args, nproc: found.append((nproc, args)) or 0)
     monkeypatch.setattr(launch.train, "main", lambda args: found.append((1, args)))
     monkeypatch.setattr(launch, "check_config", lambda config, world_size: None)
@@ -127,7 +128,7 @@ def started(monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("flag", ["--nproc 2", "--nproc-per-node=2", "--nproc_per_node 2"])
+@pytest.mark.parametrize("flag", ["--nproc-per-node 2", "--nproc-per-node=2", "--world-size 2"])
 def test_the_number_of_processes_is_taken_out(started, flag):
     args = ["a b.toml", "--training.steps", "3", *flag.split(), "--compile.enable"]
     expected = ["--job.config_file", "a b.toml", "--training.steps", "3", "--compile.enable"]
@@ -140,7 +141,7 @@ def test_a_process_for_each_gpu(started, monkeypatch):
     assert started("run.toml") == (1, file)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert started(*file) == (4, file)
-    assert started("run.toml", "--nproc", "1") == (1, file)
+    assert started("run.toml", "--world-size", "1") == (1, file)
 
 
 def test_under_a_launcher_it_is_one_of_its_processes(started, monkeypatch):
@@ -152,6 +153,7 @@ def test_under_a_launcher_it_is_one_of_its_processes(started, monkeypatch):
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """The error line of a call that fails before any process is started."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
     def call(*args: str) -> str:
         monkeypatch.setattr(sys, "argv", ["lighthouse train", *args])
@@ -170,9 +172,9 @@ def refused(monkeypatch, capsys):
     [
         ([], "FILE must come first, got ''; write lighthouse train FILE"),
         (["--training.steps", "3"], "FILE must come first, got '--training.steps'; write"),
-        (["a.toml", "--nproc", "two"], "--nproc must be a number of at least 1, got 'two'; corr"),
+        (["a.toml", "--world-size", "two"], "--world-size must be a number of at least 1, got 'tw"),
         (["a.toml", "--nproc-per-node=0"], "--nproc-per-node must be a number of at least 1, got"),
-        (["a.toml", "--nproc"], "--nproc must be a number of at least 1, got ''; correct it"),
+        (["a.toml", "--world-size"], "--world-size must be a number of at least 1, got ''; corr"),
     ],
     ids=str,
 )
@@ -182,15 +184,23 @@ def test_a_wrong_call_is_refused(args, message, refused):
 
 def test_a_number_of_processes_is_refused_under_a_launcher(monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    line = refused("a.toml", "--nproc", "2")
+    line = refused("a.toml", "--world-size", "2")
     assert line.startswith("error: --nproc-per-node must not be given under a launcher")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch, refused):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    line = refused("a.toml", "--nproc-per-node", "5")
+    assert line == (
+        "error: --nproc-per-node must be at most the 4 GPUs of this machine, got 5; lower it"
+    )
 
 
 def test_a_refusal_with_several_processes_is_one_line(corpus, tmp_path, refused):
     config = tmp_path / "run.toml"
     config.write_text('[model]\nflavor = "debugmodel"\n')
     options = command_line(tmp_path / "run", corpus, training__seq_len=1001)
-    line = refused(str(config), "--nproc", "2", *options)
+    line = refused(str(config), "--world-size", "2", *options)
     assert line.startswith("error: ") and "1001" in line
     assert not (tmp_path / "run").exists()
 

@@ -27,6 +27,7 @@ from runs import (
     trainer_of,
 )
 from torchtitan.experiments.lighthouse import metrics
+from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Lighthouse, Training
 from torchtitan.experiments.lighthouse.config.load import load_config
 
 PIECE_LEN, FULL_STEPS = 256, 2
@@ -37,6 +38,20 @@ PHASES = [
     *["pieces"] * (LAST_PIECE_STEP - STAGE1_STEPS),
     *["full"] * FULL_STEPS,
 ]
+
+
+def test_the_last_steps_of_the_phases():
+    for stage1_steps, seq_len, full_steps in itertools.product((-1, 0, 3, 7), (0, 4), (0, 2, 4)):
+        config = JobConfig(
+            training=Training(steps=7, seq_len=8),
+            lighthouse=Lighthouse(
+                stage1_steps=stage1_steps, stage2_seq_len=seq_len, stage2_full_steps=full_steps
+            ),
+        )
+        expected = {config.phase_of(step): step for step in range(1, 8)}
+        assert list(config.last_steps().items()) == list(expected.items())
+    # It takes no time for a run without a planned end.
+    assert JobConfig(training=Training(steps=2**62)).last_steps() == {"lighthouse": 2**62}
 
 
 # ---- as short sequences

@@ -4,8 +4,8 @@
     lighthouse train debug.toml --nproc-per-node 2 --training.steps 100
 
 --section.field VALUE overrides any field of the configuration. --job.config_file FILE can replace
-FILE. --nproc-per-node defaults to the number of visible GPUs, or 1 without a GPU. If torchrun or
-srun started this process and set WORLD_SIZE, it starts no further processes.
+FILE. --nproc-per-node, or --world-size, defaults to the number of visible GPUs, or 1 without a GPU.
+If torchrun or srun started this process and set WORLD_SIZE, it starts no further processes.
 
 Exit codes:
 
@@ -35,6 +35,7 @@ from typing import IO
 import torch
 from torchtitan.experiments.lighthouse import train
 from torchtitan.experiments.lighthouse.config.load import load_config
+from torchtitan.experiments.lighthouse.config.rule_helpers import require
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.command_line import exit_on_value_error
 from torchtitan.experiments.lighthouse.runtime.signals import (
@@ -43,8 +44,8 @@ from torchtitan.experiments.lighthouse.runtime.signals import (
     heeded_signals,
 )
 
-NPROC = ("--nproc-per-node", "--nproc_per_node", "--nproc", "--world-size")
-"""Accepted names of the option for the number of processes, torchrun's first."""
+NPROC = ("--nproc-per-node", "--world-size")
+"""Names of the option for the number of processes: that of torchrun, that of our commands."""
 
 TRAINER = [sys.executable, "-m", "torchtitan.experiments.lighthouse.train"]
 
@@ -72,6 +73,9 @@ def main() -> None:
             )
         nproc = 1 if is_launched else nproc or default_nproc(args)
         if nproc > 1:
+            num_gpus = torch.cuda.device_count() or nproc
+            rule = f"at most the {num_gpus} GPUs of this machine"
+            require(nproc <= num_gpus, NPROC[0], rule, nproc, "lower it")
             check_config(load_config(args), nproc)
     if nproc == 1:
         train.main(args)

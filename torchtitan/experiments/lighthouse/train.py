@@ -138,14 +138,13 @@ class TwoStageTrainer(Trainer):
 
     def _show_progress(self) -> None:
         """Pass the steps of each phase and their FLOPs per token to the console."""
-        console, steps = self.metrics_processor.console, self.job_config.training.steps
+        console = self.metrics_processor.console
         if console is None:
             return
         names = {LIGHTHOUSE: "stage 1", PIECES: "stage 2 in pieces", FULL: "stage 2"}
-        last_steps = {self.job_config.phase_of(step): step for step in range(1, steps + 1)}
         console.clock.phases = [
             Phase(names[phase], last, self._flops_per_token[phase])
-            for phase, last in last_steps.items()
+            for phase, last in self.job_config.last_steps().items()
         ]
 
     def _replace_checkpointer(self) -> None:

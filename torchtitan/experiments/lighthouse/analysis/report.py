@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="dump folder of a run")
     parser.add_argument("--dense", type=Path, metavar="RUN", help="the dense run to compare with")
     parser.add_argument(
-        *("--output", "--out"),
+        "--output",
         type=Path,
         metavar="FOLDER",
         help="default: report/ in the folder of the first run",

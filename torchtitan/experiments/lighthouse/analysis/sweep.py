@@ -37,8 +37,9 @@ import torch
 from torchtitan.experiments.lighthouse import launch
 from torchtitan.experiments.lighthouse.analysis.run_metrics import read_run, summarize_run
 from torchtitan.experiments.lighthouse.analysis.sweep_tables import COLUMNS, FIELDS, write_tables
+from torchtitan.experiments.lighthouse.config.job_config import POOL_ROTARY
 from torchtitan.experiments.lighthouse.config.load import load_config
-from torchtitan.experiments.lighthouse.config.rule_helpers import require
+from torchtitan.experiments.lighthouse.config.rule_helpers import check_choice, require
 from torchtitan.experiments.lighthouse.preflight import check_config
 from torchtitan.experiments.lighthouse.runtime.atomic_json import write_json
 from torchtitan.experiments.lighthouse.runtime.command_line import (
@@ -90,12 +91,12 @@ def main() -> None:
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG", help="TOML file of a run in two stages")
     add("--grid", metavar="FILE|TABLE", help="TOML file or inline table; default: the paper's")
-    add("--output", "--out", type=Path, required=True, metavar="FOLDER", help="for all cells")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="for all cells")
     add("--list", action="store_true", help="print the cells (default)")
     add("--run", action="store_true", help="train the cells")
     add("--collect", action="store_true", help="write tables and plots")
     num_devices = max(1, torch.cuda.device_count())
-    add("--world-size", "--nproc", type=int, default=num_devices, help="processes per run")
+    add("--world-size", type=int, default=num_devices, help="processes per run")
     options, overrides = parser.parse_known_args()
     exit_code = 0
     with exit_on_value_error():
@@ -146,6 +147,8 @@ def read_grid(text: str) -> dict[str, list]:
                 raise ValueError(
                     f"--grid: {name} must be a list of {expected}, got {value!r}; change its type"
                 )
+            if name == "pool_rotary":
+                check_choice(f"--grid: {name}", value, list(POOL_ROTARY))
     for share in grid.get("stage1_share", []):
         remedy = "give stage 1 as a part of training.steps"
         require(0 <= share <= 1, "--grid: stage1_share", "from 0 to 1", share, remedy)

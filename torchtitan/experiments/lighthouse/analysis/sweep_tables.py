@@ -118,7 +118,8 @@ def plot(rows: list[dict], path: Path) -> None:
     for panel_row, (metric, label) in zip(panels, metrics.items(), strict=True):
         panel_row[0].set_ylabel(label)
         for axes, name in zip(panel_row, varied, strict=True):
-            values = sorted({row[name] for row in rows})
+            # A cell whose grid has no seeds may have none.
+            values = sorted({row[name] for row in rows}, key=lambda x: (x is not None, x))
             groups = [
                 [row[metric] for row in rows if row[name] == value and row[metric] is not None]
                 for value in values

@@ -228,3 +228,9 @@ class JobConfig(titan.JobConfig):
         if self.lighthouse.stage_of(step) == 1:
             return LIGHTHOUSE
         return PIECES if self.has_pieces and step <= self.last_piece_step else FULL
+
+    def last_steps(self) -> dict[str, int]:
+        """The phases of the run in order, each with its last step."""
+        steps = self.training.steps
+        ends = {self.lighthouse.stage1_steps, self.last_piece_step, steps}
+        return {self.phase_of(step): step for step in sorted(ends) if 1 <= step <= steps}

@@ -57,7 +57,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     texts = iter(texts)
     first = next(texts, None)
     if first is None:
-        raise ValueError("texts must hold a document, got none; name another corpus")
+        raise ValueError(
+            "texts must hold a document, got none; name another corpus, or raise --max-bytes"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

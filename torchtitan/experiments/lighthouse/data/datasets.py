@@ -196,7 +196,8 @@ def corpus_root(name: str, path: str | None) -> Path:
     """The folder or the file of a corpus on this machine."""
     if name == "python_stdlib":
         return Path(sysconfig.get_path("stdlib"))
-    return Path(path).expanduser()
+    # Unlike Path.expanduser, it leaves the name of an unknown user as it is.
+    return Path(os.path.expanduser(path))
 
 
 def _raise(error: OSError) -> NoReturn:

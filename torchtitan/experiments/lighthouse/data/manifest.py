@@ -159,7 +159,7 @@ def resume_manifest(out: str | Path, manifest: Manifest) -> tuple[Manifest, bool
     Returns:
         The manifest with the shards that are kept, and whether the split is complete.
     """
-    folder = Path(out).expanduser() / manifest.split
+    folder = Path(out) / manifest.split
     names = [name for name in (MANIFEST, PARTIAL_MANIFEST) if (folder / name).exists()]
     if not names:
         return manifest, False
@@ -203,7 +203,7 @@ def verify(out: str | Path) -> list[Manifest]:
     Raises:
         ValueError: in one line. A shard differs, or there is no split.
     """
-    folders = [Path(out).expanduser() / split for split in SECTIONS]
+    folders = [Path(out) / split for split in SECTIONS]
     manifests = [
         read_manifest(out, folder.name, "--output") for folder in folders if folder.is_dir()
     ]
@@ -213,7 +213,7 @@ def verify(out: str | Path) -> list[Manifest]:
         total = manifest.tokens * manifest.itemsize
         with progress_bar(f"verify {manifest.split}", total) as bar:
             for shard in manifest.shards:
-                file = Path(out).expanduser() / manifest.split / shard.file
+                file = Path(out) / manifest.split / shard.file
                 if _file_sha256(file, bar) != shard.sha256:
                     raise ValueError(
                         f"--output must hold the shards as they were written, got {str(file)!r} "

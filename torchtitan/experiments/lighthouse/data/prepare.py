@@ -8,6 +8,7 @@ every shard with its checksum. `tokenized.py` describes the files.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 
@@ -27,7 +28,7 @@ def main(args: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--dataset", help=f"dataset to prepare: {', '.join(SOURCES)}")
     add("--dataset-path", help="folder or file of the dataset")
-    add("--output", "--out", required=True, help="folder for the shards")
+    add("--output", required=True, help="folder for the shards")
     add("--text-field", default="text", help="key or column of the text; default: text")
     add("--tokenizer", default=BYTE_TOKENIZER_PATH, help="folder of tokenizer.json")
     add("--split", choices=["train", "validation", "both"], default="both")
@@ -35,6 +36,8 @@ def main(args: list[str] | None = None) -> None:
     add("--workers", type=int, default=1, help="number of processes that tokenize")
     add("--verify", action="store_true", help="only check the shards in --output")
     options = parser.parse_args(args)
+    # Unlike Path.expanduser, it leaves the name of an unknown user, which is then refused.
+    options.output = os.path.expanduser(options.output)
     try:
         with exit_on_value_error():
             for manifest in run(options):

@@ -137,7 +137,7 @@ def prepare(
     _check_arguments(dataset, dataset_path, out, shard_size, workers)
     tokenizer = open_tokenizer("--tokenizer", tokenizer_path).tokenizer
     root = corpus_root(dataset, dataset_path)
-    folder = Path(out).expanduser() / split
+    folder = Path(out) / split
     manifest = Manifest(
         format=FORMAT,
         # The same files with another text field are another corpus.
@@ -174,7 +174,7 @@ def prepare(
 def _prepare_locked(
     out: str | Path, manifest: Manifest, files: list[Path], encoding: _Encoding, workers: int
 ) -> Manifest:
-    folder = Path(out).expanduser() / manifest.split
+    folder = Path(out) / manifest.split
     # Another process may have written to it until now.
     manifest, is_whole = resume_manifest(out, manifest)
     with _writing(out):
@@ -260,10 +260,10 @@ def _check_arguments(
             f"--workers must be at most {MAX_WORKERS} on this machine, got {workers}: use as many "
             "as it has cores"
         )
-    check_output_folder("--output", Path(out).expanduser())
+    check_output_folder("--output", out)
     # Unlike Path.resolve, realpath accepts a loop of symbolic links.
     root = os.path.realpath(corpus_root(dataset, dataset_path))
-    if Path(os.path.realpath(Path(out).expanduser())).is_relative_to(root):
+    if Path(os.path.realpath(out)).is_relative_to(root):
         raise ValueError(
             f"--output must lie outside of the corpus, got {str(out)!r} within {str(root)!r}: its "
             "files could be taken for documents; name another folder"
@@ -377,7 +377,7 @@ def _write_shards(
     out: str | Path, manifest: Manifest, files: list[Path], encoding: _Encoding, workers: int
 ) -> Iterator[Shard]:
     """Write the shards after those of the manifest, and yield each finished one."""
-    folder = Path(out).expanduser() / manifest.split
+    folder = Path(out) / manifest.split
     start = manifest.shards[-1].next if manifest.shards else [0, 0]
     numbers = itertools.count(len(manifest.shards))
     # Total bytes of the files before each file, and of all files.

@@ -8,7 +8,6 @@ transformers and compares its logits on real text with ours. The exit code is 1 
 larger than rounding explains.
 """
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -26,23 +25,21 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="the folder .../checkpoint/step-N")
-    # Earlier versions took the output folder as a positional argument.
-    add("out", metavar="OUTPUT", nargs="?", help=argparse.SUPPRESS)
-    add("--output", help="a new folder")
+    add("--output", type=Path, required=True, help="a new folder")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the weights")
     add("--no-verify", action="store_true", help="do not compare with transformers")
     add_arguments(parser)
     options = parser.parse_args()
-    if (options.output is None) == (options.out is None):
-        parser.error("--output FOLDER must be given exactly once")
-    out = Path(options.output or options.out)
+    out = options.output
     with exit_on_value_error():
         check_output_folder("--output", out)
         trained = open_trained(
             options.checkpoint, options.flavor, options.max_seq_len, options.tokenizer
         )
         export(trained, out, options.dtype)
-    print(f"{trained.flavor}, {trained.args.max_seq_len:,} tokens, {options.dtype}, in {out}:")
+    # A folder in Hugging Face's format has no flavor.
+    name = trained.flavor or "Llama"
+    print(f"{name}, {trained.args.max_seq_len:,} tokens, {options.dtype}, in {out}:")
     for path in sorted(out.iterdir()):
         print(f"  {path.name:<34} {path.stat().st_size:>15,} bytes")
     if options.no_verify:

@@ -56,6 +56,13 @@ def continued(options: argparse.Namespace) -> str:
     require(num_tokens >= 1, "--num-tokens", "at least 1", num_tokens, "use 1 or more")
     remedy = "use 0 for the likeliest token"
     require(0 <= temperature < math.inf, "--temperature", "at least 0", temperature, remedy)
+    require(0 <= options.seed < 2**63, "--seed", "from 0 to 2**63 - 1", options.seed, "use 0")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--prompt must be UTF-8, got {ascii(options.prompt)[:80]}; correct its bytes"
+        ) from None
     trained = open_trained(options.model, options.flavor, options.max_seq_len, options.tokenizer)
     tokenizer = trained.tokenizer()
     prompt = tokenizer.encode(options.prompt, add_eos=False)

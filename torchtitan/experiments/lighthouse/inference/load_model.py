@@ -15,7 +15,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -40,6 +40,7 @@ from torchtitan.experiments.lighthouse.config.job_config import (
     Lighthouse,
 )
 from torchtitan.experiments.lighthouse.config.rule_helpers import require
+from torchtitan.experiments.lighthouse.data.readers import TEXT_COLUMN
 from torchtitan.experiments.lighthouse.flavors import FLAVORS, with_sizes
 from torchtitan.experiments.lighthouse.runtime.command_line import open_tokenizer
 from torchtitan.experiments.lighthouse.runtime.read_files import is_a, read_json
@@ -54,9 +55,21 @@ LIGHTHOUSE_FIELDS = [
 """Fields that `given_fields` accepts."""
 
 
+class HeldOutText(NamedTuple):
+    """The corpus whose held-out part is read. The fields are those of [validation]."""
+
+    dataset: str
+    dataset_path: str | None = None
+    text_field: str = TEXT_COLUMN
+
+    def __str__(self) -> str:
+        return self.dataset + (f" in {self.dataset_path}" if self.dataset_path else "")
+
+
 _READ_FIELDS = {
     "model": {"flavor": str, "hf_assets_path": str},
-    "training": {"seq_len": int},
+    "training": {"seq_len": int, **HeldOutText.__annotations__},
+    "validation": HeldOutText.__annotations__,
     "lighthouse": {f.name: f.type for f in dataclasses.fields(Lighthouse)},
 }
 """Fields of a saved configuration that this module reads, with their types."""
@@ -79,6 +92,9 @@ class ModelSource:
 
     stage: int | None = None
     """The last stage that the model was trained in, 1 or 2. None if unknown."""
+
+    held_out: HeldOutText | None = None
+    """The validation data of the run. None if unknown."""
 
     def tokenizer(self) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer(self.tokenizer_path)
@@ -186,6 +202,7 @@ def open_trained(
         lighthouse=Lighthouse(**{f.name: saved[f.name] for f in known if f.name in saved}),
         flavor=flavor,
         stage=_stage_of(folder, settings),
+        held_out=_held_out_text(settings),
     )
 
 
@@ -200,6 +217,15 @@ def _stage_of(checkpoint: Path, settings: dict[str, Any]) -> int | None:
     if match is None or stage1_steps is None:
         return None
     return Lighthouse(stage1_steps=stage1_steps).stage_of(int(match.group(1)))
+
+
+def _held_out_text(settings: dict[str, Any]) -> HeldOutText | None:
+    for section in ("validation", "training"):
+        found = settings.get(section, {})
+        if found.get("dataset"):
+            # Older runs saved no text field.
+            return HeldOutText(**{k: found[k] for k in HeldOutText._fields if found.get(k)})
+    return None
 
 
 def output_folder(model: str | Path, name: str) -> Path:

@@ -7,12 +7,15 @@ MODEL is a checkpoint, .../checkpoint/step-N of either stage, or a folder in Hug
 Attention is dense. With --lighthouse, the same weights are also measured with Lighthouse Attention.
 Its fields are those of the run's saved configuration, changed by --lighthouse.
 
-The text is the beginning of the held-out part of a corpus. It is packed into windows as in
-training. A window may start inside a document and hold several documents. A token's position is the
-number of tokens before it in the window. Buckets of positions double in width. Losses are in nats
-per token, with the standard error of the mean over windows. Only compare models with the same
-tokenizer. For several results the difference from the first is paired: it is taken window by
-window, and its standard error is that of the differences.
+The text is the beginning of the validation data of the run. --dataset names other data, and must be
+given if the runs of several models have different data. An exported folder keeps no data: on its
+own, it is measured on the held-out part of python_stdlib.
+
+The text is packed into windows as in training. A window may start inside a document and hold
+several documents. A token's position is the number of tokens before it in the window. Buckets of
+positions double in width. Losses are in nats per token, with the standard error of the mean over
+windows. Only compare models with the same tokenizer. For several results the difference from the
+first is paired: it is taken window by window, and its standard error is that of the differences.
 
 Writes eval_loss.png and eval_loss.json to --output. The last printed line is the same JSON.
 """
@@ -35,6 +38,7 @@ from torchtitan.experiments.lighthouse.data.tokenized import check_tokenized
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import (
     LIGHTHOUSE_FIELDS,
+    HeldOutText,
     ModelSource,
     add_arguments,
     given_fields,
@@ -63,9 +67,9 @@ def main() -> None:
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help="checkpoint or exported folder")
     add("--lighthouse", metavar="FIELD=VALUE", nargs="*", help="measure with Lighthouse as well")
-    add("--dataset", default="python_stdlib", choices=list(DATASETS))
-    add("--dataset-path", help="folder or file of the dataset, if it needs one")
-    add("--text-field", default="text", help="key or column of the text; default: text")
+    add("--dataset", choices=list(DATASETS), help="default: the validation data of the run")
+    add("--dataset-path", help="folder or file of --dataset, if it needs one")
+    add("--text-field", help="key or column of the text in --dataset; default: text")
     add("--seq-len", type=int, help="tokens per window; default: as trained")
     add("--windows", type=int, default=16, help="maximum number of windows; default: 16")
     add("--device", default="cuda" if on_gpu else "cpu")
@@ -100,9 +104,12 @@ def evaluate(options: argparse.Namespace) -> dict:
     fields = [None] * len(trained)
     if options.lighthouse is not None:
         fields = [given_fields(model, options.lighthouse, seq_len) for model in trained]
+    text = held_out_text(trained, options)
+    for model in trained:
+        check_held_out(text, model)
     results, first = [], None
     for model, lighthouse in zip(trained, fields, strict=True):
-        windows = held_out_windows(model, options, seq_len)
+        windows = held_out_windows(model, text, seq_len, options.windows)
         labels = torch.cat([labels for _, labels in windows])
         transformer = model.load(options.device, TORCH_DTYPE_MAP[options.dtype], seq_len)
         for attention in ("dense",) if lighthouse is None else ("dense", "Lighthouse"):
@@ -118,8 +125,7 @@ def evaluate(options: argparse.Namespace) -> dict:
                 entry["minus_first"] = summary(losses - first[1])
             results.append(entry)
     return {
-        "dataset": options.dataset,
-        "dataset_path": options.dataset_path,
+        **text._asdict(),
         "seq_len": seq_len,
         "device": options.device,
         "dtype": options.dtype,
@@ -136,21 +142,48 @@ def summary(losses: torch.Tensor) -> dict:
     return {**mean(losses), "by_position": by_position}
 
 
-def held_out_windows(
-    model: ModelSource, options: argparse.Namespace, seq_len: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels, [1, S] each, of the first windows of the held-out text."""
-    check_dataset(
-        options.dataset, options.dataset_path, "validation", text_field=options.text_field
-    )
-    if options.dataset == "tokenized":
-        check_tokenized(
-            options.dataset_path, "validation", model.tokenizer_path, model.args.vocab_size
+def held_out_text(trained: list[ModelSource], options: argparse.Namespace) -> HeldOutText:
+    """The text of --dataset, or the one that the runs of the models validated on.
+
+    Raises:
+        ValueError: the runs have different data, or only details of --dataset are given.
+    """
+    given = {"dataset_path": options.dataset_path, "text_field": options.text_field}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.dataset is not None:
+        return HeldOutText(options.dataset, **given)
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        require(False, option, "given with --dataset only", value, "add --dataset")
+    found = {model.held_out: model.folder for model in trained if model.held_out}
+    if len(found) > 1:
+        names = " and ".join(f"{text} for {folder}" for text, folder in found.items())
+        raise ValueError(
+            "--dataset must be given for runs with different validation data, got none with "
+            f"{names}; name the data for all of them"
         )
+    return next(iter(found), HeldOutText("python_stdlib"))
+
+
+def check_held_out(text: HeldOutText, model: ModelSource) -> None:
+    """Raise ValueError if the text is missing or was tokenized for another model."""
+    try:
+        check_dataset(text.dataset, text.dataset_path, "validation", text_field=text.text_field)
+        if text.dataset == "tokenized":
+            path = text.dataset_path
+            check_tokenized(path, "validation", model.tokenizer_path, model.args.vocab_size)
+    except ValueError as error:
+        if text == model.held_out:
+            raise ValueError(f"{error}; or name other data with --dataset") from None
+        raise
+
+
+def held_out_windows(
+    model: ModelSource, text: HeldOutText, seq_len: int, count: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and labels, [1, S] each, of the first `count` windows of the held-out text."""
     validation = Validation(
-        dataset=options.dataset,
-        dataset_path=options.dataset_path,
-        text_field=options.text_field,
+        **text._asdict(),
         seq_len=seq_len,
         local_batch_size=1,
         # One pass over the whole text.
@@ -158,7 +191,7 @@ def held_out_windows(
     )
     config = JobConfig(validation=validation)
     loader = build_validation_dataloader(1, 0, model.tokenizer(), config)
-    windows = itertools.islice(loader, options.windows)
+    windows = itertools.islice(loader, count)
     return [(inputs["input"], labels) for inputs, labels in windows]
 
 
@@ -196,8 +229,9 @@ def mean(losses: torch.Tensor) -> dict[str, float | None]:
 def table(result: dict) -> str:
     models = list(dict.fromkeys(r["model"] for r in result["results"]))
     columns = [f"{models.index(r['model']) + 1} {r['attention']}" for r in result["results"]]
+    text = HeldOutText(*(result[name] for name in HeldOutText._fields))
     lines = [
-        f"Held-out loss, {result['dataset']}, {result['results'][0]['windows']} windows of "
+        f"Held-out loss, {text}, {result['results'][0]['windows']} windows of "
         f"{result['seq_len']:,} tokens, {result['dtype']} on {result['device']}",
         *(f"  {i}: {model}" for i, model in enumerate(models, 1)),
         "",

@@ -10,7 +10,7 @@ import torch
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.runtime.read_files import read_json, reason_of
 
-from lighthouse_cli.parser import Parser, exit_on_value_error
+from lighthouse_cli.parser import Parser, check_output_folder, exit_on_value_error
 
 __all__ = [
     "Parser",
@@ -19,34 +19,6 @@ __all__ = [
     "exit_on_value_error",
     "open_tokenizer",
 ]
-
-
-def check_output_folder(name: str, path: str | Path) -> None:
-    """Raise ValueError unless `path` is, or can be created as, a writable folder.
-
-    The error calls it `name`. Nothing is written.
-    """
-    whole = Path(path).absolute()
-    try:
-        # The operating system rejects invalid names.
-        whole.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"{name} must be the name of a folder, got {str(path)[:80]!r} ({reason}); name another"
-        ) from None
-    found = next(folder for folder in (whole, *whole.parents) if os.path.lexists(folder))
-    if not found.is_dir():
-        raise ValueError(
-            f"{name} must be a folder, got {str(path)!r}, where {found} is none; name another one"
-        )
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"{name} must be a folder that can be written, got {str(path)!r} without permission "
-            f"for {found}; name another one or change its mode"
-        )
 
 
 def check_device(device: str) -> None:
