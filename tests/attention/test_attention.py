@@ -164,6 +164,19 @@ def test_inputs_that_do_not_fit_are_refused(inputs, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_autocast_is_that_of_standard_attention():
+    """Rotated q and k are often fp32 under autocast, and v is not."""
+    config = LighthouseConfig(2, 2, 128)
+    q, k, v = random_qkv(1, 2, 1, 512, 8, torch.float32, requires_grad=True)
+    expected = lighthouse_attention(*(x.bfloat16() for x in (q, k, v)), config)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lighthouse_attention(q, k, v.bfloat16(), config)
+        doubles = lighthouse_attention(q.double(), k.double(), v.double(), config)
+    assert out.dtype == torch.bfloat16 and doubles.dtype == torch.float64
+    assert torch.equal(out, expected)
+    assert torch.autograd.grad(out.float().sum(), q)[0].dtype == torch.float32
+
+
 def test_forward_mode_is_refused():
     q = torch.randn(1, 1, 512, 8)
 

@@ -247,12 +247,15 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(compiled(**batch, use_cache=False).loss, expected)
 
 
-def test_bf16():
-    model = make_model().to(torch.bfloat16)
+@pytest.mark.parametrize("is_autocast", [False, True], ids=["parameters", "autocast"])
+def test_bf16(is_autocast):
+    """Under autocast the rotary embedding of the model returns q and k in fp32, and v is bf16."""
+    model = make_model().to(torch.float32 if is_autocast else torch.bfloat16)
     register_lighthouse(CONFIG, pool_rotary="aligned")
     use_lighthouse(model)
     tokens = make_tokens()
-    loss = model(input_ids=tokens, labels=tokens).loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     expected = make_model()
