@@ -143,7 +143,8 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    if q.dim() != 4 or k.shape != v.shape or q.shape[0::2] != k.shape[0::2]:
+    is_4d = q.dim() == k.dim() == 4
+    if not is_4d or k.shape != v.shape or q.shape[0::2] != k.shape[0::2]:
         raise ValueError(
             "q, k, v must be [B, H, N, D], [B, Hkv, N, D], [B, Hkv, N, D], "
             f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; transpose or reshape them"

@@ -144,6 +144,7 @@ ONE_DTYPE = "must have one dtype, fp16, bf16, fp32 or fp64, got "
         (tensors((1, 2, 512), (1, 2, 512, 8), (1, 2, 512, 8)), "must be [B, H, N, D]"),
         (tensors((1, 2, 512, 8), (1, 2, 512, 8), (1, 2, 256, 8)), "must be [B, H, N, D]"),
         (tensors((1, 2, 512, 8), (1, 2, 256, 8), (1, 2, 256, 8)), "must be [B, H, N, D]"),
+        (tensors((1, 2, 512, 8), (1, 2, 512), (1, 2, 512)), "must be [B, H, N, D]"),
         (tensors((1, 3, 512, 8), (1, 2, 512, 8), (1, 2, 512, 8)), "heads of q must be a multiple"),
         (tensors((1, 2, 512, 4), (1, 2, 512, 8), (1, 2, 512, 8)), "with one head_dim"),
         (tensors(*[(1, 2, 501, 8)] * 3), "seq_len must be a multiple of"),
