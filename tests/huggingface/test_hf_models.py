@@ -111,6 +111,17 @@ def test_the_rotary_table_is_that_of_the_model(family):
             torch.testing.assert_close(rotated, x[:, :, 1], rtol=1e-4, atol=1e-5)
 
 
+def test_the_rotary_table_is_fp32_under_another_default_dtype():
+    register_lighthouse(CONFIG, pool_rotary="aligned")
+    model = make_model()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        use_lighthouse(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.model.layers[0].self_attn.lighthouse_rotary.cos.dtype == torch.float32
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_attends_by_lighthouse_in_training(family):
     """Outputs of each layer equal the reference, with the model's own scale of the logits."""
