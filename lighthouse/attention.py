@@ -46,7 +46,8 @@ def lighthouse_attention(
 
     Args:
         q: queries, [B, H, N, D], any strides, fp16, bf16, fp32 or fp64.
-        k, v: keys and values, [B, Hkv, N, D], in the dtype of q; Hkv divides H (GQA).
+        k, v: keys and values, [B, Hkv, N, D], in the dtype of q; Hkv divides H (GQA). Under
+            autocast q, k and v are first cast to its dtype, as by standard attention.
         config: settings of the method; N must be legal under it.
         rotary: the table of the rotary embedding applied to q and k. With it, tokens are rotated
             to the last position of their span before averaging. Without it, q and k are averaged
@@ -57,13 +58,15 @@ def lighthouse_attention(
             attends over the sub-sequence of all ranks.
 
     Returns:
-        [B, H, N, D] in the dtype of q, with the strides of a contiguous [B, N, H, D].
+        [B, H, N, D] in the dtype of q, under autocast in its dtype, with the strides of a
+        contiguous [B, N, H, D].
 
     Raises:
         ValueError: inconsistent shapes, dtypes or devices, an empty input, N that is not legal
             under `config`, or a table that does not fit.
         NotImplementedError: forward-mode differentiation, and second derivatives.
     """
+    q, k, v = _autocast(q, k, v)
     _check_inputs(q, k, v)
     seq_len = q.shape[2]
     if context is None:
@@ -129,8 +132,19 @@ class LighthouseAttention(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast to the dtype of autocast where it is on. Autocast leaves fp64 as it is."""
+    device_type = tensors[0].device.type
+    is_available = torch.amp.is_autocast_available(device_type)  # not on the meta device
+    if not is_available or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.dtype in DTYPES[:3] else x for x in tensors)
+
+
 def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    if q.dim() != 4 or k.shape != v.shape or q.shape[0::2] != k.shape[0::2]:
+    is_4d = q.dim() == k.dim() == 4
+    if not is_4d or k.shape != v.shape or q.shape[0::2] != k.shape[0::2]:
         raise ValueError(
             "q, k, v must be [B, H, N, D], [B, Hkv, N, D], [B, Hkv, N, D], "
             f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; transpose or reshape them"

@@ -42,7 +42,7 @@ class LighthouseConfig:
         for name in ("num_levels", "pooling_factor", "topk", "dilation"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} must be an integer, got {value!r}; write it as a number")
+                raise ValueError(f"{name} must be an integer, got {value!r}; use a whole number")
         if self.num_levels < 2:
             raise ValueError(f"num_levels must be at least 2, got {self.num_levels}; use 2 or more")
         most = LONGEST.bit_length() - 1

@@ -58,6 +58,13 @@ class ContextParallel:
     scheme: str
     """`ulysses` or `ring`."""
 
+    def __post_init__(self):
+        if self.scheme not in CHUNKS_PER_RANK:
+            raise ValueError(
+                f"scheme must be one of {', '.join(CHUNKS_PER_RANK)}, got {self.scheme!r}; "
+                "choose one"
+            )
+
     @classmethod
     def of(cls, group: dist.ProcessGroup, scheme: str) -> "ContextParallel":
         """The position of this process in `group`."""
@@ -83,7 +90,16 @@ class ContextParallel:
         return self.num_chunks - 1 - chunk, 1
 
     def shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's shard of the unsharded `x` along `dim`."""
+        """This rank's shard of the unsharded `x` along `dim`.
+
+        Raises:
+            ValueError: `x` does not divide into equal chunks.
+        """
+        if x.shape[dim] % self.num_chunks:
+            raise ValueError(
+                f"the sequence must divide into {self.num_chunks} equal chunks, got "
+                f"{x.shape[dim]} tokens; use a multiple of {self.num_chunks}"
+            )
         chunks = x.chunk(self.num_chunks, dim)
         return torch.cat([chunks[i] for i in self.chunks_of(self.rank)], dim)
 
@@ -172,6 +188,11 @@ class UlyssesAttention(nn.Module):
     ) -> torch.Tensor:
         """q: [B, H, n, D]; k, v: [B, Hkv, n, D], n local tokens. Returns [B, H, n, D]."""
         degree, group_name = self.cp.degree, self.cp.group_name
+        if k.shape[1] % degree:
+            raise ValueError(
+                "the degree of ulysses must divide the key/value heads, got degree "
+                f"{degree} and {k.shape[1]} heads; use another degree"
+            )
         # Each rank receives its heads of q, k and v in one message.
         by_rank = [x.unflatten(1, (degree, -1)).movedim(1, 0) for x in (q, k, v)]
         received = all_to_all(torch.cat([x.flatten(1) for x in by_rank], 1), group_name)

@@ -82,8 +82,14 @@ def register_lighthouse(
             shard boundaries.
 
     Raises:
-        ValueError: an unknown `pool_rotary` or a scheme other than `ulysses`.
+        ValueError: the name of another attention implementation, an unknown `pool_rotary` or a
+            scheme other than `ulysses`.
     """
+    if name == "eager" or not isinstance(AttentionInterface().get(name), _Attention | None):
+        raise ValueError(
+            f"name must not be that of another attention implementation, got {name!r}; choose "
+            "another name"
+        )
     if pool_rotary not in ("averaged", "aligned"):
         raise ValueError(
             f"pool_rotary must be averaged or aligned, got {pool_rotary!r}; choose one"
@@ -406,7 +412,9 @@ def _rotary_phases(model: PreTrainedModel, layer: nn.Module, span: int) -> Rotar
         )
     device = next(layer.parameters()).device
     positions = torch.arange(span, device=device)[None]
-    cos, sin = embedding(torch.empty(1, device=device), positions, **layer_type)  # [1, span, R]
+    # The embedding returns the dtype of this tensor.
+    like = torch.empty(1, dtype=torch.float32, device=device)
+    cos, sin = embedding(like, positions, **layer_type)  # [1, span, R]
     # Some models include a scale of q and k in the table. The first row holds this factor.
     factor, half = cos[0, 0, 0], cos.shape[2] // 2
     return RotaryPhases(cos[0, :, :half] / factor, sin[0, :, :half] / factor, interleaved=False)

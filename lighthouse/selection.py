@@ -73,8 +73,16 @@ def select(q_scores: torch.Tensor, k_scores: torch.Tensor, config: LighthouseCon
         q_scores, k_scores: [B, Hkv, N]; higher is better, NaN is not allowed.
 
     Raises:
-        ValueError: N is not legal under `config`.
+        ValueError: other shapes, scores that are not floating-point, or N that is not legal under
+            `config`.
     """
+    is_float = q_scores.is_floating_point() and k_scores.is_floating_point()
+    if not is_float or q_scores.dim() != 3 or q_scores.shape != k_scores.shape:
+        raise ValueError(
+            "q_scores and k_scores must both be [B, Hkv, N] and floating-point, got "
+            f"{list(q_scores.shape)} {q_scores.dtype} and {list(k_scores.shape)} {k_scores.dtype}; "
+            "reshape or convert them"
+        )
     seq_len = q_scores.shape[-1]
     config.check_seq_len(seq_len)
     scores = Scores(

@@ -144,6 +144,7 @@ ONE_DTYPE = "must have one dtype, fp16, bf16, fp32 or fp64, got "
         (tensors((1, 2, 512), (1, 2, 512, 8), (1, 2, 512, 8)), "must be [B, H, N, D]"),
         (tensors((1, 2, 512, 8), (1, 2, 512, 8), (1, 2, 256, 8)), "must be [B, H, N, D]"),
         (tensors((1, 2, 512, 8), (1, 2, 256, 8), (1, 2, 256, 8)), "must be [B, H, N, D]"),
+        (tensors((1, 2, 512, 8), (1, 2, 512), (1, 2, 512)), "must be [B, H, N, D]"),
         (tensors((1, 3, 512, 8), (1, 2, 512, 8), (1, 2, 512, 8)), "heads of q must be a multiple"),
         (tensors((1, 2, 512, 4), (1, 2, 512, 8), (1, 2, 512, 8)), "with one head_dim"),
         (tensors(*[(1, 2, 501, 8)] * 3), "seq_len must be a multiple of"),
@@ -162,6 +163,19 @@ def test_inputs_that_do_not_fit_are_refused(inputs, message):
     with pytest.raises(ValueError) as error:
         lighthouse_attention(*inputs, LighthouseConfig(2, 2, 128))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_autocast_is_that_of_standard_attention():
+    """Rotated q and k are often fp32 under autocast, and v is not."""
+    config = LighthouseConfig(2, 2, 128)
+    q, k, v = random_qkv(1, 2, 1, 512, 8, torch.float32, requires_grad=True)
+    expected = lighthouse_attention(*(x.bfloat16() for x in (q, k, v)), config)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lighthouse_attention(q, k, v.bfloat16(), config)
+        doubles = lighthouse_attention(q.double(), k.double(), v.double(), config)
+    assert out.dtype == torch.bfloat16 and doubles.dtype == torch.float64
+    assert torch.equal(out, expected)
+    assert torch.autograd.grad(out.float().sum(), q)[0].dtype == torch.float32
 
 
 def test_forward_mode_is_refused():

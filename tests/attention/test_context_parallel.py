@@ -205,6 +205,17 @@ def test_scorers_that_look_beyond_a_shard_are_refused(scorer):
         ContextParallel("", 0, 2, "ulysses").shard_config(config, 512)
 
 
+def test_calls_that_do_not_fit():
+    with pytest.raises(ValueError, match="scheme must be one of ulysses, ring, got 'rings'"):
+        ContextParallel("", 0, 2, "rings")
+    context = ContextParallel("", 0, 2, "ulysses")
+    with pytest.raises(ValueError, match="divide into 2 equal chunks, got 9 tokens; use"):
+        context.shard(torch.arange(9), 0)
+    q = torch.randn(1, 3, 8, 4)
+    with pytest.raises(ValueError, match=r"must divide .* got degree 2 and 3 heads; use another"):
+        UlyssesAttention(causal_sdpa, context)(q, q, q)
+
+
 def test_all_to_all_is_an_op(tmp_path):
     dist.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
     try:

@@ -88,6 +88,16 @@ def test_coarsest_level_is_taken_from_its_buffer():
     assert (sub[is_coarsest] == 7).all() and (sub[~is_coarsest] != 7).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_mean_of_large_values_does_not_overflow(dtype):
+    _, _, v, *_ = setup(CASES[3], dtype)
+    v = torch.full_like(v, 60000)
+    config = LighthouseConfig(*CASES[3][3:])
+    selection = select(*torch.rand(2, 2, 2, v.shape[2]), config)
+    for sub in gather(v, v, v, score(v, v, v, config)[1], selection):
+        assert torch.equal(sub, v[:, :, : sub.shape[2]])
+
+
 def test_ops():
     q, k, v, coarsest, selection = setup(CASES[1], torch.float32)
     maps = selection.slot_to_entry, selection.entry_to_slot

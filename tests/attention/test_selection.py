@@ -136,6 +136,21 @@ def test_illegal_length():
         select(torch.rand(1, 1, 1000), torch.rand(1, 1, 1000), LighthouseConfig(3, 4, 128))
 
 
+@pytest.mark.parametrize(
+    ("q_scores", "k_scores"),
+    [
+        (torch.rand(1, 1, 512), torch.rand(1, 1, 1024)),
+        (torch.rand(1, 1, 512), torch.rand(1, 2, 512)),
+        (torch.rand(1, 512), torch.rand(1, 512)),
+        (torch.ones(1, 1, 512).int(), torch.ones(1, 1, 512).int()),
+    ],
+    ids=["tokens", "heads", "dimensions", "integers"],
+)
+def test_scores_that_do_not_fit(q_scores, k_scores):
+    with pytest.raises(ValueError, match=r"k_scores must both be .* and floating-point, got .*"):
+        select(q_scores, k_scores, LighthouseConfig(2, 2, 128))
+
+
 def test_op():
     q_scores, k_scores = torch.rand(1, 2, 768), torch.rand(1, 2, 768)
     torch.library.opcheck(_select, (q_scores, k_scores, 3, 2, 128, 1024, True))

@@ -111,6 +111,17 @@ def test_the_rotary_table_is_that_of_the_model(family):
             torch.testing.assert_close(rotated, x[:, :, 1], rtol=1e-4, atol=1e-5)
 
 
+def test_the_rotary_table_is_fp32_under_another_default_dtype():
+    register_lighthouse(CONFIG, pool_rotary="aligned")
+    model = make_model()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        use_lighthouse(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.model.layers[0].self_attn.lighthouse_rotary.cos.dtype == torch.float32
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_attends_by_lighthouse_in_training(family):
     """Outputs of each layer equal the reference, with the model's own scale of the logits."""
@@ -247,12 +258,15 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(compiled(**batch, use_cache=False).loss, expected)
 
 
-def test_bf16():
-    model = make_model().to(torch.bfloat16)
+@pytest.mark.parametrize("is_autocast", [False, True], ids=["parameters", "autocast"])
+def test_bf16(is_autocast):
+    """Under autocast the rotary embedding of the model returns q and k in fp32, and v is bf16."""
+    model = make_model().to(torch.float32 if is_autocast else torch.bfloat16)
     register_lighthouse(CONFIG, pool_rotary="aligned")
     use_lighthouse(model)
     tokens = make_tokens()
-    loss = model(input_ids=tokens, labels=tokens).loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     expected = make_model()

@@ -267,6 +267,9 @@ def test_a_model_whose_rotary_embedding_is_not_known(model):
 
 
 def test_fields():
+    for name in ("sdpa", "eager"):
+        with pytest.raises(ValueError, match=f"name must not be .* got '{name}'; choose another"):
+            register_lighthouse(CONFIG, name=name)
     with pytest.raises(ValueError, match="pool_rotary must be averaged or aligned, got 'mean'"):
         register_lighthouse(CONFIG, pool_rotary="mean")
     with pytest.raises(ValueError, match="the scheme must be ulysses"):
