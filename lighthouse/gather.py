@@ -320,9 +320,9 @@ def _mean_spans(
     x = _dense(x)
     ids = _row_ids(x, starts.long()[..., None] + torch.arange(span, device=x.device)).flatten(0, 2)
     if cos is None or span == 1:
-        # The mode "mean" would round the sum to the dtype of x, where fp16 can overflow.
-        weights = x.new_full(ids.shape, 1 / span)
-        return F.embedding_bag(ids, _rows(x), mode="sum", per_sample_weights=weights)
+        # In the dtype of x the sum would be rounded before the division, and fp16 can overflow.
+        rows = _rows(x).to(torch.promote_types(x.dtype, torch.float32))
+        return F.embedding_bag(ids, rows, mode="mean").to(x.dtype)
     rows = _rows(x)[ids].to(torch.promote_types(x.dtype, torch.float32))  # [B*H*n, span, D]
     rotated = rotate_to_last(rows, cos, sin, interleaved).flatten(0, 1)
     # The order of summation is the same as without a table, so rotation by 0 is bitwise neutral.
