@@ -102,6 +102,11 @@ def test_the_handover_record(undisturbed, corpus):
     assert lines[STAGE1_STEPS]["lr"] != lines[STAGE1_STEPS - 1]["lr"]
 
 
+def test_a_checkpoint_is_saved_at_the_switch_and_at_the_end(undisturbed):
+    saved = checkpoint_steps(undisturbed.folder / "checkpoint")
+    assert saved == {STAGE1_STEPS: True, STEPS: True}
+
+
 def test_the_checkpoint_of_the_switch_is_never_purged(corpus, tmp_path):
     train(command_line(tmp_path, corpus, checkpoint__interval=2, checkpoint__keep_latest_k=2))
     # Step 2 is purged. The last save purges nothing.
