@@ -211,3 +211,11 @@ def test_scoring_by_attention_saves_less(scorer, dilation, positions):
     saved = flops_saved_per_token(MODEL_ARGS, config, [0], 1024)
     # 2 FLOPs, forward only, for the 32 channels of q·k and of p·v in each of the three layers.
     assert saved == pytest.approx(by_norm - 3 * positions * 32 * 2 * 2)
+
+
+def test_flops_saved_by_the_papers_recipe():
+    model_args = TransformerModelArgs(dim=1024, n_layers=30, n_heads=8)
+    config = LighthouseConfig(num_levels=3, pooling_factor=2, topk=1536)
+    # S = 98,304/4 + 2 * 2 * 1,536 = 30,720, and 30,720**2 / 98,304 = 9,600.
+    saved = 26 * (98304 - 9600) * 1024 * 2 * 6
+    assert flops_saved_per_token(model_args, config, [0, 1, 28, 29], 98304) == saved
