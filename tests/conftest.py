@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     # Triton kernels run in the interpreter. This must be set before triton is imported.
@@ -23,3 +24,11 @@ def corpus(tmp_path_factory) -> Path:
     from runs import write_corpus
 
     return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -214,25 +214,6 @@ def test_a_cell_is_started_as_a_run_of_its_own(ablate, tmp_path, nproc, monkeypa
         assert ranks == [f"{rank} {nproc} {threads}" for rank in range(nproc)]
 
 
-@pytest.mark.parametrize(
-    ("args", "grid", "message"),
-    [
-        ([], f"{{topk = {'[' * 9999}", "(it is nested too deeply); correct it"),
-        ([], "/dev/zero", "--grid must be a TOML file, got '/dev/zero' ('/dev/zero' is a pipe"),
-        (["--lighthouse.topk=256"], GRID, "--lighthouse.topk=256 must not be given"),
-        (["--lighthouse.stage1_steps", "3"], GRID, "--lighthouse.stage1_steps must not be given"),
-        (["--job.dump-folder", "x"], GRID, "--job.dump-folder must not be given"),
-        (["--training.step", "3"], GRID, "did you mean --training.steps"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_wrong_call_ends_with_one_line(ablate, tmp_path, capsys, args, grid, message):
-    assert ablate(*args, grid=grid) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert not (tmp_path / "grid").exists()
-
-
 def test_seeds_and_dense_runs_are_cells_and_seeds_are_averaged(ablate, tmp_path):
     grid = "{stage1_share = [0, 0.5], seed = [3, 4, 5]}"
     assert ablate("--run", grid=grid) == 0

@@ -109,28 +109,6 @@ def test_every_position_has_a_contributor_since_entry_zero_is_always_selected(ca
         assert selection.entry_to_slot[0, 0, config.level_offset(level, seq_len)] >= 0
 
 
-def test_finest_entries_are_all_tokens_when_every_span_is_selected():
-    config = LighthouseConfig(2, 4, 256)
-    seq_len = 1024  # 256 spans on the coarsest level, all of them selected
-    selection = select(torch.rand(2, 2, seq_len), torch.rand(2, 2, seq_len), config)
-    for level, index in zip(
-        selection.level.flatten(0, 1), selection.index.flatten(0, 1), strict=True
-    ):
-        assert torch.equal(index[level == 0], torch.arange(seq_len, dtype=torch.int32))
-
-
-def test_strata_are_independent():
-    config = LighthouseConfig(3, 2, 256)
-    q_scores, k_scores = torch.rand(1, 1, 2048), torch.rand(1, 1, 2048)
-    selection = select(q_scores, k_scores, config)
-    changed = q_scores.clone()
-    changed[..., 1024:] = torch.rand(1024)
-    other = select(changed, k_scores, config)
-    half = config.sub_seq_len(2048) // 2
-    assert torch.equal(selection.slot_to_entry[..., :half], other.slot_to_entry[..., :half])
-    assert not torch.equal(selection.slot_to_entry, other.slot_to_entry)
-
-
 def test_illegal_length():
     with pytest.raises(ValueError, match="seq_len must be a multiple of"):
         select(torch.rand(1, 1, 1000), torch.rand(1, 1, 1000), LighthouseConfig(3, 4, 128))

@@ -106,6 +106,7 @@ def calls_of(name: str, right: str) -> Callable[..., Row]:
 HF = "--checkpoint.initial_load_in_hf --checkpoint.initial_load_model_only"
 SAVES = "--checkpoint.enable"
 VALIDATES = "--validation.enable"
+TOKENIZED = "--training.dataset tokenized --training.dataset_path"
 PIECES = "--lighthouse.stage2_seq_len 512"
 SHARD = "parallelism.data_parallel_shard_degree"
 REPLICATE = "parallelism.data_parallel_replicate_degree"
@@ -283,6 +284,9 @@ COMMAND_LINES = [
     run("", "RANK must be the number of this process", "got '-1'", "unset it", RANK="-1"),
     run("", "LOCAL_RANK must be the number of this", "got 'one'", "unset it", LOCAL_RANK="one"),
     run("", "MASTER_PORT must be a port", "got 'http'", "unset it", MASTER_PORT="http"),
+    run("", "MASTER_PORT must be a port", "got '70000'", "unset it", MASTER_PORT="70000"),
+    run("", "WORLD_SIZE must be the number of", "got '0'", "unset it", WORLD_SIZE="0"),
+    run("", "WORLD_SIZE must be the number of", "got '²'", "unset it", WORLD_SIZE="²"),
     run(
         f"--{CP} 2",
         *("topk must be a multiple of 256", "2 chunks", "got 128", "topk 256 with seq_len 4096"),
@@ -347,6 +351,7 @@ COMMAND_LINES = [
     # Model and tokenizer.
     wrong("model.name", "llama3", "one of llama3_lighthouse", "choose one of these"),
     wrong("model.flavor", "530m", "one of debugmodel", "did you mean 530M?"),
+    run("--model.override.vocab_size 256", "at most 256 tokens", "got 257", "override.vocab_size"),
     run("--model.hf_assets_path {place}/no", "model.hf_assets_path", "/no'", "correct the path"),
     run("--model.hf_assets_path {place}/empty", "model.hf_assets_path", "/empty'", "download"),
     run("--model.hf_assets_path {place}/not_json", "model.hf_assets_path", "/not_json'", "again"),
@@ -359,15 +364,28 @@ COMMAND_LINES = [
     run("--training.dataset txt", "training.dataset must be one of", "'txt'", "mean 'text'?"),
     run("--training.dataset_path {place}/no", "training.dataset_path", "/no'", "correct the path"),
     run("--training.dataset_path {place}/empty", "training.dataset_path", "/empty'", "add such"),
-    run("--training.dataset jsonl", "training.dataset_path", "/corpus'", "add such files"),
+    run("--training.dataset jsonl", "dataset_path must hold *.jsonl", "/corpus'", "add such files"),
     run("--training.dataset python_stdlib", "training.dataset_path must not", "/corpus'", "remove"),
+    run("--training.dataset c4", "training.dataset_path must not", "/corpus'", "choose 'c4_local'"),
+    run("--training.dataset_path ''", "training.dataset_path must be set", "got ''", "name the"),
+    run(f"{VALIDATES} --validation.dataset c4_locale", "n.dataset must", "mean 'c4_local'?"),
+    run(f"{VALIDATES} --validation.dataset zzz", "validation.dataset must", "'zzz'", "choose one"),
+    run(f"{VALIDATES} --validation.dataset_path {{place}}/no", "validation.dataset_path", "/no'"),
+    wrong("validation.text_field", "body", "'text' for dataset 'text'", "remove it", VALIDATES),
     run(
         "--training.dataset tokenized",
         *("training.dataset_path must be a folder with a prepared", "/corpus'", "prepare --output"),
     ),
     run(
-        "--training.dataset tokenized --training.dataset_path {place}/prepared",
+        f"{TOKENIZED} {{place}}/prepared",
         *("training.dataset_path must hold a readable manifest", "manifest.json'", "restore it"),
+    ),
+    run(
+        f"{TOKENIZED} {{place}}/no", "training.dataset_path must exist", "/no'", "correct the path"
+    ),
+    *(
+        wrong("training.dataloader.num_workers", n, "from 0 to", "use 0", f"{TOKENIZED} {{place}}")
+        for n in (-1, 100_000)
     ),
     wrong("training.dataloader.num_workers", 2, "0 or 1", "set it to 1"),
     wrong("training.dataloader.prefetch_factor", 2, "left out without", "num_workers to 1"),
@@ -475,6 +493,22 @@ FILES = [
     file("[debug]\nseed = 'x'", "debug.seed must be int | None", "got 'x'", "change its type"),
     file("[training.dataloader]\nnum_worker = 1", "dataloader.num_worker is not", "num_workers?"),
     file('[job]\ncustom_config_module = "x"', "custom_config_module", "'x'", "remove it"),
+    # Sizes of the model.
+    *(
+        file(f"[model.override]\ndim = 192\nn_heads = 3\n{size}", "model.override." + name, *parts)
+        for size, name, *parts in (
+            ("n_layers = 0", "n_layers must be at least 1", "got 0"),
+            ("ffn_dim = -1", "ffn_dim must be at least 1", "got -1"),
+            ("n_kv_heads = 2", "n_kv_heads must be a divisor", "got 2", "use 1 or 3"),
+            ("rope_theta = 0.0", "rope_theta must be a finite number above 0", "got 0.0"),
+            ("rope_scaling_factor = 0.5", "rope_scaling_factor must be at least 1", "got 0.5"),
+            ("rope_low_freq_factor = 4.0", "rope_low_freq_factor must be less than", "got 4.0"),
+            ("widht = 3", "widht is not a field"),
+            ("norm_eps = true", "norm_eps must be float | None", "got True"),
+        )
+    ),
+    file("[model.override]\ndim = 190\nn_heads = 3", "n_heads must be a divisor of dim, 190"),
+    file("[model.override]\ndim = 189\nn_heads = 3", "even multiple", "got 189", "use 186"),
 ]
 """Files given to the trainer."""
 
@@ -512,6 +546,15 @@ SCRIPTS = [
         *("data_parallel_shard_degree must be the 3", "got -1", "a multiple of 2 processes"),
     ),
     plan(f"--world-size 2 --{TP} 2", f"{TP} must be 1 for a plan", "got 2", "set it to 1"),
+    plan(
+        "--compile.enable --activation_checkpoint.mode memory_budget",
+        *("mode must be none, selective or full for a plan", "'memory_budget'", "choose one"),
+    ),
+    # For a GPU, on a machine without one.
+    plan(
+        f"--training.seq_len {2**17} --training.mixed_precision_param float32",
+        *("mixed_precision_param must be bfloat16", "got 'float32'", "set it to"),
+    ),
     script("sweep", "{place}/ok.toml", "arguments are required: --output", "see --help"),
     script("sweep", "{place}/no.toml --output {dump}", "job.config_file", "no.toml'", "correct"),
     sweep("--output {place}/file", "--output must be a folder", "/file'", "another"),
@@ -531,10 +574,13 @@ SCRIPTS = [
         "--output {place}/grid --collect",
         *("--output must hold undamaged cell.json files", "cell.json'", "remove the folder"),
     ),
-    sweep(
-        "--run --job.dump_folder elsewhere",
-        *("--job.dump_folder must not be given", "since a cell sets it", "leave it out"),
+    *(
+        sweep(f"--run {flag}", f"{flag} must not be given", "since a cell sets it", "leave it out")
+        for flag in ("--job.dump-folder=x", "--lighthouse.topk=256", "--lighthouse.stage1_steps=3")
     ),
+    sweep("--training.step 3", "--training.step is not a field", "mean --training.steps"),
+    sweep(f"--grid '{{{{topk = {'[' * 9999}'", "--grid must be", "too deeply); correct it"),
+    sweep("--grid /dev/zero", "--grid must be a TOML file", "is a pipe", "correct it"),
     script(
         "export", "{place}/no --output {dump}", "a model must be a whole", "/no'", "correct the"
     ),
@@ -615,6 +661,11 @@ SCRIPTS = [
     prepare("--dataset-path {place}/no", "--dataset-path must exist", "/no'", "correct the path"),
     prepare("--dataset-path ~no/x", "--dataset-path must exist", "'~no/x'", "correct the path"),
     prepare("--output ~no/x", "--output must be a path without ~", "'~no/x'", "home folder"),
+    prepare("--dataset tokenized", "--dataset must be one of", "'tokenized'", "choose one"),
+    prepare("--dataset python_stdlib", "--dataset-path must not be set", "/corpus'", "remove it"),
+    prepare("--dataset jsonl", "--dataset-path must hold *.jsonl", "/corpus'", "add them"),
+    prepare("--output {place}/corpus/a", "--output must lie outside", "corpus/a'", "name another"),
+    prepare("--workers 100000", "--workers must be at most", "got 100000", "as it has cores"),
     prepare("--workers 0", "--workers must be at least 1", "got 0", "use 1 or more"),
     prepare("--shard-size 0", "--shard-size must be at least 1", "got 0", "use 1 or more"),
     prepare("--output {place}/file", "--output must be a folder", "/file'", "name another one"),
@@ -633,9 +684,18 @@ SHELL = [
     script("slurm/one_node.sbatch", "", "CONFIG must come first", "got ''", "sbatch scripts/slurm"),
     script("slurm/one_node.sbatch", "no.toml", "CONFIG must be a TOML", "'no.toml'", "correct it"),
     script(
-        "slurm/four_nodes.sbatch",
-        "{place}/ok.toml --job.dump-folder=x",
-        *("--job.dump-folder must not be given", "the job sets it", "run_root"),
+        "slurm/one_node.sbatch", "--training.steps 3", "CONFIG must come first", "training.steps"
+    ),
+    *(
+        script(
+            "slurm/four_nodes.sbatch",
+            f"{{place}}/ok.toml {flag}{value}",
+            *(f"{flag} must not be given", "the job sets it", "run_root"),
+        )
+        for flag, value in (
+            *(("--job.dump-folder", "=x"), ("--job.dump_folder", " x")),
+            ("--job.config-file", "=a"),
+        )
     ),
     Row(
         "slurm/one_node.sbatch",

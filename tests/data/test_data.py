@@ -1,6 +1,5 @@
 """The data path: packing, ranks, held-out split, resuming at every step, and errors."""
 
-import contextlib
 import gzip
 import itertools
 import json
@@ -9,17 +8,16 @@ import pickle
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from torchtitan.components.dataloader import ParallelAwareDataloader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.experiments.lighthouse.config.job_config import JobConfig
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID
 from torchtitan.experiments.lighthouse.data.datasets import (
-    DATASETS,
     check_dataset,
     find_files,
     is_held_out,
@@ -31,6 +29,7 @@ from torchtitan.experiments.lighthouse.data.loaders import (
     check_data,
 )
 from torchtitan.experiments.lighthouse.data.packing import PackedTextDataset
+from torchtitan.experiments.lighthouse.data.tokenize import prepare
 
 TOKENIZER = HuggingFaceTokenizer(BYTE_TOKENIZER_PATH)
 SEQ_LEN = 16
@@ -150,17 +149,6 @@ def assert_same(windows, expected):
         assert torch.equal(window[1], same[1])
 
 
-@contextlib.contextmanager
-def refused(*parts: str) -> Iterator[None]:
-    """Expect a `ValueError` of one line with these parts."""
-    with pytest.raises(ValueError) as error:
-        yield
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, f"{part!r} is not in {message!r}"
-
-
 # ---- packing and ranks
 
 
@@ -184,22 +172,6 @@ def test_labels_are_the_corpus_without_its_first_token(tmp_path, kind):
     if name == "parquet":
         corpus = [token for text in train for token in [*text.encode(), EOS_ID]]
         assert tokens == corpus[: len(tokens)]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dp_world_size", [1, 2, 3])
-def test_ranks_share_each_epoch_without_overlap(tmp_path, kind, dp_world_size):
-    train = make_texts(31)
-    name, path = make_corpus(tmp_path, kind, train)
-    read = Counter()
-    for dp_rank in range(dp_world_size):
-        dataset = make_dataset(
-            name, path, dp_rank=dp_rank, dp_world_size=dp_world_size, infinite=False
-        )
-        documents = [text for text, _ in dataset._documents.read(0, 0, 0, None)]
-        assert abs(len(documents) - len(train) / dp_world_size) < 4
-        read.update(documents)
-    assert read == Counter(train)
 
 
 def test_an_epoch_goes_on_in_the_buffer_of_the_last(tmp_path):
@@ -436,31 +408,6 @@ def test_python_stdlib_is_text_enough():
 # ---- refusals
 
 
-@pytest.mark.parametrize("section", ["training", "validation"])
-def test_refuses_an_unknown_name(section):
-    with refused(f"{section}.dataset ", "'c4_locale'", "did you mean 'c4_local'?", *DATASETS):
-        check_dataset("c4_locale", None, section)
-    with refused(f"{section}.dataset ", "'zzz'", "choose one of these"):
-        check_dataset("zzz", None, section)
-
-
-@pytest.mark.parametrize("section", ["training", "validation"])
-@pytest.mark.parametrize("name", ["text", "jsonl", "parquet", "c4_local"])
-def test_refuses_a_path_that_is_missing_or_empty(tmp_path, name, section):
-    field = f"{section}.dataset_path"
-    for path in (None, ""):
-        with refused(field, repr(name), repr(path), "name the folder with the"):
-            check_dataset(name, path, section)
-
-    with refused(field, str(tmp_path / "nowhere"), "correct the path"):
-        check_dataset(name, str(tmp_path / "nowhere"), section)
-
-    (tmp_path / "notes.pdf").write_text("x")
-    split = "validation" if section == "validation" else "train"
-    with refused(field, *DATASETS[name].split_patterns(split), str(tmp_path), ": add "):
-        check_dataset(name, str(tmp_path), section)
-
-
 def test_data_for_a_later_run_need_not_be_there_but_what_is_there_must_be_right(tmp_path):
     config = make_config("jsonl", str(tmp_path / "nowhere"))
     config.validation.enable = True
@@ -472,13 +419,6 @@ def test_data_for_a_later_run_need_not_be_there_but_what_is_there_must_be_right(
     config.training.dataset = "jsonlines"
     with refused("training.dataset", "'jsonlines'", "did you mean 'jsonl'?"):
         check_data(config, must_exist=False)
-
-
-@pytest.mark.parametrize("name", ["python_stdlib", "c4"])
-def test_refuses_a_path_that_would_be_ignored(tmp_path, name):
-    with refused("training.dataset_path", name, str(tmp_path), "remove it"):
-        check_dataset(name, str(tmp_path))
-    check_dataset(name, None)
 
 
 @pytest.mark.parametrize("name", ["text", "jsonl", "parquet", "c4_local"])
@@ -497,15 +437,6 @@ def test_refuses_validation_on_c4_shards_of_the_training_split(tmp_path):
         check_dataset("c4_local", str(tmp_path), "validation")
 
 
-@pytest.mark.parametrize(
-    "content", ["[1, 2]", '{"content": "x"}', '"x"', "{\n", '{"text": 3}'], ids=str.strip
-)
-def test_refuses_json_without_text(tmp_path, content):
-    (tmp_path / "a.json").write_text(content)
-    with refused("training.dataset_path", "'text'", "convert the files"):
-        check_dataset("jsonl", str(tmp_path))
-
-
 def test_refuses_files_that_cannot_be_read(tmp_path):
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:15])
     (tmp_path / "a.parquet").write_text("PAR")
@@ -513,8 +444,10 @@ def test_refuses_files_that_cannot_be_read(tmp_path):
     for name, file in (("jsonl", "torn.jsonl.gz"), ("parquet", "a.parquet")):
         with refused("training.dataset_path", file, "replace or remove"):
             check_dataset(name, str(tmp_path / file))
-    with refused("training.dataset_path", "latin.txt", "0xe9", "convert or remove"):
+    with refused("training.dataset_path", "latin.txt", "0xe9 at 0", "convert or remove"):
         make_dataset("text", str(tmp_path))
+    with refused("--dataset-path", "latin.txt", "0xe9 at 0", "convert or remove"):
+        prepare("text", str(tmp_path), tmp_path.with_suffix(".out"), BYTE_TOKENIZER_PATH)
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])

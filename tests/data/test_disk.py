@@ -6,8 +6,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from refusals import refused
 from runs import command_line
-from test_data import refused
 from torchtitan.experiments.lighthouse.checkpoint.files import checkpoint_steps
 from torchtitan.experiments.lighthouse.config.load import load_config
 from torchtitan.experiments.lighthouse.preflight import check_config

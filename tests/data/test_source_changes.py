@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import SEQ_LEN, assert_same, make_dataset, make_texts, refused, take
+from refusals import refused
+from test_data import SEQ_LEN, assert_same, make_dataset, make_texts, take
 from test_tokenized import write_tokenized
 from torchtitan.experiments.lighthouse.data import long_documents, readers
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
@@ -157,21 +158,6 @@ def test_a_loop_of_links_is_refused_at_once(tmp_path, monkeypatch):
     (tmp_path / "out").symlink_to(tmp_path / "out")
     with pytest.raises(ValueError, match=r"--output must be "):
         prepare("text", str(tmp_path / "b.txt"), tmp_path / "out", BYTE_TOKENIZER_PATH)
-
-
-def test_more_workers_than_a_machine_has_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"--workers must be at most \d+ on this machine"):
-        out = tmp_path.parent / "workers"
-        prepare("text", str(tmp_path), out, BYTE_TOKENIZER_PATH, workers=100_000)
-
-
-def test_a_preparation_that_is_refused_leaves_nothing_behind(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "a.jsonl").write_text('{"text": "fine"}\nnot JSON\n')
-    with pytest.raises(ValueError, match="one JSON object"):
-        prepare("jsonl", str(tmp_path / "corpus"), tmp_path / "out", BYTE_TOKENIZER_PATH)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus"]
 
 
 def test_two_preparations_into_one_folder_are_refused(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_data import TOKENIZER, make_config, make_dataset, refused
+from refusals import refused
+from test_data import TOKENIZER, make_config, make_dataset
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH
 from torchtitan.experiments.lighthouse.data.datasets import check_dataset
 from torchtitan.experiments.lighthouse.data.loaders import build_dataloader

@@ -1,6 +1,5 @@
 """Preparing a corpus: its bytes, also after any number of kills, and errors."""
 
-import contextlib
 import gzip
 import hashlib
 import itertools
@@ -15,14 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import make_corpus, make_texts, refused, write_parquet, write_shards
+from refusals import refused
+from test_data import make_corpus, make_texts, write_parquet, write_shards
 from torchtitan.experiments.lighthouse.data import partial_shard, readers
 from torchtitan.experiments.lighthouse.data import tokenize as prepare_module
 from torchtitan.experiments.lighthouse.data.byte_tokenizer import BYTE_TOKENIZER_PATH, EOS_ID
 from torchtitan.experiments.lighthouse.data.datasets import find_files, is_held_out
 from torchtitan.experiments.lighthouse.data.manifest import Manifest, verify
 from torchtitan.experiments.lighthouse.data.prepare import main
-from torchtitan.experiments.lighthouse.data.tokenize import prepare, source_files
+from torchtitan.experiments.lighthouse.data.tokenize import prepare
 from torchtitan.experiments.lighthouse.runtime import atomic_json
 
 KINDS = ["text", "jsonl", "parquet", "c4_local"]
@@ -196,21 +196,6 @@ def test_a_preparation_killed_anywhere_ends_with_the_same_bytes(tmp_path, execut
     assert bytes_of(tmp_path / "out") == expected
 
 
-def test_a_preparation_that_is_killed_again_and_again_comes_to_its_end(tmp_path, executioner):
-    name, path = make_corpus(tmp_path / "corpus", "c4_local", make_texts(20))
-    make(name, path, tmp_path / "whole")
-    kills = 0
-    while kills < 10:
-        # Enough for the largest shard, but not for two.
-        executioner.calls_left = 26
-        with contextlib.suppress(Killed):
-            make(name, path, tmp_path / "out")
-            break
-        kills += 1
-    assert 2 <= kills < 10
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
-
-
 def test_what_is_whole_is_not_tokenized_again(tmp_path, executioner, monkeypatch):
     name, path = make_corpus(tmp_path / "corpus", "c4_local", make_texts(20))
     whole = make(name, path, tmp_path / "whole")
@@ -304,58 +289,11 @@ def test_a_damaged_shard_is_found_and_made_anew(tmp_path, split, damage):
 
 # ---- refusals: the corpus
 
-LINE = b'{"text": "some text"}\n'
-BROKEN = {
-    "torn gzip": ("x.jsonl.gz", gzip.compress(LINE * 5, mtime=0)[:-12], ("x.jsonl.gz", "replace")),
-    "cut gzip": (
-        "x.jsonl.gz",
-        # Long enough that some lines are decompressed before the end is missing.
-        gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(9)), 0, mtime=0)[:100],
-        ("x.jsonl.gz' line 6:", "end-of-stream", "replace or remove"),
-    ),
-    "no gzip": ("x.jsonl.gz", LINE, ("x.jsonl.gz' line 1:", "replace or remove")),
-    "no UTF-8": (
-        "x.jsonl",
-        LINE * 2 + LINE.replace(b"some", b"s\xffme"),
-        ("UTF-8", "0xff at 11", "x.jsonl' line 3:", "convert"),
-    ),
-    "no JSON": ("x.jsonl", LINE * 3 + b"{oops\n", ("'{oops", "x.jsonl' line 4:", "convert")),
-    "no object": ("x.jsonl", LINE + b"\n[1]\n", ("'[1]", "x.jsonl' line 3:", "convert")),
-    "no text": ("x.jsonl", LINE + b'{"txt": "a"}\n', ("'text'", "x.jsonl' line 2:", "convert")),
-    "number": ("x.jsonl", b'{"text": 1}\n', ("'text'", "x.jsonl' line 1:", "convert")),
-    "no UTF-8 text": ("x.txt", b"caf\xe9", ("UTF-8", "0xe9 at 3", "x.txt'", "convert")),
-    "no table": ("x.parquet", b"PAR1", ("x.parquet", "replace or remove")),
-}
-
-
-@pytest.mark.parametrize(
-    ("case", "workers"), [*((case, 1) for case in BROKEN), ("cut gzip", 2), ("no UTF-8", 2)]
-)
-def test_refuses_a_broken_file_and_names_file_and_line(tmp_path, case, workers):
-    file, content, parts = BROKEN[case]
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    (corpus / file).write_bytes(content)
-    name = {"txt": "text", "parquet": "parquet"}.get(file.split(".")[-1], "jsonl")
-    with refused("--dataset-path", str(corpus), *parts):
-        make(name, str(corpus), tmp_path / "out", workers=workers)
-    assert not (tmp_path / "out/train/manifest.json").exists()
-
 
 def test_refuses_a_file_that_cannot_be_read(tmp_path, corpus):
     Path(corpus, "b.jsonl").symlink_to(tmp_path / "nowhere")
     with refused("--dataset-path", "b.jsonl", "No such file", "replace or remove"):
         make("jsonl", corpus, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("column", "values", "part"),
-    [("content", ["x"], "tables with a column 'text'"), ("text", [1, 2], "text, got 1 in")],
-)
-def test_refuses_tables_without_text(tmp_path, column, values, part):
-    write_parquet(tmp_path / "a.parquet", column, values)
-    with refused("--dataset-path", part, "a.parquet", "column"):
-        make("parquet", str(tmp_path), tmp_path.parent / "out")
 
 
 @pytest.mark.parametrize("content", ["", '\n{"text": ""}\n{"text": null}\n'], ids=["none", "blank"])
@@ -365,19 +303,6 @@ def test_refuses_a_corpus_without_text(tmp_path, content):
     with refused("--dataset-path", "train split", str(tmp_path / "corpus"), "add"):
         make("jsonl", str(tmp_path / "corpus"), tmp_path / "out")
     assert not (tmp_path / "out/train/manifest.json").exists()
-
-
-def test_refuses_datasets_and_paths_that_cannot_be(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    write_shards(tmp_path, "train", make_texts(3), 1)
-    for arguments, parts in (
-        (("tokenized", str(tmp_path), "train"), ("--dataset ", "'tokenized'", "choose")),
-        (("python_stdlib", "x", "train"), ("--dataset-path must not be set", "'x'", "remove")),
-        (("jsonl", str(tmp_path / "a.txt"), "train"), ("--dataset-path", "*.jsonl", "add")),
-        (("c4_local", str(tmp_path), "validation"), ("c4-validation", "--split")),
-    ):
-        with refused(*parts):
-            source_files(*arguments)
 
 
 # ---- refusals: the rest
@@ -407,11 +332,6 @@ def test_refuses_a_folder_of_other_data(tmp_path, corpus, is_ended):
     with refused("--output must be a new folder", str(out), "names and sizes"):
         make("jsonl", corpus, out)
     assert bytes_of(out) == before
-
-
-def test_refuses_to_write_into_the_corpus(corpus):
-    with refused("--output", corpus, "outside", "another folder"):
-        make("jsonl", corpus, Path(corpus) / "out")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

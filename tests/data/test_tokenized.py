@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import launch
+from refusals import refused
 from runs import command_line, losses_of, train, write_corpus
 from test_data import (
     SEQ_LEN,
@@ -23,7 +24,6 @@ from test_data import (
     make_config,
     make_corpus,
     make_texts,
-    refused,
     take,
 )
 from torchtitan.experiments.lighthouse.config.load import load_config
@@ -214,22 +214,6 @@ def test_resume_at_every_step_under_any_degree(tmp_path, before, after):
             next(iterator)
 
 
-def test_a_resume_of_a_resume_of_a_resume(tmp_path):
-    path = write_tokenized(tmp_path, 200)
-    expected = read_order(make_loaders(path, 1), 60)
-    order, state = [], {}
-    for dp_world_size in itertools.cycle([1, 3, 2, 5]):
-        loaders = make_loaders(path, dp_world_size)
-        for loader in loaders:
-            loader.load_state_dict(state)
-        order += read_order(loaders, 1)
-        state = loaders[0].state_dict()
-        assert state["windows"] == len(order)
-        if len(order) > 50:
-            break
-    assert order == expected[: len(order)]
-
-
 def test_workers_read_ahead_and_the_position_does_not(tmp_path):
     config = make_config("tokenized", write_tokenized(tmp_path, 1000))
     expected = take(build_dataloader(2, 1, TOKENIZER, config), 30)
@@ -403,18 +387,6 @@ def test_refuses_ids_beyond_the_vocabulary(place):
     check(place, vocab_size=200)
     with refused("training.dataset_path", "less than the 199", "got 199", "flavor"):
         check(place, vocab_size=199)
-
-
-def test_refuses_a_path_that_is_missing(tmp_path):
-    for path, part in ((None, "manifest.json"), (str(tmp_path / "no"), "correct the path")):
-        with refused("training.dataset_path", part):
-            check_data(make_config("tokenized", path))
-
-
-@pytest.mark.parametrize("num_workers", [-1, 100_000])
-def test_refuses_a_number_of_workers_out_of_range(place, num_workers):
-    with refused("training.dataloader.num_workers must be from 0 to", f"got {num_workers}"):
-        check_data(make_config("tokenized", str(place), num_workers=num_workers))
 
 
 # ---- the trainer

@@ -62,13 +62,6 @@ def hangup():
     signal.signal(signal.SIGHUP, former)
 
 
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, corpus) -> Run:
     return train(command_line(tmp_path_factory.mktemp("undisturbed"), corpus))

@@ -65,19 +65,3 @@ def test_the_folder_of_a_new_job_must_not_exist(start):
     assert code == 2
     assert error == "error: runs/job-7 must not exist before the job first starts; move it away\n"
     assert start(SLURM_RESTART_COUNT="1")[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ("--training.steps 3", "CONFIG must come first, got '--training.steps'; sbatch scripts/"),
-        ("run.toml --job.dump_folder elsewhere", "--job.dump_folder must not be given, since the"),
-        ("run.toml --job.config-file=a", "--job.config-file must not be given, since the job"),
-    ],
-)
-def test_a_wrong_call_ends_with_one_line(start, tmp_path, args, message):
-    code, error, command = start(args)
-    assert code == 2 and not command
-    (line,) = error.splitlines()
-    assert line.startswith(f"error: {message}")
-    assert not (tmp_path / "runs").exists()

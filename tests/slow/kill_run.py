@@ -1,10 +1,8 @@
 """Start runs of the trainer and kill them with SIGKILL at a named moment, for `test_kill.py`.
 
-    python tests/slow/kill_run.py        # reads requests and writes answers, one JSON line each
-
-A request is one start of a run: the command line, the number of ranks, and an optional kill. Each
-rank is a fork of this process, which has imported everything but has no process group or threads.
-A rank calls the real entry point with the real command line. Hooks in functions of torch,
+`run` starts a run: it takes the command line, the number of ranks, and an optional kill. Each rank
+is a fork of the process that calls it, which has imported everything but has no process group or
+threads. A rank calls the real entry point with the real command line. Hooks in functions of torch,
 torchtitan and the trainer record the training. At the requested moment they send SIGKILL to their
 own process, so nothing is flushed, closed or undone.
 
@@ -16,19 +14,17 @@ A start writes these files beside the dump folder of its run:
     log-START-RANK.txt     the log
 """
 
-import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
-import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,76 +137,47 @@ class Answer:
 # ---- this process
 
 
-def serve() -> None:
-    """Answer requests until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        values = json.loads(line)
-        kill = values.pop("kill")
-        request = Request(**values, kill=Kill(**kill) if kill else None)
-        # A fork copies only the thread that calls it.
-        assert threading.active_count() == 1, threading.enumerate()
-        print(json.dumps(asdict(run(request))), file=answers, flush=True)
-
-
 def run(request: Request) -> Answer:
     """Start all ranks, kill the requested ranks and the remaining ones, and wait for their end."""
+    # A fork copies only the thread that calls it.
+    assert threading.active_count() == 1, threading.enumerate()
     begin = time.monotonic()
-    pids = {rank: fork(request, rank) for rank in range(request.world_size)}
-    exit_codes, shot, felled, timed_out = {}, [], [], False
+    fork = multiprocessing.get_context("fork").Process
+    ranks = [fork(target=be_rank, args=(request, rank)) for rank in range(request.world_size)]
+    for process in ranks:
+        process.start()
+    shot, felled, timed_out = [], [], False
     kill, first_death = request.kill, None
     grace = kill.grace if kill else 5.0
-    while len(exit_codes) < len(pids):
+    while any(process.exitcode is None for process in ranks):
         time.sleep(0.005)
         now = time.monotonic() - begin
         if kill and kill.moment == OUTSIDE and now >= kill.delay:
-            for rank in kill.ranks:
-                os.kill(pids[rank], signal.SIGKILL)
-                shot.append(rank)
+            shot = kill.ranks
+            for rank in shot:
+                ranks[rank].kill()
             kill = None
-        for rank, pid in pids.items():
-            if rank not in exit_codes:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    exit_codes[rank] = os.waitstatus_to_exitcode(status)
-                    if exit_codes[rank] and first_death is None:
-                        first_death = now
+        if first_death is None and any(process.exitcode for process in ranks):
+            first_death = now
         timed_out = now > request.timeout
         if timed_out or (first_death is not None and now >= first_death + grace):
-            for rank in pids.keys() - exit_codes.keys() - {*shot, *felled}:
-                os.kill(pids[rank], signal.SIGKILL)
-                felled.append(rank)
-    codes = [exit_codes[rank] for rank in range(request.world_size)]
-    return Answer(codes, sorted(felled), time.monotonic() - begin, timed_out)
-
-
-def fork(request: Request, rank: int) -> int:
-    """Fork a process for one rank of a run. Returns its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    exit_code = 1
-    try:
-        log = Path(request.folder) / f"log-{request.start}-{rank}.txt"
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        exit_code = be_rank(request, rank)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
+            for rank, process in enumerate(ranks):
+                if process.exitcode is None and rank not in (*shot, *felled):
+                    process.kill()
+                    felled.append(rank)
+    exit_codes = [process.exitcode for process in ranks]
+    return Answer(exit_codes, felled, time.monotonic() - begin, timed_out)
 
 
 # ---- a rank
 
 
-def be_rank(request: Request, rank: int) -> int:
-    """Run the entry point and return its exit code."""
+def be_rank(request: Request, rank: int) -> None:
+    """Run the entry point. The exit code is that of this process."""
+    log = Path(request.folder) / f"log-{request.start}-{rank}.txt"
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(request.world_size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(request.port)}
@@ -219,13 +186,8 @@ def be_rank(request: Request, rank: int) -> int:
     torchtitan.train.time = SimpleNamespace(
         perf_counter=time.perf_counter, sleep=lambda seconds: None
     )
-    watch = Watch(request, rank)
-    watch.hook()
-    try:
-        train.main(request.args)
-    except SystemExit as end:
-        return end.code or 0
-    return 0
+    Watch(request, rank).hook()
+    train.main(request.args)
 
 
 class Watch:
@@ -483,10 +445,3 @@ def wait_until(is_so) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("the moment has not come")
         time.sleep(0.001)
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        serve()
-    # No file is open, and a normal shutdown of all imported modules takes seconds.
-    os._exit(0)

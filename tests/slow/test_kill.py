@@ -10,18 +10,20 @@ prints their number at each moment. Set `KILL_SEED` to repeat or vary the random
 """
 
 import json
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from kill_run import LATE, MOMENTS, OUTSIDE, Answer, Kill, Request
+from kill_run import run as start_run
 from runs import command_line, handover_of, write_corpus
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.experiments.lighthouse import metrics
@@ -153,36 +155,16 @@ def all_chains(seed: int) -> list[Chain]:
     return chains
 
 
-class Server:
-    """A process of `kill_run.py`."""
-
-    def __init__(self, folder: Path, hash_seed: int):
-        folder.mkdir()
-        self._log = (folder / "server.txt").open("w")
-        # Run on the CPU with one thread, because sums depend on the number of threads.
-        env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        # The order of a set differs between processes, and nothing may depend on it.
-        env |= {"PYTHONHASHSEED": str(hash_seed)}
-        self._process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("kill_run.py")],
-            env=os.environ | env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-
-    def ask(self, request: Request) -> Answer:
-        print(json.dumps(asdict(request)), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        assert line, Path(self._log.name).read_text()
-        return Answer(**json.loads(line))
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
-        self._log.close()
+def server(hash_seed: int) -> ProcessPoolExecutor:
+    """A process that has imported `kill_run.py` and starts runs."""
+    # Run on the CPU with one thread, because sums depend on the number of threads.
+    env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    # The order of a set differs between processes, and nothing may depend on it.
+    env |= {"PYTHONHASHSEED": str(hash_seed)}
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with mock.patch.dict(os.environ, env):
+        pool.submit(abs, 1).result()
+    return pool
 
 
 class World:
@@ -206,17 +188,17 @@ class World:
         }
         self.tally = Counter()
         self.num_refusals = 0
-        self._servers: dict[int, Server] = {}
+        self._servers: dict[int, ProcessPoolExecutor] = {}
         self._undisturbed: dict[tuple[int, str], KilledRun] = {}
 
-    def server(self, number: int) -> Server:
+    def server(self, number: int) -> ProcessPoolExecutor:
         if number not in self._servers:
-            self._servers[number] = Server(self.folder / f"server-{number}", number)
+            self._servers[number] = server(number)
         return self._servers[number]
 
     def close(self) -> None:
-        for server in self._servers.values():
-            server.close()
+        for pool in self._servers.values():
+            pool.shutdown()
 
     def undisturbed(self, world_size: int, data: str) -> "KilledRun":
         """The run without a kill, which is made at first use."""
@@ -253,7 +235,7 @@ class World:
 class KilledRun:
     """One run in its own folder, started as often as needed."""
 
-    def __init__(self, world: World, chain: Chain, server: Server):
+    def __init__(self, world: World, chain: Chain, server: ProcessPoolExecutor):
         self.chain, self.server = chain, server
         self.folder = world.folder / chain.folder
         self.folder.mkdir()
@@ -380,7 +362,7 @@ class KilledRun:
             kill=kill,
             fault=self.chain.fault,
         )
-        answer = self.server.ask(request)
+        answer = self.server.submit(start_run, request).result()
         assert not answer.timed_out, (kill, answer, self._log())
         return answer
 

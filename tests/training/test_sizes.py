@@ -208,31 +208,6 @@ def test_a_plan_counts_the_sizes(run, capsys):
     assert capsys.readouterr().out.startswith("debugmodel with [model.override], 256 tokens")
 
 
-@pytest.mark.parametrize(
-    "sizes, words",
-    [
-        ({"dim": 190}, ("model.override.n_heads", "divisor of dim, 190", "got 3")),
-        ({"dim": 189}, ("model.override.dim", "even multiple of n_heads, 3", "got 189", "use 186")),
-        ({"n_kv_heads": 2}, ("model.override.n_kv_heads", "got 2", "use 1 or 3")),
-        ({"n_layers": 0}, ("model.override.n_layers", "at least 1", "got 0")),
-        ({"ffn_dim": -1}, ("model.override.ffn_dim", "at least 1", "got -1")),
-        ({"rope_theta": 0.0}, ("model.override.rope_theta", "above 0", "got 0.0")),
-        ({"rope_scaling_factor": 0.5}, ("model.override.rope_scaling_factor", "at least 1")),
-        ({"rope_low_freq_factor": 4.0}, ("rope_low_freq_factor", "less than", "got 4.0")),
-        ({"vocab_size": 256}, ("at most 256", "[model.override]", "model.override.vocab_size")),
-        ({"widht": 3}, ("model.override.widht is not a field",)),
-        ({"dim": "true"}, ("model.override.dim must be int | None", "got True")),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_sizes_that_cannot_be_are_told_in_one_line(sizes, words, files):
-    args = files("wrong", **sizes)
-    with pytest.raises(ValueError) as error:
-        check_config(load_config(args), world_size=1)
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
-
 def test_a_folder_without_a_configuration_is_told_in_one_line(files, tmp_path):
     config = load_config([*files("wrong"), "--model.hf_config", str(tmp_path)])
     with pytest.raises(ValueError, match=r"^model\.hf_config: .*config\.json' must be .*; "):
