@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Write docs/gallery.md and its figures from a run of debug.toml that this script trains.
 
-    scripts/make_gallery.py outputs/passkey/checkpoint/step-1500
+    scripts/make_gallery.py outputs/passkey/checkpoint/step-1500 outputs/recall/checkpoint/step-240
 
-The argument is a checkpoint of passkey_cpu.toml. The rest takes about three minutes on two cores.
+The arguments are checkpoints of passkey_cpu.toml and recall_cpu.toml. The rest takes about three
+minutes on two cores.
 """
 
 import argparse
@@ -106,6 +107,16 @@ A model of `passkey_cpu.toml`, 250 dense steps after the switch. Its mean share 
 
 ![Share of right answers by length and depth](gallery/passkey.png)
 
+## Recall by distance
+
+```bash
+lighthouse eval-recall outputs/recall/checkpoint/{recall_step} --documents 8
+```
+
+A model of `recall_cpu.toml`. Its mean share of right answers is {recall}. Chance is 0.1.
+
+![Share of right answers by distance](gallery/recall.png)
+
 ## Plan
 
 ```bash
@@ -121,6 +132,7 @@ A model of `passkey_cpu.toml`, 250 dense steps after the switch. Its mean share 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("passkey", type=Path, help="checkpoint of passkey_cpu.toml")
+    parser.add_argument("recall", type=Path, help="checkpoint of recall_cpu.toml")
     options = parser.parse_args()
     FIGURES.mkdir(exist_ok=True)
     log = output_of(TRAIN)
@@ -135,6 +147,9 @@ def main() -> None:
     output_of(f"lighthouse eval-passkey {options.passkey} {lengths} --output {RUN}/passkey")
     shutil.copy(ROOT / RUN / "passkey/passkey.png", FIGURES)
     passkey = json.loads((ROOT / RUN / "passkey/passkey.json").read_text())
+    output_of(f"lighthouse eval-recall {options.recall} --documents 8 --output {RUN}/recall")
+    shutil.copy(ROOT / RUN / "recall/recall.png", FIGURES)
+    recall = json.loads((ROOT / RUN / "recall/recall.json").read_text())
     text = PAGE.format(
         date=datetime.date.today(),
         torch=torch.__version__,
@@ -150,6 +165,8 @@ def main() -> None:
         lengths=lengths,
         passkey_step=options.passkey.name,
         passkey=f"{passkey['mean']:.2f}",
+        recall_step=options.recall.name,
+        recall=f"{recall['mean']:.2f}",
         plan=plan,
         plan_text=output_of(plan).strip(),
     )
