@@ -336,7 +336,8 @@ def results(summary: dict) -> str:
 | tokens read | {seen["two_stages"]:,} | {seen["dense"]:,} |
 
 Losses between two validations are interpolated linearly. After equal tokens, two stages may still
-be in stage 1, where validation uses Lighthouse Attention.
+be in stage 1, where validation uses Lighthouse Attention. Its selection tells a little of later
+tokens, so that loss is lower than a causal one.
 
 | at the switch, after step {switch["step"]} | |
 |---|---|
