@@ -24,10 +24,9 @@ import random
 import torch
 import torch.nn.functional as F
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
-from torchtitan.experiments.lighthouse.config.job_config import JobConfig, Validation
-from torchtitan.experiments.lighthouse.data.loaders import build_validation_dataloader
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
-from torchtitan.experiments.lighthouse.inference.load_model import open_trained
+from torchtitan.experiments.lighthouse.inference.load_model import HeldOutText, open_trained
+from torchtitan.experiments.lighthouse.inference.loss_by_position import held_out_windows
 
 
 @torch.inference_mode()
@@ -45,15 +44,7 @@ def main() -> None:
     model = trained.load("cpu", torch.float32, seq_len)
     if not options.dense:
         use_stage_1(model, lighthouse, trained.args.n_layers)
-    data = Validation(
-        dataset="jsonl",
-        dataset_path=options.dataset_path,
-        seq_len=seq_len,
-        local_batch_size=1,
-        steps=-1,
-    )
-    loader = build_validation_dataloader(1, 0, trained.tokenizer(), JobConfig(validation=data))
-    windows = [(inputs["input"], labels[0]) for inputs, labels in loader]
+    windows = held_out_windows(trained, HeldOutText("jsonl", options.dataset_path), seq_len)
     span = lighthouse.pooling_factor ** (lighthouse.num_levels - 1)
     dice = random.Random(0)
 
@@ -65,9 +56,10 @@ def main() -> None:
     for i in range(options.cuts):
         cut = span * dice.randrange(seq_len // span - 1) + i % span
         (tokens, labels), (other, _) = dice.sample(windows, 2)
-        true.append(loss(tokens, cut, labels[cut]))
+        label = labels[0, cut]
+        true.append(loss(tokens, cut, label))
         changed = torch.cat([tokens[:, : cut + 1], other[:, cut + 1 :]], dim=1)
-        difference = loss(changed, cut, labels[cut]) - true[-1]
+        difference = loss(changed, cut, label) - true[-1]
         within_level_1 = (cut + 1) % lighthouse.pooling_factor
         kind = "coarsest level" if (cut + 1) % span else "another span"
         found["level 1" if within_level_1 else kind].append(difference)

@@ -179,9 +179,9 @@ def check_held_out(text: HeldOutText, model: ModelSource) -> None:
 
 
 def held_out_windows(
-    model: ModelSource, text: HeldOutText, seq_len: int, count: int
+    model: ModelSource, text: HeldOutText, seq_len: int, count: int | None = None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels, [1, S] each, of the first `count` windows of the held-out text."""
+    """Inputs and labels, [1, S] each, of the first `count` or all windows of the text."""
     validation = Validation(
         **text._asdict(),
         seq_len=seq_len,

@@ -25,11 +25,10 @@ those of the run, changed by --lighthouse.
 
 --make-data writes documents to train on, as JSON lines for training.dataset = "jsonl". Distances
 are drawn from --min-distance to the longest that fits, as many between 64 and 128 as between 128
-and 256. --questions says how often each source is asked for; of several numbers, every document
-draws one. Repeated questions make the task much easier to learn.
-With --min-distance no shorter window holds a source and its answer, nor the same answer twice, so
-training on short windows cannot teach the task. The tokenizer is that of --tokenizer (default:
-bytes).
+and 256. --questions says how often each source is asked for. Of several numbers, every document
+draws one. Repeated questions make the task much easier to learn. With --min-distance no shorter
+window holds a source and its answer, nor the same answer twice, so training on short windows cannot
+teach the task. The tokenizer is that of --tokenizer (default: bytes).
 
 Writes recall.png and recall.json to --output. The last printed line is the same JSON.
 """
