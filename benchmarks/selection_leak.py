@@ -8,7 +8,7 @@ tokens. At each cut this script computes the loss of the next token twice: with 
 the cut, and with the text of another window there. The input up to the cut is the same, so a causal
 model has the same loss. The difference is what the later tokens give away.
 
-Windows are those of the held-out part of a jsonl dataset. Cuts stand at random positions, equally
+Windows are those of the held-out part of a dataset. Cuts stand at random positions, equally
 many at each place of a span of the coarsest level. Behind the last token of such a span, the next
 token is in another span.
 
@@ -23,6 +23,7 @@ import random
 
 import torch
 import torch.nn.functional as F
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.experiments.lighthouse.apply_lighthouse import use_stage_1
 from torchtitan.experiments.lighthouse.inference.generate import hidden_states
 from torchtitan.experiments.lighthouse.inference.load_model import HeldOutText, open_trained
@@ -35,22 +36,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="checkpoint of stage 1")
-    parser.add_argument("--dataset-path", required=True, help="folder of JSON lines")
+    parser.add_argument("--dataset", default="jsonl")
+    parser.add_argument("--dataset-path", required=True, help="folder of the dataset")
     parser.add_argument("--cuts", type=int, default=512)
     parser.add_argument("--dense", action="store_true", help="dense attention, for comparison")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=TORCH_DTYPE_MAP)
     options = parser.parse_args()
     trained = open_trained(options.model)
     seq_len, lighthouse = trained.args.max_seq_len, trained.lighthouse
-    model = trained.load("cpu", torch.float32, seq_len)
+    model = trained.load(options.device, TORCH_DTYPE_MAP[options.dtype], seq_len)
     if not options.dense:
         use_stage_1(model, lighthouse, trained.args.n_layers)
-    windows = held_out_windows(trained, HeldOutText("jsonl", options.dataset_path), seq_len)
+    windows = held_out_windows(trained, HeldOutText(options.dataset, options.dataset_path), seq_len)
     span = lighthouse.pooling_factor ** (lighthouse.num_levels - 1)
     dice = random.Random(0)
 
     def loss(tokens: torch.Tensor, at: int, label: torch.Tensor) -> float:
-        logits = model.output(hidden_states(model, tokens)[0, at])
-        return F.cross_entropy(logits.float(), label).item()
+        logits = model.output(hidden_states(model, tokens.to(options.device))[0, at])
+        return F.cross_entropy(logits.float().cpu(), label).item()
 
     true, found = [], {"all": [], "level 1": [], "coarsest level": [], "another span": []}
     for i in range(options.cuts):
