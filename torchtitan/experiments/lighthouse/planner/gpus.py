@@ -112,12 +112,12 @@ GPUS = {
             name="H200",
             memory=139 * 2**30,
             peak_flops=989e12,
-            attention_flops=688e12,
-            attention_backward_flops=581e12,
+            attention_flops=607e12,
+            attention_backward_flops=565e12,
             datasheet_bandwidth=4.8e12,
             datasheet_nvlink=450e9,
             datasheet_network=50e9,
-            source="attention: cuDNN at its best, assumed; NVIDIA publishes 619 and 528 TFLOP/s at "
+            source="attention: as measured on an H100; NVIDIA publishes 619 and 528 TFLOP/s at "
             "32,768 tokens (cudnn-frontend, benchmark/attention_training/results/llama3.1/h200); "
             "network: 400 Gb/s for each GPU, assumed",
         ),
