@@ -33,6 +33,11 @@ def main() -> None:
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--steps", type=int, default=5)
     options, overrides = parser.parse_known_args()
+    if options.steps <= WARM_UP:
+        parser.error(
+            f"--steps must be more than the {WARM_UP} of warm-up, got {options.steps}; "
+            f"use {WARM_UP + 1} or more"
+        )
     title = f"{options.config.stem}, a share of 1/{options.world_size}, {' '.join(overrides)}"
     lines = train(options, overrides)[WARM_UP:]
     if not lines:

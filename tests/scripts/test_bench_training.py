@@ -2,6 +2,7 @@
 
 import json
 
+import bench_share
 import bench_training
 import pytest
 
@@ -20,6 +21,17 @@ def test_a_failed_run_tells_why(monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench_training.py", "--flavor", "unknown"])
     with pytest.raises(SystemExit, match=r"model\.flavor"):
         bench_training.main()
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [(bench_training, []), (bench_share, ["train_configs/debug.toml", "--world-size", "2"])],
+)
+def test_a_step_must_be_left_to_measure(script, options, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script", *options, "--steps", "2"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--steps must be more than the 2 of warm-up, got 2" in capsys.readouterr().err
 
 
 def test_kernels_are_told_apart_by_name(tmp_path):

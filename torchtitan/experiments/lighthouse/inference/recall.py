@@ -1,6 +1,6 @@
 """Recall by distance: does a model use what it read thousands of tokens earlier?
 
-    lighthouse eval-recall outputs/recall/checkpoint/step-1000
+    lighthouse eval-recall outputs/recall/checkpoint/step-240
     lighthouse eval-recall --make-data 9000 recall.jsonl --lengths 2048
 
 A document of n tokens fills a window of training.seq_len n:
