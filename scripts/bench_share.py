@@ -20,11 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench_training import WARM_UP, check_steps
 from torchtitan.experiments.lighthouse.metrics import LOSS, TOKENS_PER_SECOND, read_metrics
 from torchtitan.experiments.lighthouse.runtime.command_line import Parser
-
-WARM_UP = 2
-"""Warm-up steps that are not counted. They compile kernels and allocate memory."""
 
 
 def main() -> None:
@@ -33,11 +31,7 @@ def main() -> None:
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--steps", type=int, default=5)
     options, overrides = parser.parse_known_args()
-    if options.steps <= WARM_UP:
-        parser.error(
-            f"--steps must be more than the {WARM_UP} of warm-up, got {options.steps}; "
-            f"use {WARM_UP + 1} or more"
-        )
+    check_steps(parser, options.steps)
     title = f"{options.config.stem}, a share of 1/{options.world_size}, {' '.join(overrides)}"
     lines = train(options, overrides)[WARM_UP:]
     if not lines:

@@ -57,11 +57,7 @@ def main() -> None:
     add("--activation-checkpoint", default="selective", choices=["none", "selective", "full"])
     add("--breakdown", action="store_true", help="profile a second run, on a GPU")
     options = parser.parse_args()
-    if options.steps <= WARM_UP:
-        parser.error(
-            f"--steps must be more than the {WARM_UP} of warm-up, got {options.steps}; "
-            f"use {WARM_UP + 1} or more"
-        )
+    check_steps(parser, options.steps)
     if options.stage2_seq_len is None:
         options.stage2_seq_len = options.seq_len // 4
     if options.breakdown and not torch.cuda.is_available():
@@ -78,6 +74,15 @@ def main() -> None:
         "(Lighthouse, pieces, dense)"
     )
     print(json.dumps(result))
+
+
+def check_steps(parser: Parser, steps: int) -> None:
+    """Refuse --steps that leave nothing to count."""
+    if steps <= WARM_UP:
+        parser.error(
+            f"--steps must be more than the {WARM_UP} of warm-up, got {steps}; "
+            f"use {WARM_UP + 1} or more"
+        )
 
 
 def run(options: argparse.Namespace) -> dict:
